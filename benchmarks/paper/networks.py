@@ -1,0 +1,56 @@
+"""Backbones by name; each maps images of one or three channels to feature vectors."""
+
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
+
+from bld_ext import MultiHead
+
+
+class Gray(nn.Module):
+    """Repeat a single channel to three, so that one network serves every dataset."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+
+
+def resnet18() -> tuple[nn.Module, int]:
+    """torchvision's ResNet18 with its 7×7 stem, 11.2 M parameters: the paper's network."""
+    net = torchvision.models.resnet18(weights=None)
+    net.fc = nn.Identity()
+    return net, 512
+
+
+def resnet18_cifar() -> tuple[nn.Module, int]:
+    """ResNet18 with a 3×3 stem of stride 1 and no pooling, for images of 32×32."""
+    net, features = resnet18()
+    net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    net.maxpool = nn.Identity()
+    return net, features
+
+
+def slim() -> tuple[nn.Module, int]:
+    """A ResNet of three blocks with 16, 32 and 64 channels, 76 k parameters, for a CPU."""
+
+    def block(inputs, outputs, stride):
+        shortcut = None
+        if stride > 1:
+            convolution = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+            shortcut = nn.Sequential(convolution, nn.BatchNorm2d(outputs))
+        return BasicBlock(inputs, outputs, stride, shortcut)
+
+    stem = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True)]
+    blocks = [block(16, 16, 1), block(16, 32, 2), block(32, 64, 2)]
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten()), 64
+
+
+NETWORKS = {"resnet18": resnet18, "resnet18-cifar": resnet18_cifar, "slim": slim}
+
+
+def make_model(network: str, momentum: float = 0.1) -> MultiHead:
+    """A fresh MultiHead without heads; `momentum` is that of BatchNorm's running statistics."""
+    backbone, features = NETWORKS[network]()
+    for module in backbone.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = momentum
+    return MultiHead(nn.Sequential(Gray(), backbone), features)

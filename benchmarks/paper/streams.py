@@ -1,0 +1,229 @@
+"""Datasets as streams of tasks: random disjoint class splits, seen once, in small batches."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class DatasetError(Exception):
+    """A dataset that cannot be had or read; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    name: str
+    x_train: Tensor  # [N, C, H, W] uint8, or float in [0, 1]
+    y_train: Tensor  # [N] int64
+    x_test: Tensor
+    y_test: Tensor
+
+    @property
+    def classes(self) -> int:
+        return int(self.y_train.max()) + 1
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a stream; labels count from 0 within it."""
+
+    classes: tuple[int, ...]  # the dataset's labels, in the order of the task's own
+    x_train: Tensor
+    y_train: Tensor
+    x_test: Tensor
+    y_test: Tensor
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The training images in order, once. The last batch may be smaller; a single left-over image
+        is left out, since BatchNorm cannot normalise one."""
+        for x, y in zip(self.x_train.split(size), self.y_train.split(size), strict=True):
+            if len(x) > 1:
+                yield x, y
+
+    def batch_count(self, size: int) -> int:
+        full, rest = divmod(len(self.x_train), size)
+        return full + (rest > 1)
+
+
+def make_stream(dataset: Dataset, tasks: int, seed: int, limit: int | None = None) -> list[Task]:
+    """Split the classes at random into `tasks` disjoint tasks, and shuffle each task's images.
+
+    Args:
+        tasks: how many; classes that do not divide evenly go to the first tasks.
+        seed: decides the split and the order, alike for every method.
+        limit: training images a task, default all.
+    """
+    if not 1 <= tasks <= dataset.classes:
+        raise ValueError(
+            f"tasks: expected 1 to {dataset.classes}, the classes of {dataset.name}, got {tasks}"
+        )
+    rng = np.random.default_rng(seed)
+    splits = np.array_split(rng.permutation(dataset.classes), tasks)
+    return [_make_task(dataset, [int(c) for c in split], rng, limit) for split in splits]
+
+
+def _make_task(dataset: Dataset, classes: list[int], rng, limit: int | None) -> Task:
+    local = torch.full((dataset.classes,), -1)
+    local[classes] = torch.arange(len(classes))
+    train = (local[dataset.y_train] >= 0).nonzero().flatten()
+    train = train[torch.from_numpy(rng.permutation(len(train)))][:limit]
+    test = (local[dataset.y_test] >= 0).nonzero().flatten()
+    return Task(
+        tuple(classes),
+        dataset.x_train[train],
+        local[dataset.y_train[train]],
+        dataset.x_test[test],
+        local[dataset.y_test[test]],
+    )
+
+
+# ---- where datasets come from ----
+
+
+def load_dataset(name: str, root: str | Path = "data", download: bool = True) -> Dataset:
+    """A dataset by name, or a user's own `.npz` by path.
+
+    Args:
+        name: "digits" (ships with scikit-learn), "mnist", "cifar10", "svhn" (torchvision, downloaded to
+            `root` and verified by md5), or a path ending in .npz that holds x_train, y_train, x_test,
+            y_test; images uint8, or float in [0, 1], as [N, H, W], [N, H, W, C] or [N, C, H, W].
+    """
+    if name.endswith(".npz"):
+        return _from_npz(Path(name))
+    if name not in LOADERS:
+        raise DatasetError(
+            f"dataset: expected {', '.join(LOADERS)} or the path of an .npz file, got {name!r}"
+        )
+    return LOADERS[name](Path(root), download)
+
+
+def _digits(root: Path, download: bool) -> Dataset:
+    """Scikit-learn's 1,797 handwritten digits of 8×8 pixels; 30 % of each class is the test set."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    data = load_digits()
+    images = np.rint(data.images * (255 / 16)).astype(np.uint8)
+    split = train_test_split(images, data.target, test_size=0.3, stratify=data.target, random_state=0)
+    x_train, x_test, y_train, y_test = split
+    return _dataset("digits", x_train, y_train, x_test, y_test)
+
+
+def _torchvision(name: str, download: bool, make: Callable) -> tuple:
+    try:
+        return make(True), make(False)
+    except Exception as error:  # torchvision raises many kinds: URLError, RuntimeError, OSError
+        raise DatasetError(
+            f"dataset {name}: could not be loaded{' or downloaded' if download else ''} ({error}). "
+            "Without a network, put torchvision's files under --data on a machine that has them, or give "
+            "an .npz file as --dataset"
+        ) from error
+
+
+def _mnist(root: Path, download: bool) -> Dataset:
+    from torchvision.datasets import MNIST
+
+    def make(train):
+        return MNIST(str(root), train=train, download=download)
+
+    train, test = _torchvision("mnist", download, make)
+    dataset = _dataset("mnist", train.data, train.targets, test.data, test.targets)
+    pad = [F.pad(x, (2, 2, 2, 2)) for x in (dataset.x_train, dataset.x_test)]  # 28 to 32
+    return Dataset("mnist", pad[0], dataset.y_train, pad[1], dataset.y_test)
+
+
+def _cifar10(root: Path, download: bool) -> Dataset:
+    from torchvision.datasets import CIFAR10
+
+    def make(train):
+        return CIFAR10(str(root), train=train, download=download)
+
+    train, test = _torchvision("cifar10", download, make)
+    return _dataset("cifar10", train.data, train.targets, test.data, test.targets)
+
+
+def _svhn(root: Path, download: bool) -> Dataset:
+    from torchvision.datasets import SVHN
+
+    def make(train):
+        return SVHN(str(root), split="train" if train else "test", download=download)
+
+    train, test = _torchvision("svhn", download, make)
+    return _dataset("svhn", train.data, train.labels, test.data, test.labels)
+
+
+LOADERS = {"digits": _digits, "mnist": _mnist, "cifar10": _cifar10, "svhn": _svhn}
+
+
+def _from_npz(path: Path) -> Dataset:
+    wanted = ("x_train", "y_train", "x_test", "y_test")
+    if not path.is_file():
+        raise DatasetError(f"dataset: no file {path}")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            missing = [name for name in wanted if name not in file.files]
+            if missing:
+                raise DatasetError(
+                    f"dataset {path}: no array {', '.join(missing)}; it has {', '.join(file.files)}"
+                )
+            arrays = [file[name] for name in wanted]
+    except (OSError, ValueError, EOFError) as error:
+        raise DatasetError(f"dataset {path}: not a readable .npz file ({error})") from error
+    return _dataset(str(path), *arrays)
+
+
+def _dataset(name: str, x_train, y_train, x_test, y_test) -> Dataset:
+    """A checked Dataset from arrays of any of the known layouts."""
+    x_train, x_test = _images(name, "x_train", x_train), _images(name, "x_test", x_test)
+    y_train = _labels(name, "y_train", y_train, len(x_train))
+    y_test = _labels(name, "y_test", y_test, len(x_test))
+    if x_train.shape[1:] != x_test.shape[1:] or x_train.dtype != x_test.dtype:
+        raise DatasetError(
+            f"dataset {name}: x_train is {tuple(x_train.shape[1:])} {x_train.dtype} an image, but "
+            f"x_test {tuple(x_test.shape[1:])} {x_test.dtype}"
+        )
+    seen, tested = set(y_train.unique().tolist()), set(y_test.unique().tolist())
+    if seen != tested or seen != set(range(len(seen))):
+        raise DatasetError(
+            f"dataset {name}: labels must be 0 to K-1 in y_train and y_test, each present in both; got "
+            f"{sorted(seen)} and {sorted(tested)}"
+        )
+    return Dataset(name, x_train, y_train, x_test, y_test)
+
+
+def _images(name: str, array: str, values) -> Tensor:
+    images = torch.as_tensor(np.asarray(values))
+    if images.dim() == 3:
+        images = images.unsqueeze(1)
+    if images.dim() != 4:
+        raise DatasetError(
+            f"dataset {name}: {array} must be [N, H, W], [N, H, W, C] or [N, C, H, W], got "
+            f"{tuple(images.shape)}"
+        )
+    if images.shape[1] not in (1, 3) and images.shape[3] in (1, 3):
+        images = images.permute(0, 3, 1, 2).contiguous()
+    if images.shape[1] not in (1, 3):
+        raise DatasetError(f"dataset {name}: {array} must have 1 or 3 channels, got {images.shape[1]}")
+    if images.dtype == torch.uint8:
+        return images
+    if not images.is_floating_point():
+        raise DatasetError(f"dataset {name}: {array} must be uint8 or float, got {images.dtype}")
+    if not (images.isfinite().all() and images.min() >= 0 and images.max() <= 1):
+        raise DatasetError(f"dataset {name}: float {array} must lie in [0, 1] and hold no nan")
+    return images.float()
+
+
+def _labels(name: str, array: str, values, count: int) -> Tensor:
+    labels = torch.as_tensor(np.asarray(values))
+    if labels.dim() != 1 or len(labels) != count or count == 0:
+        raise DatasetError(
+            f"dataset {name}: {array} must hold one label for each of {count} images, got shape "
+            f"{tuple(labels.shape)}"
+        )
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise DatasetError(f"dataset {name}: {array} must be integers, got {labels.dtype}")
+    return labels.long()

@@ -1,0 +1,599 @@
+"""The ops of bld_ext: argument checks, schemas, fake kernels, autograd, and which backend runs.
+
+Each public function checks its arguments and calls `torch.ops.bld_ext.<name>`, where the fastest kernel
+registered for the tensors' device runs: C++ on a CPU where bld_ext._C was built, otherwise the reference.
+
+Shapes: logits [N, C, *] with the heads side by side on dimension 1, oldest first; * is empty or the
+spatial dimensions of a dense prediction. Where an op reads old heads only, `head_sizes` lists those, and
+logits may have further columns behind them, which are left alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bld_ext import reference
+from bld_ext.reference import Policy, ViewParameters, compute_dtype
+
+try:
+    _C = importlib.import_module("bld_ext._C")
+except ImportError as error:
+    _C = None
+    warnings.warn(
+        f"bld_ext._C could not be loaded ({error}): every op runs on its PyTorch reference, which is "
+        "correct but slower. Install a C++ compiler and run `pip install -e .` again to build it.",
+        stacklevel=2,
+    )
+
+SCHEMAS = {
+    "head_softmax": "(Tensor logits, int[] head_sizes, float temperature) -> Tensor",
+    "distillation_loss": (
+        "(Tensor logits, Tensor bank, int[] head_sizes, float temperature)"
+        " -> (Tensor loss, Tensor grad_logits)"
+    ),
+    "warm_up_loss": (
+        "(Tensor logits, Tensor labels, int[] head_sizes, float temperature)"
+        " -> (Tensor loss, Tensor bank, Tensor grad_logits)"
+    ),
+    "joint_loss": (
+        "(Tensor logits, Tensor labels, Tensor bank, int[] head_sizes, float temperature) -> (Tensor"
+        " new_loss, Tensor distillation_loss, Tensor new_grad_logits, Tensor distillation_grad_logits)"
+    ),
+    "layer_norms": "(Tensor[] tensors, int[] layers, int num_layers) -> Tensor",
+    "balance_layers_": (
+        "(Tensor(a!)[] grads, int[] layers, Tensor reference_norms, Tensor balance)"
+        " -> (Tensor factors, Tensor norms)"
+    ),
+    "balanced_sgd_": (
+        "(Tensor(a!)[] params, Tensor[] distill_grads, Tensor[] new_grads, int[] layers,"
+        " Tensor reference_norms, Tensor balance, Tensor lr) -> (Tensor factors, Tensor norms)"
+    ),
+    "augment": (
+        "(Tensor images, float[] policy, Tensor seed, Tensor step, int[] views, Tensor indices,"
+        " ScalarType dtype, bool channels_last) -> Tensor"
+    ),
+}
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+for _name, _schema in SCHEMAS.items():
+    torch.library.define(f"bld_ext::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
+
+
+def backend(name: str, device: str = "cpu") -> str:
+    """Which kernel of an op runs on a device type: "compiled" or "reference"."""
+    if name not in SCHEMAS:
+        raise ValueError(f"name: expected one of {', '.join(SCHEMAS)}, got {name!r}")
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device, device)
+    compiled = torch._C._dispatch_has_kernel_for_dispatch_key(f"bld_ext::{name}", key)
+    return "compiled" if compiled else "reference"
+
+
+# ---- argument checks ----
+
+
+def _require(condition: bool, argument: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"{argument}: expected {expected}, got {got}")
+
+
+def _check_logits(logits: Tensor, head_sizes: Sequence[int], temperature: float, exact: bool):
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits: expected a tensor, got {type(logits).__name__}")
+    _require(logits.dtype in FLOATS, "logits", "a floating-point dtype", logits.dtype)
+    _require(logits.dim() >= 2, "logits", "shape [N, C, *]", tuple(logits.shape))
+    sizes = list(head_sizes)
+    _require(all(s >= 1 for s in sizes), "head_sizes", "sizes of at least 1", sizes)
+    total, classes = sum(sizes), logits.shape[1]
+    if exact:
+        _require(bool(sizes), "head_sizes", "at least one head: add one first", sizes)
+        _require(total == classes, "head_sizes", f"a sum of {classes}, logits' classes", sizes)
+    else:
+        _require(total <= classes, "head_sizes", f"a sum of at most {classes}, from logits", sizes)
+    valid = temperature > 0 and math.isfinite(temperature)
+    _require(valid, "temperature", "a positive finite number", temperature)
+    return sizes
+
+
+def _check_bank(bank: Tensor, logits: Tensor, head_sizes: Sequence[int]) -> None:
+    shape = (logits.shape[0], sum(head_sizes), *logits.shape[2:])
+    _require(tuple(bank.shape) == shape, "bank", f"shape {shape}", tuple(bank.shape))
+    dtype = compute_dtype(logits.dtype)
+    _require(bank.dtype == dtype, "bank", f"{dtype} for {logits.dtype} logits", bank.dtype)
+    _require(bank.device == logits.device, "bank", f"device {logits.device}", bank.device)
+
+
+def _check_labels(labels: Tensor, logits: Tensor, classes: int) -> None:
+    shape = (logits.shape[0], *logits.shape[2:])
+    _require(tuple(labels.shape) == shape, "labels", f"shape {shape}", tuple(labels.shape))
+    _require(labels.dtype == torch.int64, "labels", "torch.int64", labels.dtype)
+    _require(labels.device == logits.device, "labels", f"device {logits.device}", labels.device)
+    # a look at the values is free on a CPU only; elsewhere it would wait for the device
+    if labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():
+        low, high = labels.min().item(), labels.max().item()
+        _require(
+            low >= 0 and high < classes,
+            "labels",
+            f"class indices of the newest head, 0 to {classes - 1}",
+            f"{low} to {high}. Number each task's classes from 0",
+        )
+
+
+def _check_layers(argument: str, tensors: Sequence[Tensor], layers: Sequence[int], L: int) -> None:
+    _require(len(tensors) >= 1, argument, "at least one tensor", "none")
+    _require(len(layers) == len(tensors), "layers", f"{len(tensors)} indices", len(layers))
+    _require(all(0 <= l < L for l in layers), "layers", f"indices from 0 to {L - 1}", layers)
+    first = tensors[0]
+    for i, tensor in enumerate(tensors):
+        _require(tensor.dtype in FLOATS, f"{argument}[{i}]", "a floating-point dtype", tensor.dtype)
+        same = tensor.device == first.device
+        _require(same, f"{argument}[{i}]", f"device {first.device}", tensor.device)
+
+
+def _check_same_shapes(argument: str, tensors: Sequence[Tensor], like: Sequence[Tensor]) -> None:
+    _require(len(tensors) == len(like), argument, f"{len(like)} tensors", len(tensors))
+    for i, (t, p) in enumerate(zip(tensors, like, strict=True)):
+        _require(t.shape == p.shape, f"{argument}[{i}]", f"shape {tuple(p.shape)}", tuple(t.shape))
+
+
+def _check_reference_norms(reference_norms: Tensor, tensors: Sequence[Tensor]) -> None:
+    shape = tuple(reference_norms.shape)
+    _require(len(shape) == 1, "reference_norms", "one norm a layer, [L]", shape)
+    _require(reference_norms.dtype in FLOATS, "reference_norms", "floats", reference_norms.dtype)
+    device = tensors[0].device
+    same = reference_norms.device == device
+    _require(same, "reference_norms", f"device {device}", reference_norms.device)
+
+
+def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
+    """A device scalar: floats keep all their digits in float64, tensors are taken as they are."""
+    if isinstance(value, Tensor):
+        return value
+    return torch.full((), value, dtype=torch.float64, device=device)
+
+
+# ---- multi-head distillation ----
+
+
+def head_softmax(logits: Tensor, head_sizes: Sequence[int], temperature: float = 2.0) -> Tensor:
+    """Softmax at a temperature inside each head: ŷ = softmax(z / τ). It fills the bank.
+
+    Args:
+        logits: `[N, C, *]`, float16, bfloat16, float32 or float64.
+        head_sizes: classes of each head to soften, the leading ones of logits; their sum is C_old ≤ C.
+        temperature: τ > 0.
+
+    Returns:
+        `[N, C_old, *]`, float32 (float64 for float64 logits). Differentiable, also twice.
+
+    Raises:
+        ValueError: an argument's shape, dtype or value is not as described.
+
+    Equivalent to:
+        heads = (logits[:, :C_old].float() / temperature).split(head_sizes, dim=1)
+        bank = torch.cat([head.softmax(1) for head in heads], dim=1)
+    """
+    sizes = _check_logits(logits, head_sizes, temperature, exact=False)
+    return torch.ops.bld_ext.head_softmax(logits, sizes, temperature)
+
+
+def distillation_loss(
+    logits: Tensor, bank: Tensor, head_sizes: Sequence[int], temperature: float = 2.0
+) -> Tensor:
+    """Cross-entropy between the bank and the softened heads: -Σ_o Σ_b ŷ · log softmax(z / τ).
+
+    Equation 2 of Fini et al., ECCV 2020, summed over heads, images and positions, without a factor τ².
+    The gradient, (softmax(z / τ) - ŷ) / τ, is computed in the same pass; it is exactly zero, bit for
+    bit, at the logits from which `head_softmax` made the bank.
+
+    Args:
+        logits: `[N, C, *]`, float16, bfloat16, float32 or float64.
+        bank: `[N, C_old, *]`, float32 (float64 for float64 logits); sums to 1 inside each head. It
+            gets no gradient.
+        head_sizes: classes of each old head, the leading ones of logits; their sum is C_old ≤ C.
+        temperature: τ > 0, the one the bank was made with.
+
+    Returns:
+        A scalar, float32 (float64 for float64 logits). A second derivative raises RuntimeError.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device or value is not as described.
+
+    Equivalent to:
+        heads = (logits[:, :C_old].float() / temperature).split(head_sizes, dim=1)
+        loss = -(bank * torch.cat([head.log_softmax(1) for head in heads], dim=1)).sum()
+    """
+    sizes = _check_logits(logits, head_sizes, temperature, exact=False)
+    _check_bank(bank, logits, sizes)
+    return torch.ops.bld_ext.distillation_loss(logits, bank, sizes, temperature)[0]
+
+
+def warm_up_loss(
+    logits: Tensor, labels: Tensor, head_sizes: Sequence[int], temperature: float = 2.0
+) -> tuple[Tensor, Tensor]:
+    """Algorithm 1 on logits: cross-entropy of the newest head, and the bank of all older ones.
+
+    Args:
+        logits: `[N, C, *]`, float16, bfloat16, float32 or float64.
+        labels: `[N, *]`, int64, classes of the newest head counted from 0. Values are checked on a CPU.
+        head_sizes: classes of each head, oldest first; their sum is C.
+        temperature: τ > 0, for the bank.
+
+    Returns:
+        (L_t, bank): the loss summed over images and positions, a scalar (equation 1), and
+        `[N, C_old, *]`; float32, float64 for float64 logits. The bank carries no gradient.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device or value is not as described.
+
+    Equivalent to:
+        loss = F.cross_entropy(logits[:, C_old:].float(), labels, reduction="sum")
+        bank = head_softmax(logits.detach(), head_sizes[:-1], temperature)
+    """
+    sizes = _check_logits(logits, head_sizes, temperature, exact=True)
+    _check_labels(labels, logits, sizes[-1])
+    loss, bank, _ = torch.ops.bld_ext.warm_up_loss(logits, labels, sizes, temperature)
+    return loss, bank
+
+
+def joint_loss(
+    logits: Tensor,
+    labels: Tensor,
+    bank: Tensor,
+    head_sizes: Sequence[int],
+    temperature: float = 2.0,
+) -> tuple[Tensor, Tensor]:
+    """Algorithm 2 on logits: cross-entropy of the newest head, and distillation of all older ones.
+
+    Args:
+        logits: `[N, C, *]`, float16, bfloat16, float32 or float64.
+        labels: `[N, *]`, int64, classes of the newest head counted from 0. Values are checked on a CPU.
+        bank: `[N, C_old, *]` from `warm_up_loss`.
+        head_sizes: classes of each head, oldest first; their sum is C.
+        temperature: τ > 0, the one the bank was made with.
+
+    Returns:
+        (L_t, L_d), scalars summed over heads, images and positions. Both gradients come from the same
+        pass; each loss can be differentiated alone.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device or value is not as described.
+
+    Equivalent to:
+        new = F.cross_entropy(logits[:, C_old:].float(), labels, reduction="sum")
+        old = distillation_loss(logits, bank, head_sizes[:-1], temperature)
+    """
+    sizes = _check_logits(logits, head_sizes, temperature, exact=True)
+    _check_labels(labels, logits, sizes[-1])
+    _check_bank(bank, logits, sizes[:-1])
+    return torch.ops.bld_ext.joint_loss(logits, labels, bank, sizes, temperature)[:2]
+
+
+# ---- per-layer norms, balance and update ----
+
+
+def layer_norms(
+    tensors: Sequence[Tensor], layers: Sequence[int], num_layers: int | None = None
+) -> Tensor:
+    """L2 norm of each layer over all its tensors: sqrt(Σ_{i in l} ‖t_i‖²).
+
+    Args:
+        tensors: any shapes and float dtypes, on one device.
+        layers: the layer index of each tensor.
+        num_layers: L; default: the largest index plus one. A layer without tensors has norm 0.
+
+    Returns:
+        `[L]`, float32 (float64 where the first tensor is); bitwise the same from run to run.
+
+    Raises:
+        ValueError: no tensors, or an index or dtype or device that is not as described.
+
+    Equivalent to:
+        norms = [torch.cat([t.flatten() for t, k in zip(tensors, layers) if k == l]).norm()
+                 for l in range(L)]
+    """
+    if num_layers is None:
+        num_layers = max(layers, default=-1) + 1
+    _check_layers("tensors", tensors, layers, num_layers)
+    return torch.ops.bld_ext.layer_norms(tensors, layers, num_layers)
+
+
+def balance_layers_(
+    grads: Sequence[Tensor],
+    layers: Sequence[int],
+    reference_norms: Tensor,
+    balance: float | Tensor = 2.0,
+) -> tuple[Tensor, Tensor]:
+    """Rescale each layer's gradient, in place, to `balance` times a reference norm.
+
+    G_d[l] ← λ ‖G_w[l]‖ / ‖G_d[l]‖ · G_d[l], Algorithm 2 of Fini et al., ECCV 2020, per layer. The
+    factor is 0 where the ratio is no finite number, as for ‖G_d[l]‖ = 0; a gradient that is not finite
+    becomes nan and so stays visible.
+
+    Args:
+        grads: the gradients G_d, changed in place; any shapes and float dtypes, on one device.
+        layers: the layer index of each gradient.
+        reference_norms: ‖G_w‖, `[L]`, on the same device.
+        balance: λ, a number or a scalar tensor on the device.
+
+    Returns:
+        (factors, norms): what each layer was multiplied by, and ‖G_d‖ before it, `[L]` each.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device or value is not as described.
+
+    Equivalent to:
+        norms = layer_norms(grads, layers, L)
+        for g, l in zip(grads, layers): g *= balance * reference_norms[l] / norms[l]
+    """
+    _check_reference_norms(reference_norms, grads or [reference_norms])
+    _check_layers("grads", grads, layers, len(reference_norms))
+    balance = _scalar(balance, reference_norms.device)
+    return torch.ops.bld_ext.balance_layers_(grads, layers, reference_norms, balance)
+
+
+def balanced_sgd_(
+    params: Sequence[Tensor],
+    distill_grads: Sequence[Tensor],
+    new_grads: Sequence[Tensor],
+    layers: Sequence[int],
+    reference_norms: Tensor,
+    balance: float | Tensor = 2.0,
+    lr: float | Tensor = 1e-4,
+) -> tuple[Tensor, Tensor]:
+    """Balance each layer's distillation gradient and take the SGD step: θ ← θ - α (λ‖G_w‖/‖G_d‖ G_d + G_t).
+
+    Args:
+        params: θ, changed in place.
+        distill_grads, new_grads: G_d and G_t, shaped like the parameters; only read.
+        layers: the layer index of each parameter.
+        reference_norms: ‖G_w‖, `[L]`, on the same device.
+        balance, lr: λ and α, numbers or scalar tensors on the device.
+
+    Returns:
+        (factors, norms) as `balance_layers_`.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device or value is not as described.
+
+    Equivalent to:
+        balance_layers_(distill_grads, layers, reference_norms, balance)
+        for p, d, n in zip(params, distill_grads, new_grads): p -= lr * (d + n)
+    """
+    _check_reference_norms(reference_norms, params or [reference_norms])
+    _check_layers("params", params, layers, len(reference_norms))
+    _check_same_shapes("distill_grads", distill_grads, params)
+    _check_same_shapes("new_grads", new_grads, params)
+    balance, lr = (_scalar(x, reference_norms.device) for x in (balance, lr))
+    return torch.ops.bld_ext.balanced_sgd_(
+        params, distill_grads, new_grads, layers, reference_norms, balance, lr
+    )
+
+
+# ---- seeded augmentation ----
+
+
+def augment(
+    images: Tensor,
+    policy: Policy,
+    seed: int | Tensor,
+    step: int | Tensor,
+    views: Sequence[int],
+    indices: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+) -> Tensor:
+    """Random views of images, each a pure function of (seed, step, view, image index).
+
+    In this order: crop from the padded image, horizontal flip, rotation and scale about the centre, as
+    one inverse matrix and one bilinear resample with zeros outside; brightness, contrast (against the
+    image's own mean), saturation, hue, each clamped to [0, 1]; normalisation.
+
+    Random words are Philox4x32-10 with key = seed and counter = (image index, view, step, op): op 0
+    gives (left, top, flip, angle), op 1 (scale, -, -, -), op 2 (brightness, contrast, saturation, hue).
+
+    Args:
+        images: `[N, C, H, W]`, uint8, or float in [0, 1]. Saturation and hue act on three channels.
+        policy: what to draw from.
+        seed: 0 to 2**63 - 1, or such an int64 scalar on the images' device.
+        step: 0 to 2**32 - 1, or such an int64 scalar on the images' device.
+        views: view numbers, V of them.
+        indices: `[N]` int64, the images' numbers within the step; default 0 to N - 1.
+        dtype: of the result, a float dtype.
+        channels_last: the memory format of the result.
+
+    Returns:
+        `[V·N, C, H, W]`, view by view. Not differentiable.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device or value is not as described.
+
+    Equivalent to:
+        parameters = view_parameters(policy, seed, step, views, indices)
+        # torchvision.transforms.v2.functional: crop(pad), hflip, affine, adjust_*, normalize
+    """
+    uint8_or_float = images.dtype == torch.uint8 or images.dtype in FLOATS
+    _require(uint8_or_float, "images", "uint8 or a floating-point dtype", images.dtype)
+    _require(images.dim() == 4, "images", "shape [N, C, H, W]", tuple(images.shape))
+    _require(dtype in FLOATS, "dtype", "a floating-point dtype", dtype)
+    channels = len(policy.mean)
+    matches = channels in (0, images.shape[1])
+    _require(matches, "policy.mean", f"{images.shape[1]} values, one a channel", channels)
+    if policy.contrast or policy.saturation or policy.hue:
+        known = images.shape[1] in (1, 3)
+        _require(known, "images", "1 or 3 channels for colour jitter", tuple(images.shape))
+    seed, step, indices = _counter(seed, step, indices, images)
+    return torch.ops.bld_ext.augment(
+        images, policy.pack(), seed, step, list(views), indices, dtype, channels_last
+    )
+
+
+def view_parameters(
+    policy: Policy,
+    seed: int | Tensor,
+    step: int | Tensor,
+    views: Sequence[int],
+    indices: Tensor,
+) -> ViewParameters:
+    """The parameters `augment` draws, without drawing a picture: each field `[V, N]`."""
+    seed, step, indices = _counter(seed, step, indices, indices)
+    return reference.view_parameters(policy, seed, step, views, indices)
+
+
+def _counter(seed, step, indices, images):
+    device = images.device
+    for name, value, limit in (("seed", seed, 2**63), ("step", step, 2**32)):
+        if not isinstance(value, Tensor):
+            _require(0 <= value < limit, name, f"0 to {limit - 1}", value)
+    if indices is None:
+        indices = torch.arange(images.shape[0], device=device)
+    _require(indices.dtype == torch.int64, "indices", "torch.int64", indices.dtype)
+    expected = (images.shape[0],)
+    _require(tuple(indices.shape) == expected, "indices", f"shape {expected}", indices.shape)
+    seed, step = (torch.as_tensor(x, dtype=torch.int64, device=device) for x in (seed, step))
+    return seed, step, indices
+
+
+# ---- default kernels ----
+
+# One softmax for the bank and for the loss, whichever kernel it is: unchanged logits then give a
+# gradient of exactly zero.
+_softmax = torch.ops.bld_ext.head_softmax
+for _name, _kernel in {
+    "head_softmax": reference.head_softmax,
+    "distillation_loss": functools.partial(reference.distillation_loss, softmax=_softmax),
+    "warm_up_loss": functools.partial(reference.warm_up_loss, softmax=_softmax),
+    "joint_loss": functools.partial(reference.joint_loss, softmax=_softmax),
+    "layer_norms": reference.layer_norms,
+    "balance_layers_": reference.balance_layers_,
+    "balanced_sgd_": reference.balanced_sgd_,
+    "augment": reference.augment,
+}.items():
+    torch.library.impl(f"bld_ext::{_name}", "default", _kernel)
+
+
+# ---- fake kernels ----
+
+
+@torch.library.register_fake("bld_ext::head_softmax")
+def _(logits, head_sizes, temperature):
+    shape = (logits.shape[0], sum(head_sizes), *logits.shape[2:])
+    return logits.new_empty(shape, dtype=compute_dtype(logits.dtype))
+
+
+def _fake_loss(logits):
+    return logits.new_empty((), dtype=compute_dtype(logits.dtype))
+
+
+def _fake_grad(logits):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("bld_ext::distillation_loss")
+def _(logits, bank, head_sizes, temperature):
+    return _fake_loss(logits), _fake_grad(logits)
+
+
+@torch.library.register_fake("bld_ext::warm_up_loss")
+def _(logits, labels, head_sizes, temperature):
+    bank = torch.ops.bld_ext.head_softmax(logits, head_sizes[:-1], temperature)
+    return _fake_loss(logits), bank, _fake_grad(logits)
+
+
+@torch.library.register_fake("bld_ext::joint_loss")
+def _(logits, labels, bank, head_sizes, temperature):
+    return _fake_loss(logits), _fake_loss(logits), _fake_grad(logits), _fake_grad(logits)
+
+
+@torch.library.register_fake("bld_ext::layer_norms")
+def _(tensors, layers, num_layers):
+    return tensors[0].new_empty(num_layers, dtype=compute_dtype(tensors[0].dtype))
+
+
+def _fake_norms(grads, reference_norms):
+    norms = grads[0].new_empty(reference_norms.shape, dtype=compute_dtype(grads[0].dtype))
+    return norms, torch.empty_like(norms)
+
+
+@torch.library.register_fake("bld_ext::balance_layers_")
+def _(grads, layers, reference_norms, balance):
+    return _fake_norms(grads, reference_norms)
+
+
+@torch.library.register_fake("bld_ext::balanced_sgd_")
+def _(params, distill_grads, new_grads, layers, reference_norms, balance, lr):
+    return _fake_norms(distill_grads, reference_norms)
+
+
+@torch.library.register_fake("bld_ext::augment")
+def _(images, policy, seed, step, views, indices, dtype, channels_last):
+    N, *shape = images.shape
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return images.new_empty((len(views) * N, *shape), dtype=dtype).to(memory_format=layout)
+
+
+# ---- autograd ----
+
+
+def _save_softmax(ctx, inputs, output):
+    _, ctx.head_sizes, ctx.temperature = inputs
+    ctx.classes, ctx.dtype = inputs[0].shape[1], inputs[0].dtype
+    ctx.save_for_backward(output)
+
+
+def _softmax_backward(ctx, grad):
+    (bank,) = ctx.saved_tensors  # dL/dz = p (dL/dp - Σ_head p dL/dp) / τ
+    heads = zip(bank.split(ctx.head_sizes, 1), grad.split(ctx.head_sizes, 1), strict=True)
+    parts = [p * (g - (p * g).sum(1, keepdim=True)) / ctx.temperature for p, g in heads]
+    rest = bank.new_zeros(bank.shape[0], ctx.classes - bank.shape[1], *bank.shape[2:])
+    return torch.cat([*parts, rest], 1).to(ctx.dtype), None, None
+
+
+torch.library.register_autograd(
+    "bld_ext::head_softmax", _softmax_backward, setup_context=_save_softmax
+)
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """The gradient as it is; differentiating it again is an error, not a silent zero."""
+
+    @staticmethod
+    def forward(ctx, grad_logits, grad_loss):
+        return grad_logits * grad_loss.to(grad_logits.dtype)
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError(
+            "bld_ext: the losses have no second derivative. Write the loss with head_softmax, which "
+            "has one, or use the functions of bld_ext.reference in the log domain."
+        )
+
+
+def _register_loss(name, losses, num_inputs):
+    """Autograd of an op whose outputs are `losses` scalars first and their gradients last."""
+
+    def save(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*output[-losses:])
+        ctx.mark_non_differentiable(*output[losses:])
+
+    def backward(ctx, *grads):
+        total = None
+        for grad_logits, grad_loss in zip(ctx.saved_tensors, grads, strict=False):
+            if grad_loss is not None:
+                part = _NoSecondDerivative.apply(grad_logits, grad_loss)
+                total = part if total is None else total + part
+        return total, *(None,) * (num_inputs - 1)
+
+    torch.library.register_autograd(f"bld_ext::{name}", backward, setup_context=save)
+
+
+_register_loss("distillation_loss", losses=1, num_inputs=4)
+_register_loss("warm_up_loss", losses=1, num_inputs=4)
+_register_loss("joint_loss", losses=2, num_inputs=5)

@@ -1,0 +1,52 @@
+"""The arithmetic of a step: float32 as it is written, and random numbers that can be replayed."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+# Every switch by which torch may compute a float32 product in less: TF32 on a GPU, bfloat16 on a CPU.
+_SWITCHES = (
+    torch.backends.cuda.matmul,
+    torch.backends.cudnn.conv,
+    torch.backends.cudnn.rnn,
+    torch.backends.mkldnn.matmul,
+    torch.backends.mkldnn.conv,
+    torch.backends.mkldnn.rnn,
+)
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """No TF32, no bfloat16 products, no autocast inside; everything as it was after."""
+    before = [switch.fp32_precision for switch in _SWITCHES]
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        try:
+            for switch in _SWITCHES:
+                switch.fp32_precision = "ieee"
+            yield
+        finally:
+            for switch, precision in zip(_SWITCHES, before, strict=True):
+                switch.fp32_precision = precision
+
+
+@contextmanager
+def replayable_rng(device: torch.device) -> Iterator[Callable[[int], None]]:
+    """Give a function that seeds torch's generators of the CPU and `device`; put them back after."""
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        generators.append(torch.cuda.default_generators[device.index])
+    states = [generator.get_state() for generator in generators]
+
+    def reseed(seed: int) -> None:
+        for generator in generators:
+            generator.manual_seed(seed)
+
+    try:
+        yield reseed
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
