@@ -1,0 +1,66 @@
+"""Several runs at a time, with one progress bar."""
+
+import multiprocessing
+import queue
+from concurrent.futures import ProcessPoolExecutor
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.paper.experiment import run
+from benchmarks.paper.methods import Settings
+from benchmarks.paper.streams import load_dataset, make_stream
+
+_worker: dict = {}  # what a worker process keeps from run to run
+
+
+def _start_worker(dataset: str, root: str, device: str, threads: int, ticks) -> None:
+    torch.set_num_threads(threads)
+    _worker.update(dataset=load_dataset(dataset, root), device=device, ticks=ticks)
+
+
+def _run_in_worker(method: str, settings: Settings, seed: int) -> dict:
+    tick = _worker["ticks"].put
+    return run(_worker["dataset"], method, settings, seed, _worker["device"], lambda: tick(1))
+
+
+def run_all(
+    dataset: str,
+    root: str,
+    methods: list[str],
+    settings: Settings,
+    seeds: list[int],
+    device: str = "cpu",
+    jobs: int = 1,
+    threads: int = 1,
+) -> list[dict]:
+    """Every method on every seed, `jobs` processes of `threads` threads; records in a fixed order."""
+    loaded = load_dataset(dataset, root)
+    batches = {seed: _batches(make_stream(loaded, settings.tasks, seed, settings.limit), settings)
+               for seed in seeds}  # fmt: skip
+    context = multiprocessing.get_context("spawn")
+    ticks = context.Manager().Queue()
+    order = [(method, seed) for seed in seeds for method in methods]
+    records = {}
+    with (
+        tqdm(total=sum(batches.values()) * len(methods), unit="batch", smoothing=0.05) as bar,
+        ProcessPoolExecutor(
+            min(jobs, len(order)), context, _start_worker, (dataset, root, device, threads, ticks)
+        ) as pool,
+    ):
+        futures = {pool.submit(_run_in_worker, m, settings, s): (m, s) for m, s in order}
+        try:
+            while len(records) < len(order):
+                try:
+                    bar.update(ticks.get(timeout=0.2))
+                except queue.Empty:
+                    done = [f for f in futures if f.done()]
+                    records |= {futures[f]: f.result() for f in done}
+        except BaseException:
+            pool.shutdown(cancel_futures=True, wait=False)
+            raise
+    return [records[key] for key in order]
+
+
+def _batches(stream, settings: Settings) -> int:
+    return sum(task.batch_count(settings.batch_size) for task in stream)

@@ -1,0 +1,112 @@
+"""Tables and pictures from the records of runs."""
+
+from math import sqrt
+from pathlib import Path
+from statistics import mean, stdev
+
+
+def averages(record: dict) -> float:
+    """Mean over tasks of the accuracy after the last task."""
+    return mean(record["accuracy"][-1])
+
+
+def forgetting(record: dict) -> float:
+    """Mean over the older tasks of the best accuracy a task ever had minus its last one, in points.
+
+    Chaudhry et al., "Riemannian Walk for Incremental Learning", ECCV 2018.
+    """
+    *_, last = matrix = record["accuracy"]
+    drops = [max(row[j] for row in matrix[j:-1]) - last[j] for j in range(len(last) - 1)]
+    return mean(drops) if drops else 0.0
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Mean and sample standard deviation; one value spreads by nothing."""
+    return {"mean": mean(values), "std": stdev(values) if len(values) > 1 else 0.0}
+
+
+def paired(records: list[dict], method: str, baseline: str) -> dict | None:
+    """The difference of the averages, method - baseline, over the seeds both have, in points."""
+    by = {(r["method"], r["seed"]): averages(r) for r in records}
+    seeds = [s for m, s in by if m == method and (baseline, s) in by]
+    if not seeds:
+        return None
+    differences = [by[method, s] - by[baseline, s] for s in seeds]
+    s = spread(differences)
+    error = s["std"] / sqrt(len(seeds)) if len(seeds) > 1 else None
+    return {"mean": s["mean"], "standard_error": error, "seeds": seeds, "differences": differences}
+
+
+def summarise(records: list[dict]) -> dict:
+    """Per method: mean and std of each task's last accuracy, their average, forgetting, and bytes."""
+    summary = {}
+    for method in dict.fromkeys(r["method"] for r in records):
+        own = [r for r in records if r["method"] == method]
+        diagnostic = [mean(r["accuracy_with_batch_statistics"]) for r in own]
+        summary[method] = {
+            "tasks": [spread(list(column)) for column in zip(*(r["accuracy"][-1] for r in own), strict=True)],
+            "average": spread([averages(r) for r in own]),
+            "forgetting": spread([forgetting(r) for r in own]),
+            "average_with_batch_statistics": spread(diagnostic),
+            "memory": own[0]["memory"],
+            "seconds": mean(r["seconds"] for r in own),
+        }  # fmt: skip
+    return summary
+
+
+def table(summary: dict) -> str:
+    """The summary as a Markdown table; accuracies in percent, mean ± std over seeds."""
+    count = max(len(entry["tasks"]) for entry in summary.values())
+    heads = [f"T{j}" for j in range(count)]
+    heads = ["method", *heads, "average", "forgetting", "bank", "norms + seed", "gradients"]
+    rows = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+    for method, entry in summary.items():
+        cells = [*entry["tasks"], entry["average"], entry["forgetting"]]
+        memory = entry["memory"]
+        gradients = memory["gradients"] + memory.get("second_gradients", 0)
+        small = memory["layer_norms"] + memory["seed"]
+        sizes = [f"{size:,} B" for size in (memory["bank"], small, gradients)]
+        rows.append([method, *(f"{c['mean']:.1f} ± {c['std']:.1f}" for c in cells), *sizes])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
+    lines = (" | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def difference_line(difference: dict, method: str, baseline: str) -> str:
+    count, error = len(difference["seeds"]), difference["standard_error"]
+    plus = f" ± {error:.1f} (standard error)" if error is not None else ""
+    return f"{method} - {baseline}, paired over {count} seeds: {difference['mean']:+.1f}{plus} points"
+
+
+def figure(records: list[dict], title: str, path: Path) -> None:
+    """Accuracy of each task as the stream goes on: a panel a method, mean and std over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    methods = list(dict.fromkeys(r["method"] for r in records))
+    fig, axes = plt.subplots(
+        1, len(methods), figsize=(4.5 * len(methods), 3.6), sharey=True, squeeze=False
+    )
+    for ax, method in zip(axes[0], methods, strict=True):
+        matrices = [r["accuracy"] for r in records if r["method"] == method]
+        tasks = len(matrices[0])
+        for j in range(tasks):
+            after = range(j, tasks)
+            cells = [spread([m[i][j] for m in matrices]) for i in after]
+            middle = [c["mean"] for c in cells]
+            ax.plot([i + 1 for i in after], middle, marker="o", label=f"T{j}")
+            low, high = ([c["mean"] + sign * c["std"] for c in cells] for sign in (-1, 1))
+            ax.fill_between([i + 1 for i in after], low, [min(h, 100) for h in high], alpha=0.12)
+        average = spread([averages(r) for r in records if r["method"] == method])
+        ax.set_title(f"{method}: {average['mean']:.1f} ± {average['std']:.1f} at the end")
+        ax.set_xlabel("tasks learned")
+        ax.set_xticks(range(1, tasks + 1))
+        ax.grid(alpha=0.3)
+    axes[0][0].set_ylabel("test accuracy, %")
+    axes[0][-1].legend(title="task", fontsize=8)
+    fig.suptitle(title, fontsize=10)
+    fig.tight_layout()
+    fig.savefig(path, dpi=130)
+    plt.close(fig)

@@ -1,0 +1,53 @@
+"""Small networks and streams that the tests share."""
+
+import pytest
+import torch
+from torch import nn
+
+from bld_ext import MultiHead
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed():
+    torch.manual_seed(0)
+
+
+def small_backbone(dropout: float = 0.0) -> nn.Module:
+    """Two convolutions with BatchNorm, 3 channels in, 6 features out."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+        nn.Conv2d(4, 6, 3, stride=2),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
+
+
+@pytest.fixture
+def make_model():
+    """make_model(heads=(2, 3), dropout=0.0, dtype=torch.float32): a MultiHead with fixed weights."""
+
+    def make(heads=(), dropout=0.0, dtype=torch.float32) -> MultiHead:
+        torch.manual_seed(1)
+        model = MultiHead(small_backbone(dropout), 6).to(dtype)
+        for size in heads:
+            model.add_head(size)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def make_batch():
+    """make_batch(classes, number=0, size=5, dtype=torch.float32): images in [0, 1] and labels."""
+
+    def make(classes, number=0, size=5, dtype=torch.float32):
+        generator = torch.Generator().manual_seed(100 + number)
+        images = torch.rand(size, 3, 8, 8, generator=generator, dtype=dtype)
+        return images, torch.randint(classes, (size,), generator=generator)
+
+    return make
