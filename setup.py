@@ -1,7 +1,8 @@
 """Builds bld_ext._C: the CPU kernels always, the CUDA kernels when nvcc and a CUDA torch are there.
 
-BLD_EXT_CUDA          0 leaves the CUDA kernels out, 1 fails where they cannot be built; unset: as the machine allows
-TORCH_CUDA_ARCH_LIST  GPU architectures to compile for (default: 8.0, 9.0 and PTX for later ones)
+BLD_EXT_CUDA          0 leaves the CUDA kernels out, 1 fails where they cannot be built; unset: as
+the machine allows TORCH_CUDA_ARCH_LIST  GPU architectures to compile for (default: 8.0, 9.0 and PTX
+for later ones)
 """
 
 import os
@@ -17,7 +18,7 @@ from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
 TORCH_TARGET = "2.11"
-# Every symbol used is in the LibTorch stable ABI of this version, so one build runs on 2.11 and all later ones.
+# All symbols are in the LibTorch stable ABI of this version, so one build runs on all later ones.
 TORCH_TARGET_VERSION = "0x020b000000000000"
 
 
@@ -26,7 +27,7 @@ def cuda_toolkit():
     candidates = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
     if nvcc := shutil.which("nvcc"):
         candidates.insert(1, Path(nvcc).resolve().parents[1])
-    # nvcc on PATH may be a wrapper script far from its toolkit: only a folder one can link against counts.
+    # nvcc on PATH may be a wrapper script far from its toolkit: look for a complete folder.
     complete = (c for c in candidates if c and (Path(c) / "include/cuda_runtime.h").exists())
     return next((str(c) for c in complete if (Path(c) / "bin/nvcc").exists()), None)
 
@@ -36,9 +37,13 @@ def cuda_sources():
     wanted = os.environ.get("BLD_EXT_CUDA", "")
     if wanted == "0":
         return []
-    missing = "torch is a CPU build" if not torch.version.cuda else "no CUDA toolkit with nvcc" if not cuda_toolkit() else ""
+    missing = ""
+    if not torch.version.cuda:
+        missing = "torch is a CPU build"
+    elif not cuda_toolkit():
+        missing = "there is no CUDA toolkit with nvcc"
     if missing and wanted == "1":
-        sys.exit(f"BLD_EXT_CUDA=1, but {missing}. Install a CUDA build of torch and its toolkit, or unset BLD_EXT_CUDA.")
+        sys.exit(f"BLD_EXT_CUDA=1, but {missing}. Install both for CUDA, or unset BLD_EXT_CUDA.")
     return [] if missing else sorted(glob("csrc/cuda/*.cu"))
 
 

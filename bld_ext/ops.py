@@ -1,11 +1,12 @@
 """The ops of bld_ext: argument checks, schemas, fake kernels, autograd, and which backend runs.
 
-Each public function checks its arguments and calls `torch.ops.bld_ext.<name>`, where the fastest kernel
-registered for the tensors' device runs: C++ on a CPU where bld_ext._C was built, otherwise the reference.
+Each public function checks its arguments and calls `torch.ops.bld_ext.<name>`, where the fastest
+kernel registered for the tensors' device runs: C++ on a CPU where bld_ext._C was built, otherwise
+the reference.
 
 Shapes: logits [N, C, *] with the heads side by side on dimension 1, oldest first; * is empty or the
-spatial dimensions of a dense prediction. Where an op reads old heads only, `head_sizes` lists those, and
-logits may have further columns behind them, which are left alone.
+spatial dimensions of a dense prediction. Where an op reads old heads only, `head_sizes` lists
+those, and logits may have further columns behind them, which are left alone.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ try:
 except ImportError as error:
     _C = None
     warnings.warn(
-        f"bld_ext._C could not be loaded ({error}): every op runs on its PyTorch reference, which is "
-        "correct but slower. Install a C++ compiler and run `pip install -e .` again to build it.",
+        f"bld_ext._C could not be loaded ({error}): every op runs on its PyTorch reference, "
+        "which is correct but slower. Install a C++ compiler and run `pip install -e .` again to build it.",
         stacklevel=2,
     )
 
@@ -43,8 +44,9 @@ SCHEMAS = {
         " -> (Tensor loss, Tensor bank, Tensor grad_logits)"
     ),
     "joint_loss": (
-        "(Tensor logits, Tensor labels, Tensor bank, int[] head_sizes, float temperature) -> (Tensor"
-        " new_loss, Tensor distillation_loss, Tensor new_grad_logits, Tensor distillation_grad_logits)"
+        "(Tensor logits, Tensor labels, Tensor bank, int[] head_sizes, float temperature)"
+        " -> (Tensor new_loss, Tensor distillation_loss,"
+        " Tensor new_grad_logits, Tensor distillation_grad_logits)"
     ),
     "layer_norms": "(Tensor[] tensors, int[] layers, int num_layers) -> Tensor",
     "balance_layers_": (
@@ -166,7 +168,8 @@ def head_softmax(logits: Tensor, head_sizes: Sequence[int], temperature: float =
 
     Args:
         logits: `[N, C, *]`, float16, bfloat16, float32 or float64.
-        head_sizes: classes of each head to soften, the leading ones of logits; their sum is C_old ≤ C.
+        head_sizes: classes of each head to soften, the leading ones of logits; their sum is C_old ≤
+            C.
         temperature: τ > 0.
 
     Returns:
@@ -188,9 +191,9 @@ def distillation_loss(
 ) -> Tensor:
     """Cross-entropy between the bank and the softened heads: -Σ_o Σ_b ŷ · log softmax(z / τ).
 
-    Equation 2 of Fini et al., ECCV 2020, summed over heads, images and positions, without a factor τ².
-    The gradient, (softmax(z / τ) - ŷ) / τ, is computed in the same pass; it is exactly zero, bit for
-    bit, at the logits from which `head_softmax` made the bank.
+    Equation 2 of Fini et al., ECCV 2020, summed over heads, images and positions, without a factor
+    τ². The gradient, (softmax(z / τ) - ŷ) / τ, is computed in the same pass; it is exactly zero,
+    bit for bit, at the logits from which `head_softmax` made the bank.
 
     Args:
         logits: `[N, C, *]`, float16, bfloat16, float32 or float64.
@@ -221,7 +224,8 @@ def warm_up_loss(
 
     Args:
         logits: `[N, C, *]`, float16, bfloat16, float32 or float64.
-        labels: `[N, *]`, int64, classes of the newest head counted from 0. Values are checked on a CPU.
+        labels: `[N, *]`, int64, classes of the newest head counted from 0. Values are checked on a
+            CPU.
         head_sizes: classes of each head, oldest first; their sum is C.
         temperature: τ > 0, for the bank.
 
@@ -253,14 +257,15 @@ def joint_loss(
 
     Args:
         logits: `[N, C, *]`, float16, bfloat16, float32 or float64.
-        labels: `[N, *]`, int64, classes of the newest head counted from 0. Values are checked on a CPU.
+        labels: `[N, *]`, int64, classes of the newest head counted from 0. Values are checked on a
+            CPU.
         bank: `[N, C_old, *]` from `warm_up_loss`.
         head_sizes: classes of each head, oldest first; their sum is C.
         temperature: τ > 0, the one the bank was made with.
 
     Returns:
-        (L_t, L_d), scalars summed over heads, images and positions. Both gradients come from the same
-        pass; each loss can be differentiated alone.
+        (L_t, L_d), scalars summed over heads, images and positions. Both gradients come from the
+        same pass; each loss can be differentiated alone.
 
     Raises:
         ValueError: an argument's shape, dtype, device or value is not as described.
@@ -313,8 +318,8 @@ def balance_layers_(
     """Rescale each layer's gradient, in place, to `balance` times a reference norm.
 
     G_d[l] ← λ ‖G_w[l]‖ / ‖G_d[l]‖ · G_d[l], Algorithm 2 of Fini et al., ECCV 2020, per layer. The
-    factor is 0 where the ratio is no finite number, as for ‖G_d[l]‖ = 0; a gradient that is not finite
-    becomes nan and so stays visible.
+    factor is 0 where the ratio is no finite number, as for ‖G_d[l]‖ = 0; a gradient that is not
+    finite becomes nan and so stays visible.
 
     Args:
         grads: the gradients G_d, changed in place; any shapes and float dtypes, on one device.
@@ -347,7 +352,8 @@ def balanced_sgd_(
     balance: float | Tensor = 2.0,
     lr: float | Tensor = 1e-4,
 ) -> tuple[Tensor, Tensor]:
-    """Balance each layer's distillation gradient and take the SGD step: θ ← θ - α (λ‖G_w‖/‖G_d‖ G_d + G_t).
+    """Balance each layer's distillation gradient and take the SGD step: θ ← θ - α (λ‖G_w‖/‖G_d‖ G_d
+    + G_t).
 
     Args:
         params: θ, changed in place.
@@ -391,12 +397,14 @@ def augment(
 ) -> Tensor:
     """Random views of images, each a pure function of (seed, step, view, image index).
 
-    In this order: crop from the padded image, horizontal flip, rotation and scale about the centre, as
-    one inverse matrix and one bilinear resample with zeros outside; brightness, contrast (against the
-    image's own mean), saturation, hue, each clamped to [0, 1]; normalisation.
+    In this order: crop from the padded image, horizontal flip, rotation and scale about the centre,
+        as
+    one inverse matrix and one bilinear resample with zeros outside; brightness, contrast (against
+    the image's own mean), saturation, hue, each clamped to [0, 1]; normalisation.
 
     Random words are Philox4x32-10 with key = seed and counter = (image index, view, step, op): op 0
-    gives (left, top, flip, angle), op 1 (scale, -, -, -), op 2 (brightness, contrast, saturation, hue).
+    gives (left, top, flip, angle), op 1 (scale, -, -, -), op 2 (brightness, contrast, saturation,
+    hue).
 
     Args:
         images: `[N, C, H, W]`, uint8, or float in [0, 1]. Saturation and hue act on three channels.
@@ -570,8 +578,8 @@ class _NoSecondDerivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx, _):
         raise RuntimeError(
-            "bld_ext: the losses have no second derivative. Write the loss with head_softmax, which "
-            "has one, or use the functions of bld_ext.reference in the log domain."
+            "bld_ext: the losses have no second derivative. Write the loss in PyTorch, as under "
+            "'Equivalent to' in its docstring; head_softmax can be differentiated twice."
         )
 
 

@@ -5,9 +5,11 @@ A word is a pure function of (key, counter), so nothing is stored and nothing de
     key     = (seed mod 2**32, seed div 2**32)
     counter = (image index, view, step, op)
 
-Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011. The integer
-words equal Random123's; the maps from words to numbers below are ours, chosen so that every device
-computes them exactly: integer products, and doubles in which the product is exact before one addition.
+Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011. The
+integer words equal Random123's; the maps from words to numbers below are ours, chosen so that every
+device
+computes them exactly: integer products, and doubles in which the product is exact before one
+addition.
 """
 
 import torch
@@ -53,7 +55,8 @@ def uniform(word: Tensor) -> Tensor:
 def between(word: Tensor, low: float, high: float) -> Tensor:
     """A float32 in [low, high]. `low` and `high - low` are taken as float32.
 
-    A 24-bit fraction times a 24-bit span is exact in double, so fused and separate multiply-add agree.
+    A 24-bit fraction times a 24-bit span is exact in double, so fused and separate multiply-add
+    agree.
     """
     low32, span32 = torch.tensor([low, high - low], dtype=torch.float32).tolist()
     return (low32 + uniform(word) * span32).float()

@@ -1,5 +1,6 @@
-"""Every op of bld_ext in plain PyTorch: its definition, its kernel where there is no faster one, and
-the oracle of every parity test. Any device; any float dtype, computed in float32, or float64 if given.
+"""Every op of bld_ext in plain PyTorch: its definition, its kernel where there is no faster one,
+and the oracle of every parity test. Any device; any float dtype, computed in float32, or float64 if
+given.
 
 Symbols follow the paper (Fini et al., "Online Continual Learning under Extreme Memory Constraints",
 ECCV 2020): logits z of all heads side by side, oldest head first; bank ŷ; temperature τ; balance λ.
@@ -38,8 +39,8 @@ def distillation_loss(
 ) -> tuple[Tensor, Tensor]:
     """L_d = -Σ ŷ · log softmax(z / τ), summed over everything (eq. 2), and dL_d/dz.
 
-    The gradient is (p - ŷ) / τ with p from the `softmax` that filled the bank: where no logit has moved
-    it is exactly zero. Logits behind the old heads get zero.
+    The gradient is (p - ŷ) / τ with p from the `softmax` that filled the bank: where no logit has
+    moved it is exactly zero. Logits behind the old heads get zero.
     """
     old = bank.shape[1]
     z = logits[:, :old].to(bank.dtype) / temperature

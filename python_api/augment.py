@@ -19,8 +19,10 @@ def _range(name: str, value: float | tuple[float, float], low: float, high: floa
 class SeededAugment:
     """Views of images as a pure function of (seed, step, view, image index); nothing is stored.
 
-    Order: crop from the zero-padded image, horizontal flip, rotation and scale about the centre (one
-    matrix, one bilinear resample, zeros outside), brightness, contrast, saturation, hue, normalisation.
+    Order: crop from the zero-padded image, horizontal flip, rotation and scale about the centre
+        (one
+    matrix, one bilinear resample, zeros outside), brightness, contrast, saturation, hue,
+    normalisation.
     Paper: section 3.5 of Fini et al., ECCV 2020. Semantics of each step are torchvision's.
 
     Args:

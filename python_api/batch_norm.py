@@ -34,8 +34,8 @@ class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
     def _normalise(self, view: Tensor) -> Tensor:  # [B, C, *]
         if self.mode == "every_pass" and self.track_running_stats:
             return super().forward(view)
-        # Momentum 1 makes F.batch_norm report this view's statistics; both stages make the same call.
-        mean = torch.zeros_like(view[0].flatten(1)[:, 0])
+        # With momentum 1 F.batch_norm reports this view's statistics; both stages call it alike.
+        mean = view.new_zeros(view.shape[1])
         variance = torch.ones_like(mean)
         out = F.batch_norm(view, mean, variance, self.weight, self.bias, True, 1.0, self.eps)
         if self.mode == "pool" and self.track_running_stats:
@@ -91,8 +91,8 @@ _CONVERTED = {
 def convert_view_batchnorm(module: nn.Module) -> nn.Module:
     """Turn every `nn.BatchNorm*d` inside into a `ViewBatchNorm`, in place, and return the module.
 
-    The modules, their parameters, buffers, hooks and state_dict stay the same objects; each is still an
-    instance of its PyTorch class and behaves as before outside a BLD step.
+    The modules, their parameters, buffers, hooks and state_dict stay the same objects; each is
+    still an instance of its PyTorch class and behaves as before outside a BLD step.
     """
     for child in module.modules():
         if type(child) in _CONVERTED:
@@ -102,13 +102,19 @@ def convert_view_batchnorm(module: nn.Module) -> nn.Module:
 
 @contextmanager
 def view_statistics(layers: Sequence[ViewBatchNorm], mode: str) -> Iterator[None]:
-    """Put the layers into a mode; on leaving "pool" without an exception, commit what they gathered."""
+    """Put the layers into a mode, and commit what they gathered unless an exception is raised."""
     for layer in layers:
         layer.mode, layer.pooled = mode, None
+    before = [[b.clone() for b in layer.buffers()] for layer in layers]
     try:
         yield
         for layer in layers:
             layer.commit()
+    except BaseException:
+        for layer, saved in zip(layers, before, strict=True):
+            for buffer, value in zip(layer.buffers(), saved, strict=True):
+                buffer.copy_(value)
+        raise
     finally:
         for layer in layers:
             layer.mode, layer.pooled, layer.views = None, None, 1

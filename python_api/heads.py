@@ -48,17 +48,24 @@ class MultiHead(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of all heads side by side, `[N, ΣC]`."""
-        if not self.heads:
-            raise RuntimeError("MultiHead has no head yet: call add_head(num_classes) first")
+        self._require_head()
+        features = self._features(images)
+        weight = torch.cat([head.weight for head in self.heads])
+        bias = torch.cat([head.bias for head in self.heads])
+        return F.linear(features, weight, bias)
+
+    def _features(self, images: Tensor) -> Tensor:
         features = self.backbone(images)
         if features.dim() != 2 or features.shape[1] != self.in_features:
             raise ValueError(
                 f"backbone: expected features of shape [N, {self.in_features}] (in_features), "
                 f"got {tuple(features.shape)}"
             )
-        weight = torch.cat([head.weight for head in self.heads])
-        bias = torch.cat([head.bias for head in self.heads])
-        return F.linear(features, weight, bias)
+        return features
+
+    def _require_head(self) -> None:
+        if not self.heads:
+            raise RuntimeError("MultiHead has no head yet: call add_head(num_classes) first")
 
     @torch.no_grad()
     def predict(self, images: Tensor, task: int) -> Tensor:
@@ -66,12 +73,13 @@ class MultiHead(nn.Module):
 
         Runs in eval mode, without gradients, and puts the modes back.
         """
+        self._require_head()
         if not 0 <= task < len(self.heads):
             raise ValueError(f"task: expected 0 to {len(self.heads) - 1}, got {task}")
         modes = {module: module.training for module in self.modules()}
         self.eval()
         try:
-            features = self.backbone(images)
+            features = self._features(images)
             return self.heads[task](features).argmax(1)
         finally:
             for module, training in modes.items():

@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-# Every switch by which torch may compute a float32 product in less: TF32 on a GPU, bfloat16 on a CPU.
+# Where torch may compute a float32 product in less: TF32 on a GPU, bfloat16 on a CPU.
 _SWITCHES = (
     torch.backends.cuda.matmul,
     torch.backends.cudnn.conv,
@@ -35,7 +35,7 @@ def exact_float32() -> Iterator[None]:
 
 @contextmanager
 def replayable_rng(device: torch.device) -> Iterator[Callable[[int], None]]:
-    """Give a function that seeds torch's generators of the CPU and `device`; put them back after."""
+    """Yield a function that seeds torch's generators of the CPU and `device`; then restore them."""
     generators = [torch.default_generator]
     if device.type == "cuda":
         generators.append(torch.cuda.default_generators[device.index])

@@ -29,7 +29,7 @@ def small_backbone(dropout: float = 0.0) -> nn.Module:
 
 @pytest.fixture
 def make_model():
-    """make_model(heads=(2, 3), dropout=0.0, dtype=torch.float32): a MultiHead with fixed weights."""
+    """make_model(heads=(2, 3), dropout=0.0, dtype=torch.float32): always the same weights."""
 
     def make(heads=(), dropout=0.0, dtype=torch.float32) -> MultiHead:
         torch.manual_seed(1)

@@ -1,7 +1,8 @@
 """BLDOptimizer against Algorithms 1 and 2 written straight down, in float64.
 
-Nothing below uses the optimizer, the ops or ViewBatchNorm: plain autograd over one graph of all views,
-plain BatchNorm, torch's own cross-entropy. Only the views and their seeds come from the package.
+Nothing below uses the optimizer, the ops or ViewBatchNorm: plain autograd over one graph of all
+views, plain BatchNorm, torch's own cross-entropy. Only the views and their seeds come from the
+package.
 """
 
 import copy
@@ -65,7 +66,9 @@ class StraightLine:
 
     def batch(self, images, labels):
         inputs = {norm: [] for norm in self.norms}
-        hooks = [n.register_forward_hook(lambda m, x, _: inputs[m].append(x[0])) for n in self.norms]
+        hooks = [
+            n.register_forward_hook(lambda m, x, _: inputs[m].append(x[0])) for n in self.norms
+        ]
         running = copy.deepcopy([(n.running_mean, n.running_var) for n in self.norms])
 
         views = self.logits(images)
@@ -106,7 +109,7 @@ class StraightLine:
 @pytest.mark.parametrize("schedule", ["two_forward", "shared_forward"])
 @pytest.mark.parametrize("views_per_pass", [1, 3, 4], ids="{}_views_a_pass".format)
 def test_equals_the_paper_s_algorithms(schedule, layer, views_per_pass, make_model, make_batch):
-    # a mask is drawn for a whole pass, so dropout agrees with single views only when they are single
+    # a mask is drawn for a whole pass, so it agrees with the straight line only for single views
     model = make_model(dropout=0.2 if views_per_pass == 1 else 0, dtype=torch.float64)
     straight = StraightLine(copy.deepcopy(model), layer)
     optimizer = BLDOptimizer(
@@ -126,5 +129,9 @@ def test_equals_the_paper_s_algorithms(schedule, layer, views_per_pass, make_mod
     for name, value in straight.model.state_dict().items():
         if value.is_floating_point():
             torch.testing.assert_close(
-                model.state_dict()[name], value, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
+                model.state_dict()[name],
+                value,
+                rtol=1e-10,
+                atol=1e-10,
+                msg=lambda m, n=name: f"{n}: {m}",
             )

@@ -111,7 +111,9 @@ def facts(device: str) -> dict:
         "python": platform.python_version(),
         **{package: version(package) for package in packages},
         "device": name,
-        "kernels": {op: bld_ext.backend(op, device.partition(":")[0]) for op in bld_ext.ops.SCHEMAS},
+        "kernels": {
+            op: bld_ext.backend(op, device.partition(":")[0]) for op in bld_ext.ops.SCHEMAS
+        },
     }
 
 
@@ -119,7 +121,9 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     settings = make_settings(args)
     seeds = args.seeds or list(range(5, 15))
-    jobs = args.jobs or (1 if args.device != "cpu" else max(1, (os.cpu_count() or 1) // args.threads))
+    jobs = args.jobs or (
+        1 if args.device != "cpu" else max(1, (os.cpu_count() or 1) // args.threads)
+    )
     out = args.out or Path("runs") / Path(args.dataset).stem
     title = (
         f"{Path(args.dataset).stem}, {settings.tasks} tasks, {settings.network}, "

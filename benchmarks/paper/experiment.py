@@ -7,10 +7,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from bld_ext import MultiHead, SeededAugment
 from benchmarks.paper.methods import METHODS, Settings
 from benchmarks.paper.networks import make_model
 from benchmarks.paper.streams import Dataset, Task, make_stream
+from bld_ext import MultiHead, SeededAugment
 
 
 def run(
@@ -23,8 +23,8 @@ def run(
 ) -> dict:
     """Train `method` over the stream of `seed`; `progress` is called after each batch.
 
-    Split, order, initial weights of network and heads, and views depend on the seed alone, so they are
-    the same for every method.
+    Split, order, initial weights of network and heads, and views depend on the seed alone, so they
+    are the same for every method.
 
     Returns:
         A JSON-ready record. `accuracy[i][j]`: test accuracy in percent of task j after task i.

@@ -34,7 +34,7 @@ def run_all(
     jobs: int = 1,
     threads: int = 1,
 ) -> list[dict]:
-    """Every method on every seed, `jobs` processes of `threads` threads; records in a fixed order."""
+    """Every method on every seed, in `jobs` processes of `threads` threads each."""
     loaded = load_dataset(dataset, root)
     batches = {seed: _batches(make_stream(loaded, settings.tasks, seed, settings.limit), settings)
                for seed in seeds}  # fmt: skip

@@ -38,13 +38,14 @@ def paired(records: list[dict], method: str, baseline: str) -> dict | None:
 
 
 def summarise(records: list[dict]) -> dict:
-    """Per method: mean and std of each task's last accuracy, their average, forgetting, and bytes."""
+    """Per method: each task's last accuracy, their average, forgetting, and bytes."""
     summary = {}
     for method in dict.fromkeys(r["method"] for r in records):
         own = [r for r in records if r["method"] == method]
         diagnostic = [mean(r["accuracy_with_batch_statistics"]) for r in own]
+        tasks = zip(*(r["accuracy"][-1] for r in own), strict=True)
         summary[method] = {
-            "tasks": [spread(list(column)) for column in zip(*(r["accuracy"][-1] for r in own), strict=True)],
+            "tasks": [spread(list(column)) for column in tasks],
             "average": spread([averages(r) for r in own]),
             "forgetting": spread([forgetting(r) for r in own]),
             "average_with_batch_statistics": spread(diagnostic),
@@ -75,7 +76,9 @@ def table(summary: dict) -> str:
 def difference_line(difference: dict, method: str, baseline: str) -> str:
     count, error = len(difference["seeds"]), difference["standard_error"]
     plus = f" ± {error:.1f} (standard error)" if error is not None else ""
-    return f"{method} - {baseline}, paired over {count} seeds: {difference['mean']:+.1f}{plus} points"
+    return (
+        f"{method} - {baseline}, paired over {count} seeds: {difference['mean']:+.1f}{plus} points"
+    )
 
 
 def figure(records: list[dict], title: str, path: Path) -> None:

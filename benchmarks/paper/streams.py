@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import zipfile, zlib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,8 @@ class Task:
     y_test: Tensor
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The training images in order, once. The last batch may be smaller; a single left-over image
+        """The training images in order, once. The last batch may be smaller; a single left-over
+        image
         is left out, since BatchNorm cannot normalise one."""
         for x, y in zip(self.x_train.split(size), self.y_train.split(size), strict=True):
             if len(x) > 1:
@@ -61,6 +63,8 @@ def make_stream(dataset: Dataset, tasks: int, seed: int, limit: int | None = Non
         raise ValueError(
             f"tasks: expected 1 to {dataset.classes}, the classes of {dataset.name}, got {tasks}"
         )
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit: expected at least 1, or None for all, got {limit}")
     rng = np.random.default_rng(seed)
     splits = np.array_split(rng.permutation(dataset.classes), tasks)
     return [_make_task(dataset, [int(c) for c in split], rng, limit) for split in splits]
@@ -88,9 +92,10 @@ def load_dataset(name: str, root: str | Path = "data", download: bool = True) ->
     """A dataset by name, or a user's own `.npz` by path.
 
     Args:
-        name: "digits" (ships with scikit-learn), "mnist", "cifar10", "svhn" (torchvision, downloaded to
-            `root` and verified by md5), or a path ending in .npz that holds x_train, y_train, x_test,
-            y_test; images uint8, or float in [0, 1], as [N, H, W], [N, H, W, C] or [N, C, H, W].
+        name: "digits" (ships with scikit-learn), "mnist", "cifar10", "svhn" (torchvision,
+            downloaded to `root` and verified by md5), or a path ending in .npz that holds x_train,
+            y_train, x_test, y_test; images uint8, or float in [0, 1], as [N, H, W], [N, H, W, C] or
+            [N, C, H, W].
     """
     if name.endswith(".npz"):
         return _from_npz(Path(name))
@@ -108,7 +113,9 @@ def _digits(root: Path, download: bool) -> Dataset:
 
     data = load_digits()
     images = np.rint(data.images * (255 / 16)).astype(np.uint8)
-    split = train_test_split(images, data.target, test_size=0.3, stratify=data.target, random_state=0)
+    split = train_test_split(
+        images, data.target, test_size=0.3, stratify=data.target, random_state=0
+    )
     x_train, x_test, y_train, y_test = split
     return _dataset("digits", x_train, y_train, x_test, y_test)
 
@@ -119,8 +126,7 @@ def _torchvision(name: str, download: bool, make: Callable) -> tuple:
     except Exception as error:  # torchvision raises many kinds: URLError, RuntimeError, OSError
         raise DatasetError(
             f"dataset {name}: could not be loaded{' or downloaded' if download else ''} ({error}). "
-            "Without a network, put torchvision's files under --data on a machine that has them, or give "
-            "an .npz file as --dataset"
+            "Without a network, put torchvision's files under --data, or give an .npz file as --dataset"
         ) from error
 
 
@@ -171,7 +177,7 @@ def _from_npz(path: Path) -> Dataset:
                     f"dataset {path}: no array {', '.join(missing)}; it has {', '.join(file.files)}"
                 )
             arrays = [file[name] for name in wanted]
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise DatasetError(f"dataset {path}: not a readable .npz file ({error})") from error
     return _dataset(str(path), *arrays)
 
@@ -189,14 +195,21 @@ def _dataset(name: str, x_train, y_train, x_test, y_test) -> Dataset:
     seen, tested = set(y_train.unique().tolist()), set(y_test.unique().tolist())
     if seen != tested or seen != set(range(len(seen))):
         raise DatasetError(
-            f"dataset {name}: labels must be 0 to K-1 in y_train and y_test, each present in both; got "
+            f"dataset {name}: labels must be 0 to K-1, each in both y_train and y_test; got "
             f"{sorted(seen)} and {sorted(tested)}"
         )
     return Dataset(name, x_train, y_train, x_test, y_test)
 
 
+def _tensor(name: str, array: str, values, expected: str) -> Tensor:
+    values = np.asarray(values)
+    if values.dtype.kind not in "buifc":
+        raise DatasetError(f"dataset {name}: {array} must be {expected}, got {values.dtype}")
+    return torch.as_tensor(values.astype(values.dtype.newbyteorder("="), copy=False))
+
+
 def _images(name: str, array: str, values) -> Tensor:
-    images = torch.as_tensor(np.asarray(values))
+    images = _tensor(name, array, values, "uint8 or float")
     if images.dim() == 3:
         images = images.unsqueeze(1)
     if images.dim() != 4:
@@ -207,23 +220,27 @@ def _images(name: str, array: str, values) -> Tensor:
     if images.shape[1] not in (1, 3) and images.shape[3] in (1, 3):
         images = images.permute(0, 3, 1, 2).contiguous()
     if images.shape[1] not in (1, 3):
-        raise DatasetError(f"dataset {name}: {array} must have 1 or 3 channels, got {images.shape[1]}")
+        raise DatasetError(
+            f"dataset {name}: {array} must have 1 or 3 channels, got {images.shape[1]}"
+        )
     if images.dtype == torch.uint8:
         return images
     if not images.is_floating_point():
         raise DatasetError(f"dataset {name}: {array} must be uint8 or float, got {images.dtype}")
+    if images.numel() == 0:
+        raise DatasetError(f"dataset {name}: {array} holds no images")
     if not (images.isfinite().all() and images.min() >= 0 and images.max() <= 1):
         raise DatasetError(f"dataset {name}: float {array} must lie in [0, 1] and hold no nan")
     return images.float()
 
 
 def _labels(name: str, array: str, values, count: int) -> Tensor:
-    labels = torch.as_tensor(np.asarray(values))
+    labels = _tensor(name, array, values, "integers")
     if labels.dim() != 1 or len(labels) != count or count == 0:
         raise DatasetError(
             f"dataset {name}: {array} must hold one label for each of {count} images, got shape "
             f"{tuple(labels.shape)}"
         )
-    if labels.is_floating_point() or labels.dtype == torch.bool:
+    if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
         raise DatasetError(f"dataset {name}: {array} must be integers, got {labels.dtype}")
     return labels.long()

@@ -1,0 +1,94 @@
+"""What BLDOptimizer refuses before anything changes; each error names argument and remedy."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+def choice(name: str, value: str, choices: Iterable[str]) -> None:
+    if value not in tuple(choices):
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def at_least(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+
+
+def number(name: str, value: float, positive: bool = False) -> None:
+    if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0 or (positive and value == 0):
+        bound = ">" if positive else "≥"
+        raise ValueError(f"{name}: expected a finite number {bound} 0, got {value!r}")
+
+
+def model(value: nn.Module) -> None:
+    if not isinstance(value, nn.Module):
+        raise TypeError(
+            f"model: expected a torch.nn.Module, got {type(value).__name__}. BLDOptimizer runs the "
+            "forward passes itself, so it takes the model, not its parameters"
+        )
+    if not hasattr(value, "head_sizes"):
+        raise ValueError(
+            f"model: {type(value).__name__} has no head_sizes. Wrap the backbone in MultiHead, or "
+            "give the model a head_sizes: classes of each head, oldest first"
+        )
+    if next(value.parameters(), None) is None:
+        raise ValueError("model: it has no parameter yet; call add_head(num_classes) first")
+    dtypes(value)
+
+
+def trainable(value: nn.Module) -> None:
+    if not any(p.requires_grad for p in value.parameters()):
+        raise RuntimeError("model: all of its parameters are frozen; call requires_grad_() on some")
+
+
+def dtypes(value: nn.Module) -> None:
+    for name, param in value.named_parameters():
+        if param.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"model: parameter {name} is {param.dtype}; expected torch.float32 or float64. In "
+                "reduced precision the distillation gradient is rounding noise: call model.float()"
+            )
+
+
+def heads(sizes: Iterable[int]) -> list[int]:
+    if not (sizes := list(sizes)):
+        raise RuntimeError("model: it has no head yet; call add_head(num_classes) before a step")
+    return sizes
+
+
+def batch(images: Tensor, labels: Tensor, device: torch.device, takes_uint8: bool) -> None:
+    """Types, devices and shapes; nothing here waits for the device."""
+    if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
+        kinds = f"{type(images).__name__} and {type(labels).__name__}"
+        raise TypeError(f"images, labels: expected two tensors, step(images, labels), got {kinds}")
+    for name, tensor in (("images", images), ("labels", labels)):
+        if tensor.device != device:
+            raise ValueError(f"{name}: expected the model's device, {device}, got {tensor.device}")
+    if images.dim() < 2 or len(images) == 0:
+        raise ValueError(f"images: expected [B, ...] with B ≥ 1, got {tuple(images.shape)}")
+    if not takes_uint8 and not images.is_floating_point():
+        raise ValueError(
+            f"images: expected a float dtype where there is no augment, got {images.dtype}. Use "
+            "SeededAugment(), which takes uint8, or images.float() / 255"
+        )
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels: expected torch.int64, got {labels.dtype}: use labels.long()")
+    if labels.dim() < 1 or len(labels) != len(images):
+        shape = tuple(labels.shape)
+        raise ValueError(f"labels: expected one for each of {len(images)} images, got {shape}")
+
+
+def batch_values(images: Tensor, labels: Tensor, classes: int) -> None:
+    """What is inside; on an accelerator this waits for the device."""
+    if images.is_floating_point() and not images.isfinite().all():
+        bad = (~images.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+        raise ValueError(f"images: expected finite values, got nan or inf in images {bad}")
+    low, high = labels.min().item(), labels.max().item()
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"labels: expected classes of the newest head, 0 to {classes - 1}, got {low} to {high}."
+            " Number each task's classes from 0, and add the head before its first batch"
+        )

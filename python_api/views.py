@@ -1,0 +1,65 @@
+"""The views of one batch, sent through the network pass by pass, the same every time."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bld_ext.api.batch_norm import ViewBatchNorm
+from bld_ext.api.precision import replayable_rng
+from bld_ext.philox import stream_seed
+
+FORWARD_RNG = 255  # the op word of the Philox counter that seeds a forward pass
+
+
+@dataclass(frozen=True)
+class Views:
+    """V views of a batch of B images; iterating makes them and runs the network on them."""
+
+    model: nn.Module
+    images: Tensor  # [B, ...]
+    labels: Tensor  # [B, *]
+    sizes: list[int]  # of the heads
+    number: int  # of the batch in the stream
+    count: int  # V
+    per_pass: int
+    augment: Callable[..., Tensor] | None
+    seed: int
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """For each pass: its rows among all V·B, its logits, its labels."""
+        B = len(self.images)
+        norms = [m for m in self.model.modules() if isinstance(m, ViewBatchNorm)]
+        for first in range(0, self.count, self.per_pass):
+            views = range(first, min(first + self.per_pass, self.count))
+            for norm in norms:
+                norm.views = len(views)
+            with replayable_rng(self.images.device) as reseed:
+                reseed(stream_seed(self.seed, self.number, first, FORWARD_RNG))
+                logits = self.model(self._make(views))
+            labels = self.labels.repeat(len(views), *(1,) * (self.labels.dim() - 1))
+            self._check(logits, labels)
+            yield slice(first * B, first * B + len(labels)), logits, labels
+
+    def _make(self, views: range) -> Tensor:
+        if self.augment is None:
+            return self.images.repeat(len(views), *(1,) * (self.images.dim() - 1))
+        indices = torch.arange(len(self.images), device=self.images.device)
+        made = self.augment(
+            self.images, seed=self.seed, step=self.number, views=views, indices=indices
+        )
+        if len(made) != len(views) * len(self.images):
+            raise ValueError(
+                f"augment: expected {len(views)} views of {len(self.images)} images, "
+                f"{len(views) * len(self.images)} in all, got shape {tuple(made.shape)}"
+            )
+        return made
+
+    def _check(self, logits: Tensor, labels: Tensor) -> None:
+        expected = (len(labels), sum(self.sizes))
+        if logits.dim() < 2 or logits.shape[:2] != expected:
+            raise ValueError(
+                f"model: expected logits of shape [{expected[0]}, {expected[1]}, *] (images, "
+                f"classes of head_sizes {self.sizes}), got {tuple(logits.shape)}"
+            )

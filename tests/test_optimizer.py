@@ -1,0 +1,312 @@
+"""BLDOptimizer as a torch optimizer: what code around it may rely on."""
+
+import copy
+import functools
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from bld_ext import BLDOptimizer, MultiHead, SeededAugment
+
+AUGMENT = SeededAugment(crop_padding=1, rotation=15)
+
+
+def make_optimizer(model, **options):
+    return BLDOptimizer(model, **{"lr": 0.05, "views": 3, "augment": AUGMENT} | options)
+
+
+def learn(optimizer, make_batch, numbers, classes=2):
+    return [optimizer.step(*make_batch(classes, number)) for number in numbers]
+
+
+def assert_same_network(a, b):
+    for (name, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+        assert torch.equal(x, y), name
+
+
+def test_it_learns(make_model, make_batch):
+    model = make_model(heads=(2, 2))
+    optimizer = make_optimizer(model, warmup_lr=5e-4, lr=0.02)
+    losses = learn(optimizer, make_batch, [0] * 40)
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_the_default_is_the_paper_s(make_model):
+    optimizer = BLDOptimizer(make_model(heads=(2,)), augment=AUGMENT)
+    assert optimizer.param_groups[0]["lr"] == 1e-4
+    assert (optimizer.warmup_ratio, optimizer.balance, optimizer.views) == (0.01, 2.0, 50)
+    assert (optimizer.joint_steps, type(optimizer.base)) == (2, torch.optim.SGD)
+    assert BLDOptimizer(make_model(heads=(2,))).views == 1
+
+
+def test_step_is_warm_up_and_joint_repetitions(make_model, make_batch):
+    models = [make_model(heads=(2, 2)) for _ in range(2)]
+    whole, parts = (make_optimizer(model) for model in models)
+    batch = make_batch(2)
+    returned = whole.step(*batch)
+    assert torch.equal(parts.warm_up(*batch), returned)
+    for _ in range(2):
+        parts.joint(*batch)
+    parts.release()
+    assert_same_network(*models)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        functools.partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5),
+        functools.partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda i: 0.5**i),
+        functools.partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5),
+    ],
+    ids=["exponential", "lambda", "step"],
+)
+def test_a_scheduler_moves_both_learning_rates(scheduler, make_model, make_batch):
+    """Also for a head added after the scheduler was made."""
+    model = make_model(heads=(2,))
+    optimizer = make_optimizer(model, lr=0.04)
+    scheduled = scheduler(optimizer)
+    learn(optimizer, make_batch, [0])
+    scheduled.step()
+    model.add_head(2)
+    by_hand = copy.deepcopy(model)
+    learn(optimizer, make_batch, [1])
+    scheduled.step()
+    assert optimizer.param_groups[0]["lr"] == 0.01
+
+    other = make_optimizer(by_hand, lr=0.02, warmup_lr=0.0002)
+    other.batches = 1
+    learn(other, make_batch, [1])
+    assert_same_network(model, by_hand)
+
+
+def test_hooks_run_once_a_step(make_model, make_batch):
+    optimizer = make_optimizer(make_model(heads=(2, 2)))
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    learn(optimizer, make_batch, [0, 1])
+    assert calls == ["before", "after"] * 2
+
+
+@pytest.mark.parametrize("base", ["sgd", "momentum", "adam"])
+def test_state_dict_resumes_bit_for_bit_in_the_middle_of_a_stream(base, make_model, make_batch):
+    make_base = {
+        "sgd": torch.optim.SGD,
+        "momentum": functools.partial(torch.optim.SGD, momentum=0.9),
+        "adam": torch.optim.Adam,
+    }[base]
+
+    def fresh(heads=()):
+        model = make_model(heads, dropout=0.2)
+        return model, make_optimizer(model, base=make_base, lr=0.01, seed=5)
+
+    whole, optimizer = fresh()
+    optimizer._warned_of_state = True
+    whole.add_head(2)
+    learn(optimizer, make_batch, [0, 1])
+    whole.add_head(2)
+    learn(optimizer, make_batch, [2])
+    saved = io.BytesIO()
+    torch.save({"model": whole.state_dict(), "optimizer": optimizer.state_dict()}, saved)
+    expected = learn(optimizer, make_batch, [3, 4])
+
+    saved.seek(0)
+    checkpoint = torch.load(saved, weights_only=True)
+    resumed, other = fresh()
+    other.seed, other._warned_of_state = 0, True
+    resumed.load_state_dict(checkpoint["model"])
+    other.load_state_dict(checkpoint["optimizer"])
+    torch.manual_seed(99)
+    assert [a.item() for a in learn(other, make_batch, [3, 4])] == [a.item() for a in expected]
+    assert_same_network(whole, resumed)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))],
+                         ids=["deepcopy", "pickle"])  # fmt: skip
+def test_a_copy_lives_on_by_itself(clone, make_model, make_batch):
+    model = make_model(heads=(2, 2))
+    optimizer = make_optimizer(model)
+    learn(optimizer, make_batch, [0])
+    model2, optimizer2 = clone((model, optimizer))
+    assert optimizer2.model is model2
+    learn(optimizer2, make_batch, [1])
+    learn(optimizer, make_batch, [1])
+    assert_same_network(model, model2)
+    assert optimizer2.base.param_groups is optimizer2.param_groups
+    assert optimizer2.param_groups[0]["params"][0] is not optimizer.param_groups[0]["params"][0]
+
+
+def test_a_base_with_state_warns_once(make_model, make_batch):
+    base = functools.partial(torch.optim.SGD, momentum=0.9)
+    optimizer = make_optimizer(make_model(heads=(2, 2)), base=base)
+    with pytest.warns(UserWarning, match="SGD keeps state, which carries memory"):
+        learn(optimizer, make_batch, [0])
+    with warnings.catch_warnings(action="error"):
+        learn(optimizer, make_batch, [1])
+
+
+def test_heads_added_later_are_learned_by_a_base_with_state(make_model, make_batch):
+    model = make_model(heads=(2,))
+    optimizer = make_optimizer(model, base=torch.optim.Adam, lr=0.01)
+    optimizer._warned_of_state = True
+    learn(optimizer, make_batch, [0])
+    head = model.add_head(2)
+    before = head.weight.clone()
+    learn(optimizer, make_batch, [1])
+    assert not torch.equal(head.weight, before)
+    assert len(optimizer.param_groups) == 1
+
+
+def test_parameters_stay_where_they_are(make_model, make_batch):
+    model = make_model(heads=(2, 2))
+    optimizer = make_optimizer(model)
+    pointers = [p.data_ptr() for p in model.parameters()]
+    learn(optimizer, make_batch, [0, 1])
+    assert pointers == [p.data_ptr() for p in model.parameters()]
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_frozen_and_shared_parameters(make_model, make_batch):
+    model = make_model(heads=(2, 2))
+    model.backbone[0].weight.requires_grad_(False)
+    model.heads[1].weight = model.heads[0].weight
+    frozen = model.backbone[0].weight.clone()
+    shared = model.heads[0].weight.clone()
+    optimizer = make_optimizer(model)
+    learn(optimizer, make_batch, [0])
+    assert torch.equal(model.backbone[0].weight, frozen)
+    assert not torch.equal(model.heads[0].weight, shared)
+    assert model.heads[1].weight is model.heads[0].weight
+
+
+def test_frozen_batch_norm_stays_frozen(make_model, make_batch):
+    model = make_model(heads=(2, 2))
+    norm = model.backbone[1].eval()
+    before = copy.deepcopy(norm.state_dict())
+    learn(make_optimizer(model), make_batch, [0])
+    assert not norm.training
+    assert torch.equal(norm.running_mean, before["running_mean"])
+    assert norm.num_batches_tracked == before["num_batches_tracked"]
+
+
+class Spy(nn.Module):
+    """Records what the world looks like inside a forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, x):
+        switches = (
+            torch.backends.cuda.matmul,
+            torch.backends.cudnn.conv,
+            torch.backends.mkldnn.matmul,
+        )
+        precisions = [s.fp32_precision for s in switches]
+        self.seen.append((precisions, torch.is_autocast_enabled("cpu"), torch.rand(3), x.clone()))
+        return x
+
+
+@pytest.mark.parametrize("schedule", ["two_forward", "shared_forward"])
+def test_every_stage_sees_the_same_views_and_random_numbers(schedule, make_batch):
+    spy = Spy()
+    model = MultiHead(nn.Sequential(spy, nn.Flatten()), 192)
+    model.add_head(2)
+    model.add_head(2)
+    make_optimizer(model, schedule=schedule).step(*make_batch(2))
+    passes = {"two_forward": 5, "shared_forward": 3}[schedule]
+    assert len(spy.seen) == 3 * passes
+    for again in range(1, passes):
+        for v in range(3):
+            first, replay = spy.seen[v], spy.seen[3 * again + v]
+            assert torch.equal(first[2], replay[2]) and torch.equal(first[3], replay[3])
+    drawn = {tuple(s[2].tolist()) for s in spy.seen}
+    assert len(drawn) == 3
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["returns", "raises"])
+def test_precision_is_exact_inside_and_as_before_after(fails, make_batch):
+    spy = Spy()
+    model = MultiHead(nn.Sequential(spy, nn.Flatten()), 192)
+    model.add_head(2)
+    optimizer = make_optimizer(model)
+    if fails:
+        model.heads[0].register_parameter("bias", nn.Parameter(torch.zeros(3)))
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.conv.fp32_precision
+    state = torch.get_rng_state()
+    torch.set_float32_matmul_precision("medium")
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            if fails:
+                with pytest.raises((RuntimeError, ValueError)):
+                    optimizer.step(*make_batch(2))
+            else:
+                optimizer.step(*make_batch(2))
+            assert torch.is_autocast_enabled("cpu")
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.backends.cudnn.conv.fp32_precision == "tf32"
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.conv.fp32_precision = before[1]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert spy.seen and all(seen[0] == ["ieee"] * 3 and not seen[1] for seen in spy.seen)
+
+
+def test_the_report_says_what_the_step_did(make_model, make_batch):
+    model = make_model(heads=(2, 3, 2))
+    optimizer = make_optimizer(model, balance=1.5)
+    loss = optimizer.step(*make_batch(2))
+    report = optimizer.last
+    assert report.warm_up_loss is loss
+    assert report.layers == (
+        "backbone.0", "backbone.1", "backbone.4", "backbone.5", "heads.0", "heads.1", "heads.2",
+    )  # fmt: skip
+    assert [len(x) for x in (report.new_loss, report.distillation_loss, report.factors)] == [2] * 3
+    factors, norms = report.factors[0], report.distillation_norms[0]
+    shared = slice(0, 4)
+    torch.testing.assert_close(
+        factors[shared], 1.5 * report.reference_norms[shared] / norms[shared]
+    )
+    assert factors[4:].tolist() == [0, 0, 0]
+    params = sum(p.numel() * 4 for p in model.parameters())
+    assert report.memory == {
+        "bank": 3 * 5 * 5 * 4, "layer_norms": 7 * 4, "seed": 16, "gradients": params,
+    }  # fmt: skip
+
+
+def test_the_first_task_has_nothing_to_distil(make_model, make_batch):
+    optimizer = make_optimizer(make_model(heads=(2,)))
+    learn(optimizer, make_batch, [0])
+    assert optimizer.last.distillation_loss == [] and len(optimizer.last.new_loss) == 2
+    assert optimizer.last.memory["bank"] == 0
+
+
+def test_without_augment_the_images_are_the_views(make_model, make_batch):
+    seen = []
+    model = make_model(heads=(2,))
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    images, labels = make_batch(2)
+    BLDOptimizer(model, lr=0.01).step(images, labels)
+    assert len(seen) == 3 and all(torch.equal(x, images) for x in seen)
+
+
+def test_a_compiled_model_takes_the_same_steps(make_model, make_batch):
+    eager, model = make_model(heads=(2, 2)), make_model(heads=(2, 2))
+    compiled = torch.compile(model, backend="aot_eager")
+    learn(make_optimizer(eager), make_batch, [0, 1])
+    learn(make_optimizer(compiled), make_batch, [0, 1])
+    torch.testing.assert_close(model.state_dict(), eager.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("statistics", ["once", "every_pass"])
+def test_running_statistics_follow_their_policy(statistics, make_model, make_batch):
+    model = make_model(heads=(2, 2))
+    learn(make_optimizer(model, statistics=statistics), make_batch, [0, 1])
+    # three views in the warm-up, then two forward passes of three in each of two repetitions
+    expected = {"once": 2, "every_pass": 2 * (3 + 2 * 6)}[statistics]
+    assert model.backbone[1].num_batches_tracked == expected
