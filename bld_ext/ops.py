@@ -29,7 +29,7 @@ except ImportError as error:
     _C = None
     warnings.warn(
         f"bld_ext._C could not be loaded ({error}): every op runs on its PyTorch reference, "
-        "which is correct but slower. Install a C++ compiler and run `pip install -e .` again to build it.",
+        "which is correct but slower. Install a C++ compiler and run `pip install -e .` again.",
         stacklevel=2,
     )
 
@@ -142,6 +142,8 @@ def _check_same_shapes(argument: str, tensors: Sequence[Tensor], like: Sequence[
     _require(len(tensors) == len(like), argument, f"{len(like)} tensors", len(tensors))
     for i, (t, p) in enumerate(zip(tensors, like, strict=True)):
         _require(t.shape == p.shape, f"{argument}[{i}]", f"shape {tuple(p.shape)}", tuple(t.shape))
+        _require(t.dtype in FLOATS, f"{argument}[{i}]", "a floating-point dtype", t.dtype)
+        _require(t.device == p.device, f"{argument}[{i}]", f"device {p.device}", t.device)
 
 
 def _check_reference_norms(reference_norms: Tensor, tensors: Sequence[Tensor]) -> None:
@@ -153,9 +155,10 @@ def _check_reference_norms(reference_norms: Tensor, tensors: Sequence[Tensor]) -
     _require(same, "reference_norms", f"device {device}", reference_norms.device)
 
 
-def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
+def _scalar(argument: str, value: float | Tensor, device: torch.device) -> Tensor:
     """A device scalar: floats keep all their digits in float64, tensors are taken as they are."""
     if isinstance(value, Tensor):
+        _require(value.dim() == 0, argument, "a number or a scalar tensor", tuple(value.shape))
         return value
     return torch.full((), value, dtype=torch.float64, device=device)
 
@@ -339,7 +342,7 @@ def balance_layers_(
     """
     _check_reference_norms(reference_norms, grads or [reference_norms])
     _check_layers("grads", grads, layers, len(reference_norms))
-    balance = _scalar(balance, reference_norms.device)
+    balance = _scalar("balance", balance, reference_norms.device)
     return torch.ops.bld_ext.balance_layers_(grads, layers, reference_norms, balance)
 
 
@@ -376,7 +379,8 @@ def balanced_sgd_(
     _check_layers("params", params, layers, len(reference_norms))
     _check_same_shapes("distill_grads", distill_grads, params)
     _check_same_shapes("new_grads", new_grads, params)
-    balance, lr = (_scalar(x, reference_norms.device) for x in (balance, lr))
+    device = reference_norms.device
+    balance, lr = _scalar("balance", balance, device), _scalar("lr", lr, device)
     return torch.ops.bld_ext.balanced_sgd_(
         params, distill_grads, new_grads, layers, reference_norms, balance, lr
     )
@@ -572,8 +576,8 @@ class _NoSecondDerivative(torch.autograd.Function):
     """The gradient as it is; differentiating it again is an error, not a silent zero."""
 
     @staticmethod
-    def forward(ctx, grad_logits, grad_loss):
-        return grad_logits * grad_loss.to(grad_logits.dtype)
+    def forward(ctx, logits, grad_logits, grad_loss):
+        return (grad_logits.to(grad_loss.dtype) * grad_loss).to(logits.dtype)
 
     @staticmethod
     def backward(ctx, _):
@@ -588,14 +592,15 @@ def _register_loss(name, losses, num_inputs):
 
     def save(ctx, inputs, output):
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*output[-losses:])
+        ctx.save_for_backward(inputs[0], *output[-losses:])
         ctx.mark_non_differentiable(*output[losses:])
 
     def backward(ctx, *grads):
         total = None
-        for grad_logits, grad_loss in zip(ctx.saved_tensors, grads, strict=False):
+        logits, *grads_logits = ctx.saved_tensors
+        for grad_logits, grad_loss in zip(grads_logits, grads, strict=False):
             if grad_loss is not None:
-                part = _NoSecondDerivative.apply(grad_logits, grad_loss)
+                part = _NoSecondDerivative.apply(logits, grad_logits, grad_loss)
                 total = part if total is None else total + part
         return total, *(None,) * (num_inputs - 1)
 

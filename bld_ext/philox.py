@@ -58,8 +58,8 @@ def between(word: Tensor, low: float, high: float) -> Tensor:
     A 24-bit fraction times a 24-bit span is exact in double, so fused and separate multiply-add
     agree.
     """
-    low32, span32 = torch.tensor([low, high - low], dtype=torch.float32).tolist()
-    return (low32 + uniform(word) * span32).float()
+    low32, high32, span32 = torch.tensor([low, high, high - low], dtype=torch.float32).tolist()
+    return (low32 + uniform(word) * span32).float().clamp(max=high32)
 
 
 def below(word: Tensor, n: int) -> Tensor:

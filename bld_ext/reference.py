@@ -132,7 +132,9 @@ def balanced_sgd_(
     norms = layer_norms(distill_grads, layers, len(reference_norms))
     factors = balance_factors(norms, reference_norms, balance)
     for param, old, new, l in zip(params, distill_grads, new_grads, layers, strict=True):
-        param.sub_((factors[l] * old + new) * lr.to(param.dtype))
+        dtype = compute_dtype(param.dtype)
+        step = lr.to(dtype) * (factors[l].to(dtype) * old.to(dtype) + new.to(dtype))
+        param.copy_(param.to(dtype) - step)
     return factors, norms
 
 
@@ -185,7 +187,8 @@ def view_parameters(
     policy: Policy, seed: Tensor, step: Tensor, views: Sequence[int], indices: Tensor
 ) -> ViewParameters:
     """The parameters of the views of the images `indices` [N] at one step: a pure function."""
-    view = torch.tensor(list(views), device=indices.device).unsqueeze(1)  # [V, 1]
+    view = torch.tensor(list(views), dtype=torch.int64, device=indices.device)
+    view = view.unsqueeze(1)  # [V, 1]
     key = seed_key(seed)
 
     def words(op):
@@ -278,7 +281,8 @@ def recolor(x: Tensor, p: ViewParameters, settings: Policy) -> Tensor:
     if settings.contrast:
         # in integers the mean does not depend on the order of summation, so neither on the batch
         levels = (gray(x).double() * MEAN_SCALE).round().long().sum((1, 2, 3), keepdim=True)
-        x = blend(x, (levels.double() / (MEAN_SCALE * x[0, 0].numel())).to(x.dtype), p.contrast)
+        mean = levels.double() / (MEAN_SCALE * x.shape[2] * x.shape[3])
+        x = blend(x, mean.to(x.dtype), p.contrast)
     if x.shape[1] == 3 and settings.saturation:
         x = blend(x, gray(x), p.saturation)
     if x.shape[1] == 3 and settings.hue:

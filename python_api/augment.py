@@ -105,6 +105,11 @@ class SeededAugment:
         return ops.view_parameters(self.policy, seed, step, views, indices)
 
     def __repr__(self) -> str:
-        default = Policy()._asdict()
-        shown = {k: v for k, v in self.policy._asdict().items() if v != default[k]}
-        return f"SeededAugment({', '.join(f'{k}={v}' for k, v in shown.items())})"
+        given = self.policy._asdict()
+        given["scale"] = (given.pop("scale_min"), given.pop("scale_max"))
+        given |= {"dtype": self.dtype, "channels_last": self.channels_last}
+        default = Policy()._asdict() | {
+            "scale": (1, 1), "dtype": torch.float32, "channels_last": False,
+        }  # fmt: skip
+        shown = (f"{k}={v!r}" for k, v in given.items() if v != default[k])
+        return f"SeededAugment({', '.join(shown)})"

@@ -1,5 +1,6 @@
 """BatchNorm whose statistics are those of one view, with running statistics by a stated policy."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -54,6 +55,7 @@ class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
 
         The variance is that of the pooled views, unbiased; the moving average is corrected for its
         start as Adam's is, so that the first batch counts in full: m_t = m / (1 - (1 - m)^t).
+        Statistics that came without a count, as in torchvision's pretrained weights, are no start.
         """
         if self.pooled is None:
             return
@@ -61,9 +63,13 @@ class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
         self.pooled = None
         mean = means / count
         variance = (squares / count - mean**2).clamp(min=0) * (n / max(n - 1, 1))
+        m = self.momentum
+        if m:
+            initial = (self.running_mean == 0).all() & (self.running_var == 1).all()
+            loaded = (self.num_batches_tracked == 0) & ~initial
+            self.num_batches_tracked += loaded * math.ceil(20 / m)  # (1 - m)^(20 / m) < 1e-8
         self.num_batches_tracked += 1
         t = self.num_batches_tracked.double()
-        m = self.momentum
         weight = 1 / t if m is None else m / (1 - (1 - m) ** t) if m > 0 else torch.zeros_like(t)
         for running, new in ((self.running_mean, mean), (self.running_var, variance)):
             running.copy_(torch.lerp(running.double(), new, weight))
@@ -102,18 +108,18 @@ def convert_view_batchnorm(module: nn.Module) -> nn.Module:
 
 @contextmanager
 def view_statistics(layers: Sequence[ViewBatchNorm], mode: str) -> Iterator[None]:
-    """Put the layers into a mode, and commit what they gathered unless an exception is raised."""
+    """Put the layers into a mode; commit what they gathered, or undo it if anything raises."""
     for layer in layers:
         layer.mode, layer.pooled = mode, None
-    before = [[b.clone() for b in layer.buffers()] for layer in layers]
+    moving = [b for layer in layers for b in layer.buffers()] if mode == "every_pass" else []
+    before = [b.clone() for b in moving]
     try:
         yield
         for layer in layers:
             layer.commit()
     except BaseException:
-        for layer, saved in zip(layers, before, strict=True):
-            for buffer, value in zip(layer.buffers(), saved, strict=True):
-                buffer.copy_(value)
+        for buffer, value in zip(moving, before, strict=True):
+            buffer.copy_(value)
         raise
     finally:
         for layer in layers:

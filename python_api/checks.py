@@ -1,5 +1,6 @@
 """What BLDOptimizer refuses before anything changes; each error names argument and remedy."""
 
+import inspect
 import math
 from collections.abc import Iterable
 
@@ -18,7 +19,11 @@ def at_least(name: str, value: int, least: int) -> None:
 
 
 def number(name: str, value: float, positive: bool = False) -> None:
-    if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0 or (positive and value == 0):
+    try:
+        real = math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError):
+        real = math.nan
+    if not math.isfinite(real) or real < 0 or (positive and real == 0):
         bound = ">" if positive else "≥"
         raise ValueError(f"{name}: expected a finite number {bound} 0, got {value!r}")
 
@@ -37,6 +42,15 @@ def model(value: nn.Module) -> None:
     if next(value.parameters(), None) is None:
         raise ValueError("model: it has no parameter yet; call add_head(num_classes) first")
     dtypes(value)
+
+
+def base(value: torch.optim.Optimizer) -> None:
+    closure = inspect.signature(value.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"base: {type(value).__name__} evaluates a closure several times an update, which "
+            "has no place in the two stages. Use one whose step() needs none, such as SGD"
+        )
 
 
 def trainable(value: nn.Module) -> None:

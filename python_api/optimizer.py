@@ -28,24 +28,29 @@ STATISTICS = {"once": ("pool", "keep"), "every_pass": ("every_pass", "every_pass
 
 @dataclass
 class StepReport:
-    """What the last step did, as device tensors: reading one waits for the device, nothing else
-    does.
+    """What the last step did, as device tensors; only reading one waits for the device.
 
-    The optimizer itself never reads it again: it is no memory from batch to batch.
+    The optimizer never reads it again: it is no memory from batch to batch.
+
+    Attributes:
+        warm_up_loss: L_t before the batch was learned, summed over images, averaged over views.
+        layers: the name of each layer, L of them.
+        reference_norms: ‖G_w‖, `[L]`.
+        new_loss: L_t of each joint repetition.
+        distillation_loss: L_d of each; empty while there is no old head.
+        distillation_norms: ‖G_d‖ before balancing, `[L]` each. All zero means: no distillation.
+        factors: λ‖G_w‖/‖G_d‖, `[L]` each.
+        memory: bytes held while the batch was learned, beside the network and the activations.
     """
 
-    warm_up_loss: (
-        Tensor  # L_t of the batch before it was learned, summed over images, mean over views
-    )
-    layers: tuple[str, ...]  # the name of each layer, L of them
-    reference_norms: Tensor  # [L]: ‖G_w‖
-    new_loss: list[Tensor] = field(default_factory=list)  # L_t of each joint repetition
-    distillation_loss: list[Tensor] = field(default_factory=list)  # L_d, where there are old heads
-    distillation_norms: list[Tensor] = field(
-        default_factory=list
-    )  # [L] each: ‖G_d‖ before balancing
-    factors: list[Tensor] = field(default_factory=list)  # [L] each: λ‖G_w‖/‖G_d‖
-    memory: dict[str, int] = field(default_factory=dict)  # bytes held while the batch was learned
+    warm_up_loss: Tensor
+    layers: tuple[str, ...]
+    reference_norms: Tensor
+    new_loss: list[Tensor] = field(default_factory=list)
+    distillation_loss: list[Tensor] = field(default_factory=list)
+    distillation_norms: list[Tensor] = field(default_factory=list)
+    factors: list[Tensor] = field(default_factory=list)
+    memory: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -148,6 +153,7 @@ class BLDOptimizer(torch.optim.Optimizer):
 
         self.model = convert_view_batchnorm(model)
         self.base = base(list(model.named_parameters()), lr=lr)
+        checks.base(self.base)
         super().__init__(self.base.param_groups, self.base.defaults)
         self.warmup_ratio = 0.01 if warmup_lr is None else warmup_lr / lr
         self.temperature = temperature
@@ -174,17 +180,16 @@ class BLDOptimizer(torch.optim.Optimizer):
 
         Args:
             images: `[B, ...]`, on the model's device; the views are made from it.
-            labels: `[B]` int64 (`[B, *spatial]` for dense logits), classes of the newest head from
-                0.
+            labels: `[B]` int64 (`[B, *spatial]` for dense logits), newest head's classes from 0.
 
         Returns:
             L_t of the batch before it was learned: a device scalar, summed over the images and
-                averaged
-            over the views. More is in `optimizer.last`.
+            averaged over the views. More is in `optimizer.last`.
 
         Raises:
-            ValueError, TypeError, RuntimeError: bad images, labels or model; nothing has changed
-                then.
+            ValueError, TypeError, RuntimeError: bad images, labels or model. The network has not
+                changed then. After an error of another kind in the joint stage, such as running
+                out of memory, it may hold the warm-up update, unless `check_finite` is set.
             FloatingPointError: with `check_finite`; the network is as before the step.
         """
         with self._undone_on_error() if self.check_finite else nullcontext():
@@ -213,13 +218,16 @@ class BLDOptimizer(torch.optim.Optimizer):
             "gradients": tensor_bytes(p.grad for p in layers if p.grad is not None),
         }
         self.last = StepReport(loss, names, norms, memory=memory)
-        self._update(self.warmup_ratio)
+        self._update("warm-up", self.warmup_ratio)
         self._batch = _Batch(bank, layers, norms, self.batches, tuple(images.shape))
         self.batches += 1
         return loss
 
     def joint(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Algorithm 2, one repetition on the batch of the last `warm_up`. Returns L_t."""
+        """Algorithm 2, one repetition on the batch of the last `warm_up`. Returns L_t.
+
+        The batch has to be the same; only its shape is checked.
+        """
         batch = self._batch
         if batch is None:
             raise RuntimeError("joint: there is no bank; call warm_up(images, labels) first")
@@ -250,7 +258,7 @@ class BLDOptimizer(torch.optim.Optimizer):
             if self.check_finite:
                 self._require_finite("joint", self._norms(batch.layers))
         self.last.new_loss.append(loss)
-        self._update(1.0)
+        self._update("joint", 1.0)
         return loss
 
     def release(self) -> None:
@@ -349,7 +357,7 @@ class BLDOptimizer(torch.optim.Optimizer):
         self.last.distillation_norms.append(norms)
         self._require_finite("joint", norms)
 
-    def _update(self, ratio: float) -> None:
+    def _update(self, stage: str, ratio: float) -> None:
         """One update of the base optimizer at `ratio` times each group's learning rate."""
         rates = [group["lr"] for group in self.param_groups]
         try:
@@ -360,12 +368,14 @@ class BLDOptimizer(torch.optim.Optimizer):
             for group, rate in zip(self.param_groups, rates, strict=True):
                 group["lr"] = rate
         self.zero_grad()
+        if self.check_finite:
+            self._require_finite(stage, *(p.detach() for p in self._parameters()))
         if not self._warned_of_state and any(self.state.values()):
             self._warned_of_state = True
             warnings.warn(
                 f"BLDOptimizer: {type(self.base).__name__} keeps state, which carries memory from "
-                "batch to batch; the constraint of the paper is that nothing but the network does. Plain "
-                "torch.optim.SGD keeps none.",
+                "batch to batch; in the paper nothing but the network does. Plain torch.optim.SGD "
+                "keeps none.",
                 stacklevel=4,
             )
 
@@ -408,10 +418,9 @@ class BLDOptimizer(torch.optim.Optimizer):
             return
         for value in values:
             if not value.isfinite().all():
-                what = "loss" if value.dim() == 0 else "gradient norm"
                 raise FloatingPointError(
-                    f"{stage} stage: the {what} is not finite ({value.tolist()}); the network is "
-                    "as before this step. Lower lr, or look at the images and the weights"
+                    f"{stage} stage: a loss, gradient norm or parameter is not finite; the network "
+                    "is as before this step. Lower lr, or look at the images and the weights"
                 )
 
     def _check(self, images: Tensor, labels: Tensor) -> list[int]:
@@ -442,8 +451,9 @@ class BLDOptimizer(torch.optim.Optimizer):
         self.state, self.param_groups = self.base.state, self.base.param_groups
 
     def state_dict(self) -> dict:
-        """As every torch optimizer's, with "bld": the seed and the number of batches learned."""
-        return super().state_dict() | {"bld": {"seed": self.seed, "batches": self.batches, "shapes": self._shapes()}}
+        """As every torch optimizer's, with "bld": seed, batches learned, parameter shapes."""
+        ours = {"seed": self.seed, "batches": self.batches, "shapes": self._shapes()}
+        return super().state_dict() | {"bld": ours}
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(p.shape) for name, p in self.model.named_parameters()}

@@ -92,6 +92,7 @@ def test_hooks_run_once_a_step(make_model, make_batch):
     assert calls == ["before", "after"] * 2
 
 
+@pytest.mark.filterwarnings("ignore:BLDOptimizer")
 @pytest.mark.parametrize("base", ["sgd", "momentum", "adam"])
 def test_state_dict_resumes_bit_for_bit_in_the_middle_of_a_stream(base, make_model, make_batch):
     make_base = {
@@ -105,7 +106,6 @@ def test_state_dict_resumes_bit_for_bit_in_the_middle_of_a_stream(base, make_mod
         return model, make_optimizer(model, base=make_base, lr=0.01, seed=5)
 
     whole, optimizer = fresh()
-    optimizer._warned_of_state = True
     whole.add_head(2)
     learn(optimizer, make_batch, [0, 1])
     whole.add_head(2)
@@ -117,7 +117,7 @@ def test_state_dict_resumes_bit_for_bit_in_the_middle_of_a_stream(base, make_mod
     saved.seek(0)
     checkpoint = torch.load(saved, weights_only=True)
     resumed, other = fresh()
-    other.seed, other._warned_of_state = 0, True
+    other.seed = 0
     resumed.load_state_dict(checkpoint["model"])
     other.load_state_dict(checkpoint["optimizer"])
     torch.manual_seed(99)
@@ -149,10 +149,10 @@ def test_a_base_with_state_warns_once(make_model, make_batch):
         learn(optimizer, make_batch, [1])
 
 
+@pytest.mark.filterwarnings("ignore:BLDOptimizer")
 def test_heads_added_later_are_learned_by_a_base_with_state(make_model, make_batch):
     model = make_model(heads=(2,))
     optimizer = make_optimizer(model, base=torch.optim.Adam, lr=0.01)
-    optimizer._warned_of_state = True
     learn(optimizer, make_batch, [0])
     head = model.add_head(2)
     before = head.weight.clone()
@@ -310,3 +310,8 @@ def test_running_statistics_follow_their_policy(statistics, make_model, make_bat
     # three views in the warm-up, then two forward passes of three in each of two repetitions
     expected = {"once": 2, "every_pass": 2 * (3 + 2 * 6)}[statistics]
     assert model.backbone[1].num_batches_tracked == expected
+
+
+def test_a_base_that_needs_a_closure_is_refused(make_model):
+    with pytest.raises(ValueError, match="base: LBFGS evaluates a closure"):
+        make_optimizer(make_model(heads=(2,)), base=torch.optim.LBFGS)

@@ -14,7 +14,7 @@ import torch
 
 import bld_ext
 from benchmarks.paper import report
-from benchmarks.paper.job import run_all
+from benchmarks.paper.job import preflight, run_all
 from benchmarks.paper.methods import METHODS, PAPER_VIEWS, PRESETS
 from benchmarks.paper.networks import NETWORKS
 from benchmarks.paper.streams import LOADERS, DatasetError
@@ -132,10 +132,10 @@ def main(argv: list[str] | None = None) -> int:
     print(title)
     start = time.perf_counter()
     try:
+        what = (args.dataset, args.data, args.methods, settings, seeds)
+        batches = preflight(*what, args.device)
         out.mkdir(parents=True, exist_ok=True)
-        records = run_all(
-            args.dataset, args.data, args.methods, settings, seeds, args.device, jobs, args.threads
-        )
+        records = run_all(*what, batches, args.device, jobs, args.threads)
     except (DatasetError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -8,7 +8,8 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.paper.experiment import run
-from benchmarks.paper.methods import Settings
+from benchmarks.paper.methods import METHODS, Settings
+from benchmarks.paper.networks import make_model
 from benchmarks.paper.streams import load_dataset, make_stream
 
 _worker: dict = {}  # what a worker process keeps from run to run
@@ -24,26 +25,42 @@ def _run_in_worker(method: str, settings: Settings, seed: int) -> dict:
     return run(_worker["dataset"], method, settings, seed, _worker["device"], lambda: tick(1))
 
 
+def preflight(
+    dataset: str, root: str, methods: list[str], settings: Settings, seeds: list[int], device: str
+) -> int:
+    """Raise what a run would raise, before any work starts; returns the batches of all runs."""
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device: {device!r} is not there ({str(error).splitlines()[0]})"
+        ) from None
+    loaded = load_dataset(dataset, root)
+    for method in methods:
+        METHODS[method](make_model(settings.network, settings.momentum), settings, seeds[0])
+    streams = (make_stream(loaded, settings.tasks, seed, settings.limit) for seed in seeds)
+    batches = (t.batch_count(settings.batch_size) for stream in streams for t in stream)
+    return sum(batches) * len(methods)
+
+
 def run_all(
     dataset: str,
     root: str,
     methods: list[str],
     settings: Settings,
     seeds: list[int],
+    batches: int,
     device: str = "cpu",
     jobs: int = 1,
     threads: int = 1,
 ) -> list[dict]:
     """Every method on every seed, in `jobs` processes of `threads` threads each."""
-    loaded = load_dataset(dataset, root)
-    batches = {seed: _batches(make_stream(loaded, settings.tasks, seed, settings.limit), settings)
-               for seed in seeds}  # fmt: skip
     context = multiprocessing.get_context("spawn")
     ticks = context.Manager().Queue()
     order = [(method, seed) for seed in seeds for method in methods]
     records = {}
     with (
-        tqdm(total=sum(batches.values()) * len(methods), unit="batch", smoothing=0.05) as bar,
+        tqdm(total=batches, unit="batch", smoothing=0.05) as bar,
         ProcessPoolExecutor(
             min(jobs, len(order)), context, _start_worker, (dataset, root, device, threads, ticks)
         ) as pool,
@@ -60,7 +77,3 @@ def run_all(
             pool.shutdown(cancel_futures=True, wait=False)
             raise
     return [records[key] for key in order]
-
-
-def _batches(stream, settings: Settings) -> int:
-    return sum(task.batch_count(settings.batch_size) for task in stream)

@@ -1,10 +1,11 @@
 """Datasets as streams of tasks: random disjoint class splits, seen once, in small batches."""
 
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import zipfile, zlib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -126,7 +127,7 @@ def _torchvision(name: str, download: bool, make: Callable) -> tuple:
     except Exception as error:  # torchvision raises many kinds: URLError, RuntimeError, OSError
         raise DatasetError(
             f"dataset {name}: could not be loaded{' or downloaded' if download else ''} ({error}). "
-            "Without a network, put torchvision's files under --data, or give an .npz file as --dataset"
+            "Without a network, put torchvision's files under --data, or give an .npz as --dataset"
         ) from error
 
 
@@ -168,7 +169,9 @@ LOADERS = {"digits": _digits, "mnist": _mnist, "cifar10": _cifar10, "svhn": _svh
 def _from_npz(path: Path) -> Dataset:
     wanted = ("x_train", "y_train", "x_test", "y_test")
     if not path.is_file():
-        raise DatasetError(f"dataset: no file {path}")
+        raise DatasetError(f"dataset: no file {path}; give the path of an .npz that exists")
+    if not zipfile.is_zipfile(path):
+        raise DatasetError(f"dataset {path}: not a readable .npz file; write one with np.savez")
     try:
         with np.load(path, allow_pickle=False) as file:
             missing = [name for name in wanted if name not in file.files]
@@ -177,7 +180,7 @@ def _from_npz(path: Path) -> Dataset:
                     f"dataset {path}: no array {', '.join(missing)}; it has {', '.join(file.files)}"
                 )
             arrays = [file[name] for name in wanted]
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DatasetError(f"dataset {path}: not a readable .npz file ({error})") from error
     return _dataset(str(path), *arrays)
 

@@ -1,0 +1,270 @@
+"""The three losses: values and gradients against float64 autograd, and what is exactly zero."""
+
+import pytest
+import torch
+from torch.library import opcheck
+from torch.nn import functional as F
+
+from bld_ext import ops
+from bld_ext.reference import compute_dtype
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+SIZES = [2, 64, 1, 5]
+OLD, NEW = SIZES[:-1], SIZES[-1]
+C, C_OLD = sum(SIZES), sum(OLD)
+TEMPERATURE = 0.7
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+spatials = pytest.mark.parametrize("spatial", [(), (3, 5), (2, 1, 3)], ids=["flat", "2d", "3d"])
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """torch.empty is full of nan."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def make_inputs(*spatial, dtype=torch.float32, N=4, sizes=SIZES, seed=0):
+    """logits, labels, and a bank of other logits."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (N, sum(sizes), *spatial)
+    logits, others = 2 * torch.randn((2, *shape), generator=generator, dtype=torch.float64).to(
+        dtype
+    )
+    labels = torch.randint(sizes[-1], (N, *spatial), generator=generator)
+    bank = ops.head_softmax(others, sizes[:-1], TEMPERATURE)
+    return logits.requires_grad_(), labels, bank
+
+
+def exact(logits, labels, bank, sizes=SIZES):
+    """(L_t, L_d) and their gradients, in float64 by autograd."""
+    z = logits.detach().double().requires_grad_()
+    new = F.cross_entropy(z[:, -sizes[-1] :], labels, reduction="sum")
+    log_p = [head.log_softmax(1) for head in (z / TEMPERATURE).split(sizes, 1)[:-1]]
+    old = -(bank.double() * torch.cat(log_p or [z[:, :0]], 1)).sum()
+    grads = [torch.autograd.grad(loss, z, retain_graph=True)[0] for loss in (new, old)]
+    return (new, old), grads
+
+
+def assert_value(loss, expected, dtype):
+    assert loss.dtype == compute_dtype(dtype) and loss.shape == ()
+    rtol = 8 * torch.finfo(compute_dtype(dtype)).eps
+    torch.testing.assert_close(loss.double(), expected, rtol=rtol, atol=0)
+
+
+def assert_grad(grad, expected, dtype, scale=1):
+    """One rounding to the logits' dtype, after the rounding of a difference of probabilities."""
+    assert grad.dtype == dtype
+    eps, smallest = torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal
+    atol = scale * (8 * torch.finfo(compute_dtype(dtype)).eps / TEMPERATURE + smallest * eps)
+    torch.testing.assert_close(grad.double(), expected, rtol=eps, atol=atol)
+
+
+def grad_of(loss, logits):
+    return torch.autograd.grad(loss, logits, retain_graph=True)[0]
+
+
+@dtypes
+@spatials
+def test_distillation_loss(spatial, dtype):
+    logits, labels, bank = make_inputs(*spatial, dtype=dtype)
+    (_, expected), (_, expected_grad) = exact(logits, labels, bank)
+    loss = ops.distillation_loss(logits, bank, OLD, TEMPERATURE)
+    assert_value(loss, expected, dtype)
+    grad = grad_of(loss, logits)
+    assert_grad(grad, expected_grad, dtype)
+    assert torch.equal(grad[:, C_OLD:], torch.zeros_like(grad[:, C_OLD:]))
+
+
+@dtypes
+@spatials
+def test_warm_up_loss(spatial, dtype):
+    logits, labels, bank = make_inputs(*spatial, dtype=dtype)
+    (expected, _), (expected_grad, _) = exact(logits, labels, bank)
+    loss, bank = ops.warm_up_loss(logits, labels, SIZES, TEMPERATURE)
+    assert_value(loss, expected, dtype)
+    grad = grad_of(loss, logits)
+    assert_grad(grad, expected_grad, dtype)
+    assert torch.equal(grad[:, :C_OLD], torch.zeros_like(grad[:, :C_OLD]))
+    assert not bank.requires_grad
+    assert torch.equal(bank, ops.head_softmax(logits, OLD, TEMPERATURE))
+
+
+@dtypes
+@spatials
+def test_joint_loss(spatial, dtype):
+    logits, labels, bank = make_inputs(*spatial, dtype=dtype)
+    expected, expected_grads = exact(logits, labels, bank)
+    losses = ops.joint_loss(logits, labels, bank, SIZES, TEMPERATURE)
+    for loss, value, expected_grad in zip(losses, expected, expected_grads, strict=True):
+        assert_value(loss, value, dtype)
+        assert_grad(grad_of(loss, logits), expected_grad, dtype)
+    both = 0.25 * losses[0] - 2 * losses[1]
+    assert_grad(grad_of(both, logits), 0.25 * expected_grads[0] - 2 * expected_grads[1], dtype)
+
+
+def test_joint_loss_is_its_two_parts_bit_for_bit():
+    logits, labels, bank = make_inputs(3)
+    new, old = ops.joint_loss(logits, labels, bank, SIZES, TEMPERATURE)
+    new_alone, _ = ops.warm_up_loss(logits, labels, SIZES, TEMPERATURE)
+    old_alone = ops.distillation_loss(logits, bank, OLD, TEMPERATURE)
+    for loss, alone in ((new, new_alone), (old, old_alone)):
+        assert torch.equal(loss, alone)
+        assert torch.equal(grad_of(loss, logits), grad_of(alone, logits))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last", "transposed"])
+@pytest.mark.parametrize("scale", [1, 1000], ids=["usual", "extreme"])
+@dtypes
+def test_gradient_is_exactly_zero_until_a_logit_moves(dtype, scale, layout):
+    logits = (scale * make_inputs(3, 2, dtype=dtype, N=6)[0]).detach()
+    if layout == "channels-last":
+        logits = logits.contiguous(memory_format=torch.channels_last)
+    elif layout == "transposed":
+        logits = logits.transpose(2, 3)
+    logits.requires_grad_()
+    _, labels, _ = make_inputs(*logits.shape[2:], N=6)
+    _, bank = ops.warm_up_loss(logits, labels, SIZES, TEMPERATURE)
+    _, old = ops.joint_loss(logits, labels, bank, SIZES, TEMPERATURE)
+    for loss in (old, ops.distillation_loss(logits, bank, OLD, TEMPERATURE)):
+        assert torch.equal(grad_of(loss, logits), torch.zeros_like(logits))
+
+
+@dtypes
+def test_gradient_is_not_zero_after_a_change(dtype):
+    logits, labels, _ = make_inputs(dtype=dtype)
+    _, bank = ops.warm_up_loss(logits, labels, SIZES, TEMPERATURE)
+    moved = logits.detach().clone()
+    moved[:, 0] += 0.125
+    moved.requires_grad_()
+    grad = grad_of(ops.distillation_loss(moved, bank, OLD, TEMPERATURE), moved)
+    assert (grad[:, 0] > 0).all() and (grad[:, 1] < 0).all()
+    assert torch.equal(grad[:, 2:], torch.zeros_like(grad[:, 2:]))
+
+
+@pytest.mark.parametrize("scale", [2.0**16, 2.0**20], ids=["2^16", "2^20"])
+@dtypes
+def test_gradient_under_loss_scaling(dtype, scale):
+    # torch.amp.GradScaler starts at 2^16, which is no float16; its product with the gradient is
+    logits, labels, other = make_inputs(dtype=dtype)
+    unmoved = ops.head_softmax(logits.detach(), OLD, TEMPERATURE)
+    for bank in (unmoved, torch.lerp(unmoved, other, 2.0**-8)):
+        expected = exact(logits, labels, bank)[1][1]
+        assert scale * expected.abs().max() < torch.finfo(torch.float16).max
+        grad = grad_of(scale * ops.distillation_loss(logits, bank, OLD, TEMPERATURE), logits)
+        assert_grad(grad, scale * expected, dtype, scale)
+
+
+@pytest.mark.parametrize("spatial", [(), (2,)], ids=["flat", "dense"])
+@pytest.mark.parametrize("N", [0, 3])
+def test_first_task_has_no_old_heads(N, spatial):
+    logits, labels, _ = make_inputs(*spatial, N=N, sizes=[4])
+    warm_up, bank = ops.warm_up_loss(logits, labels, [4])
+    assert bank.shape == (N, 0, *spatial)
+    new, old = ops.joint_loss(logits, labels, bank, [4])
+    torch.testing.assert_close(new, F.cross_entropy(logits, labels, reduction="sum"))
+    assert torch.equal(warm_up, new)
+    assert torch.equal(old, torch.zeros(()))
+    assert torch.equal(grad_of(old, logits), torch.zeros_like(logits))
+
+
+def test_bank_zero_of_an_impossible_class_contributes_nothing():
+    logits, bank = torch.tensor([[0.0, -torch.inf]], requires_grad=True), torch.tensor([[1.0, 0.0]])
+    loss = ops.distillation_loss(logits, bank, [2])
+    assert torch.equal(loss, torch.zeros(()))
+    assert torch.equal(grad_of(loss, logits), torch.zeros(1, 2))
+
+
+def losses(logits, labels, bank):
+    """Every loss of the module, and its name."""
+    return {
+        "distillation": ops.distillation_loss(logits, bank, OLD, TEMPERATURE),
+        "warm-up": ops.warm_up_loss(logits, labels, SIZES, TEMPERATURE)[0],
+        "joint-new": ops.joint_loss(logits, labels, bank, SIZES, TEMPERATURE)[0],
+        "joint-old": ops.joint_loss(logits, labels, bank, SIZES, TEMPERATURE)[1],
+    }
+
+
+each_loss = pytest.mark.parametrize("name", ["distillation", "warm-up", "joint-new", "joint-old"])
+
+
+@each_loss
+def test_gradcheck(name):
+    logits, labels, bank = make_inputs(2, dtype=torch.float64, N=2)
+    assert torch.autograd.gradcheck(lambda z: losses(z, labels, bank)[name], logits)
+
+
+@each_loss
+def test_second_derivative_raises(name):
+    logits, labels, bank = make_inputs()
+    loss = losses(logits, labels, bank)[name]
+    (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
+    # a gradient penalty, whose second half must not vanish silently
+    with pytest.raises(RuntimeError, match="bld_ext: the losses have no second derivative"):
+        (loss + grad.square().sum()).backward()
+
+
+def test_bank_gets_no_gradient():
+    logits, labels, bank = make_inputs()
+    bank.requires_grad_()
+    for loss in (losses(logits, labels, bank)[name] for name in ("distillation", "joint-old")):
+        assert torch.autograd.grad(loss, bank, allow_unused=True) == (None,)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["plain", "grad"])
+@pytest.mark.parametrize("spatial", [(), (2, 3)], ids=["flat", "dense"])
+@dtypes
+def test_opcheck(spatial, dtype, requires_grad):
+    logits, labels, bank = make_inputs(*spatial, dtype=dtype)
+    logits.requires_grad_(requires_grad)
+    library = torch.ops.bld_ext
+    opcheck(library.distillation_loss.default, (logits, bank, OLD, TEMPERATURE))
+    opcheck(library.warm_up_loss.default, (logits, labels, SIZES, TEMPERATURE))
+    opcheck(library.joint_loss.default, (logits, labels, bank, SIZES, TEMPERATURE))
+
+
+@each_loss
+def test_compiles_into_one_graph(name):
+    logits, labels, bank = make_inputs(2)
+    compiled = torch.compile(losses, fullgraph=True)(logits, labels, bank)[name]
+    eager = losses(logits, labels, bank)[name]
+    assert torch.equal(compiled, eager)
+    assert torch.equal(grad_of(compiled, logits), grad_of(eager, logits))
+
+
+LOGITS, LABELS, BANK = torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64), torch.zeros(2, 3)
+FINITE, RANGE = "a positive finite number", "class indices of the newest head, 0 to 1"
+FROM_ZERO = "Number each task's classes from 0"
+
+
+@pytest.mark.parametrize(
+    "argument, value, message",
+    [
+        ("logits", LOGITS.int(), "a floating-point dtype, got torch.int32"),
+        ("head_sizes", [], r"at least one head: add one first, got \[\]"),
+        ("head_sizes", [3, 1], r"a sum of 5, logits' classes, got \[3, 1\]"),
+        ("temperature", 0, f"{FINITE}, got 0"),
+        ("labels", LABELS.int(), "torch.int64, got torch.int32"),
+        ("labels", LABELS[:1], r"shape \(2,\), got \(1,\)"),
+        ("labels", LABELS + 2, f"{RANGE}, got 2 to 2. {FROM_ZERO}"),
+        ("labels", LABELS - 1, f"{RANGE}, got -1 to -1. {FROM_ZERO}"),
+        ("labels", LABELS.to("meta"), "device cpu, got meta"),
+        ("bank", BANK[:, :2], r"shape \(2, 3\), got \(2, 2\)"),
+        ("bank", BANK.half(), "torch.float32 for torch.float32 logits, got torch.float16"),
+        ("bank", BANK.to("meta"), "device cpu, got meta"),
+    ],
+)
+def test_bad_argument(argument, value, message):
+    arguments = dict(logits=LOGITS, labels=LABELS, bank=BANK, head_sizes=[3, 2], temperature=2.0)
+    arguments[argument] = value
+    match = f"^{argument}: expected {message}$"
+    with pytest.raises(ValueError, match=match):
+        ops.joint_loss(**arguments)
+    one_less = ops.distillation_loss if argument == "bank" else ops.warm_up_loss
+    if argument == "bank":
+        arguments["head_sizes"] = [3]
+    del arguments["labels" if argument == "bank" else "bank"]
+    with pytest.raises(ValueError, match=match):
+        one_less(**arguments)

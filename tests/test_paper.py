@@ -1,0 +1,194 @@
+"""The main job: records, tables and files of a small but real run, and what the command refuses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.paper import report
+from benchmarks.paper.__main__ import main, make_parser, parse_seeds
+from benchmarks.paper.experiment import batch_statistics, evaluate, run
+from benchmarks.paper.methods import PRESETS, Settings
+from benchmarks.paper.networks import NETWORKS, make_model
+from benchmarks.paper.streams import load_dataset, make_stream
+
+ROOT = Path(__file__).parents[1]
+SMALL = Settings("slim", 3e-3, 2, {"crop_padding": 1}, tasks=3, limit=40)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """One run of the command, as a user starts it."""
+    out = tmp_path_factory.mktemp("job")
+    options = "--tasks 3 --limit 40 --views 2 --seeds 0,1 --jobs 2".split()
+    command = [sys.executable, "-m", "benchmarks.paper", *options, "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done, json.loads((out / "results.json").read_text()), out
+
+
+def test_the_command_prints_a_table_and_a_progress_bar(job):
+    done, result, _ = job
+    assert "| finetune |" in done.stdout and "| bld      |" in done.stdout
+    assert "bld - finetune, paired over 2 seeds: " in done.stdout
+    batches = 4 * 3 * 2  # runs, tasks, batches of 20 in 40 images
+    assert f"{batches}/{batches}" in done.stderr and "100%" in done.stderr
+    assert "Traceback" not in done.stderr and "Warning" not in done.stderr
+
+
+def test_the_files_hold_configuration_versions_and_every_matrix(job):
+    _, result, out = job
+    assert result["settings"]["views"] == 2 and result["seeds"] == [0, 1]
+    assert {"torch", "bld_ext", "python", "kernels"} <= set(result["versions"])
+    assert [(r["method"], r["seed"]) for r in result["runs"]] == [
+        ("finetune", 0), ("bld", 0), ("finetune", 1), ("bld", 1),
+    ]  # fmt: skip
+    for record in result["runs"]:
+        assert [len(row) for row in record["accuracy"]] == [1, 2, 3]
+        assert all(0 <= cell <= 100 for row in record["accuracy"] for cell in row)
+    assert (out / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_table_means_equal_the_means_of_the_values(job):
+    _, result, _ = job
+    for method, entry in result["summary"].items():
+        last = [r["accuracy"][-1] for r in result["runs"] if r["method"] == method]
+        for j, cell in enumerate(entry["tasks"]):
+            column = [row[j] for row in last]
+            assert cell == {
+                "mean": pytest.approx(mean(column)),
+                "std": pytest.approx(stdev(column)),
+            }
+        of_tasks = mean(cell["mean"] for cell in entry["tasks"])
+        assert entry["average"]["mean"] == pytest.approx(of_tasks)
+        assert f"{entry['average']['mean']:.1f} ± " in report.table(result["summary"])
+
+
+def test_the_paired_difference_is_that_of_the_averages(job):
+    _, result, _ = job
+    by = {(r["method"], r["seed"]): mean(r["accuracy"][-1]) for r in result["runs"]}
+    differences = [by["bld", s] - by["finetune", s] for s in (0, 1)]
+    found = result["bld_minus"]["finetune"]
+    assert found["mean"] == pytest.approx(mean(differences))
+    assert found["standard_error"] == pytest.approx(stdev(differences) / 2**0.5)
+
+
+def test_forgetting_is_best_minus_last():
+    record = {"accuracy": [[90], [95, 80], [70, 85, 99]]}
+    assert report.forgetting(record) == pytest.approx(mean([95 - 70, 80 - 85]))
+
+
+def test_methods_start_from_the_same_split_order_and_weights():
+    digits = load_dataset("digits")
+    records = [run(digits, m, SMALL, seed=1) for m in ("finetune", "bld")]
+    assert records[0]["classes"] == records[1]["classes"]
+    # nothing to distil in the first task, so both end it alike
+    assert records[0]["accuracy"][0] == records[1]["accuracy"][0]
+    assert records[0]["memory"]["bank"] == 0 or records[0]["memory"] == records[1]["memory"]
+
+
+def test_a_run_depends_on_nothing_but_its_seed():
+    digits = load_dataset("digits")
+    torch.manual_seed(5)
+    first = run(digits, "bld", SMALL, seed=2)
+    torch.manual_seed(6)
+    second = run(digits, "bld", SMALL, seed=2)
+    assert first["accuracy"] == second["accuracy"]
+    ticks = []
+    run(digits, "finetune", SMALL, seed=2, progress=lambda: ticks.append(1))
+    assert len(ticks) == 6
+
+
+def test_batch_statistics_are_a_passing_diagnostic():
+    task = make_stream(load_dataset("digits"), 5, seed=0)[0]
+    model = make_model("slim")
+    model.add_head(2)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    plain = evaluate(model, task, 0)
+    with batch_statistics(model):
+        evaluate(model, task, 0)
+    assert evaluate(model, task, 0) == plain
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_networks_take_gray_and_colour(network, channels):
+    model = make_model(network, momentum=0.05).eval()
+    model.add_head(2)
+    assert model(torch.rand(2, channels, 32, 32)).shape == (2, 2)
+    momenta = {m.momentum for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)}
+    assert momenta == {0.05}
+
+
+def test_resnet18_is_the_paper_s():
+    """44.8 MB in the tables, its heads included."""
+    model = make_model("resnet18")
+    for _ in range(5):
+        model.add_head(2)
+    held = [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]
+    assert round(sum(t.numel() * 4 for t in held) / 1e6, 1) == 44.8
+
+
+def test_presets_name_their_network_and_views():
+    assert PRESETS["cifar10"].augment["flip"] == 0.5 and "flip" not in PRESETS["mnist"].augment
+    for name in ("mnist", "cifar10", "svhn"):
+        preset = PRESETS[name]
+        assert (preset.network, preset.lr, preset.views) == ("resnet18", 1e-4, 50)
+
+
+def test_a_user_s_own_npz_runs(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {"x": rng.integers(0, 256, (60, 8, 8, 3), dtype=np.uint8), "y": np.arange(60) % 4}
+    path = tmp_path / "mine.npz"
+    np.savez(path, x_train=arrays["x"], y_train=arrays["y"], x_test=arrays["x"], y_test=arrays["y"])
+    options = "--tasks 2 --views 1 --seeds 3 --methods bld --jobs 1".split()
+    assert main(["--dataset", str(path), *options, "--out", str(tmp_path / "out")]) == 0
+    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert len(result["runs"]) == 1 and result["bld_minus"] == {}
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--dataset", "imagenet"], "expected digits, mnist, cifar10, svhn"),
+        (["--dataset", "nowhere.npz"], "no file nowhere.npz"),
+        (["--tasks", "11"], "tasks: expected 1 to 10"),
+        (["--lr", "-1"], "lr: expected"),
+        (["--device", "nonsense"], "nonsense"),
+    ],
+    ids=lambda value: value[1] if isinstance(value, list) else "",
+)
+def test_bad_options_end_with_one_line(options, message, tmp_path, capsys):
+    assert main([*options, "--out", str(tmp_path / "o")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--views", "0"], ["--methods", "ewc"], ["--seeds", "a"], ["--network", "vgg"]],
+    ids=lambda o: o[0],
+)
+def test_bad_values_are_refused_by_the_parser(options, capsys):
+    with pytest.raises(SystemExit) as stop:
+        make_parser().parse_args(options)
+    assert stop.value.code == 2 and "expected" in capsys.readouterr().err.replace(
+        "choose", "expected"
+    )
+
+
+def test_seeds_are_ranges_and_lists():
+    assert parse_seeds("5-7,9,9") == [5, 6, 7, 9]
+
+
+def test_help_shows_examples(capsys):
+    with pytest.raises(SystemExit):
+        make_parser().parse_args(["--help"])
+    assert "python -m benchmarks.paper --dataset mnist" in capsys.readouterr().out
