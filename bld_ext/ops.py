@@ -321,8 +321,8 @@ def balance_layers_(
     """Rescale each layer's gradient, in place, to `balance` times a reference norm.
 
     G_d[l] ← λ ‖G_w[l]‖ / ‖G_d[l]‖ · G_d[l], Algorithm 2 of Fini et al., ECCV 2020, per layer. The
-    factor is 0 where the ratio is no finite number, as for ‖G_d[l]‖ = 0; a gradient that is not
-    finite becomes nan and so stays visible.
+    factor is 0 where finite norms have no finite ratio, as for ‖G_d[l]‖ = 0; a norm that is not
+    finite makes the gradient nan, so that it stays visible.
 
     Args:
         grads: the gradients G_d, changed in place; any shapes and float dtypes, on one device.
@@ -402,9 +402,9 @@ def augment(
     """Random views of images, each a pure function of (seed, step, view, image index).
 
     In this order: crop from the padded image, horizontal flip, rotation and scale about the centre,
-        as
-    one inverse matrix and one bilinear resample with zeros outside; brightness, contrast (against
-    the image's own mean), saturation, hue, each clamped to [0, 1]; normalisation.
+    as one inverse matrix and one bilinear resample, zero outside the image (so a rotation brings
+    back what the crop alone would have cut off); brightness, contrast (against the image's own
+    mean), saturation, hue, each clamped to [0, 1]; normalisation.
 
     Random words are Philox4x32-10 with key = seed and counter = (image index, view, step, op): op 0
     gives (left, top, flip, angle), op 1 (scale, -, -, -), op 2 (brightness, contrast, saturation,
@@ -440,9 +440,10 @@ def augment(
     if policy.contrast or policy.saturation or policy.hue:
         known = images.shape[1] in (1, 3)
         _require(known, "images", "1 or 3 channels for colour jitter", tuple(images.shape))
+    views = _check_views(views)
     seed, step, indices = _counter(seed, step, indices, images)
     return torch.ops.bld_ext.augment(
-        images, policy.pack(), seed, step, list(views), indices, dtype, channels_last
+        images, policy.pack(), seed, step, views, indices, dtype, channels_last
     )
 
 
@@ -454,20 +455,40 @@ def view_parameters(
     indices: Tensor,
 ) -> ViewParameters:
     """The parameters `augment` draws, without drawing a picture: each field `[V, N]`."""
+    views = _check_views(views)
     seed, step, indices = _counter(seed, step, indices, indices)
     return reference.view_parameters(policy, seed, step, views, indices)
+
+
+def _check_views(views: Sequence[int]) -> list[int]:
+    expected = f"whole numbers, 0 to {2**32 - 1}"
+    _require(isinstance(views, Sequence), "views", expected, views)
+    views = list(views)
+    whole = all(isinstance(v, int) and 0 <= v < 2**32 for v in views)
+    _require(whole, "views", expected, views)
+    return views
 
 
 def _counter(seed, step, indices, images):
     device = images.device
     for name, value, limit in (("seed", seed, 2**63), ("step", step, 2**32)):
-        if not isinstance(value, Tensor):
-            _require(0 <= value < limit, name, f"0 to {limit - 1}", value)
+        if isinstance(value, Tensor):
+            scalar = value.dtype == torch.int64 and value.dim() == 0
+            got = f"{value.dtype} {tuple(value.shape)}"
+            _require(scalar, name, "a whole number or an int64 scalar", got)
+        else:
+            whole = isinstance(value, int) and 0 <= value < limit
+            _require(whole, name, f"0 to {limit - 1}", value)
     if indices is None:
         indices = torch.arange(images.shape[0], device=device)
+    _require(isinstance(indices, Tensor), "indices", "a tensor", indices)
     _require(indices.dtype == torch.int64, "indices", "torch.int64", indices.dtype)
     expected = (images.shape[0],)
-    _require(tuple(indices.shape) == expected, "indices", f"shape {expected}", indices.shape)
+    shape = tuple(indices.shape)
+    _require(shape == expected, "indices", f"shape {expected}", shape)
+    if device.type == "cpu" and indices.numel() and not torch.compiler.is_compiling():
+        low, high = indices.min().item(), indices.max().item()
+        _require(low >= 0 and high < 2**32, "indices", f"0 to {2**32 - 1}", f"{low} to {high}")
     seed, step = (torch.as_tensor(x, dtype=torch.int64, device=device) for x in (seed, step))
     return seed, step, indices
 

@@ -7,9 +7,8 @@ A word is a pure function of (key, counter), so nothing is stored and nothing de
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011. The
 integer words equal Random123's; the maps from words to numbers below are ours, chosen so that every
-device
-computes them exactly: integer products, and doubles in which the product is exact before one
-addition.
+device computes them exactly: integer products, and doubles in which the product is exact before
+one addition.
 """
 
 import torch

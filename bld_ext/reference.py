@@ -100,12 +100,13 @@ def layer_norms(tensors: Sequence[Tensor], layers: Sequence[int], num_layers: in
 
 
 def balance_factors(norms: Tensor, reference_norms: Tensor, balance: Tensor) -> Tensor:
-    """λ‖G_w‖ / ‖G_d‖ per layer, [L]; 0 where that is not a finite number, as for ‖G_d‖ = 0.
+    """λ‖G_w‖ / ‖G_d‖ per layer, [L]; 0 where finite norms have no finite ratio, as for ‖G_d‖ = 0.
 
-    A gradient that is not finite still shows: 0 · inf and 0 · nan are nan.
+    What is not finite before stays visible: it makes the factor, or the gradient times it, nan.
     """
     factors = (balance.double() * reference_norms.double() / norms.double()).to(norms.dtype)
-    return torch.where(factors.isfinite(), factors, 0)
+    finite = reference_norms.isfinite() & norms.isfinite()
+    return torch.where(finite & ~factors.isfinite(), 0, factors)
 
 
 def balance_layers_(

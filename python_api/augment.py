@@ -9,21 +9,13 @@ from bld_ext import ops
 from bld_ext.reference import Policy, ViewParameters
 
 
-def _range(name: str, value: float | tuple[float, float], low: float, high: float):
-    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2 or not low <= pair[0] <= pair[1] <= high:
-        raise ValueError(f"{name}: expected {low} to {high}, smaller first, got {value}")
-    return pair
-
-
 class SeededAugment:
     """Views of images as a pure function of (seed, step, view, image index); nothing is stored.
 
     Order: crop from the zero-padded image, horizontal flip, rotation and scale about the centre
-        (one
-    matrix, one bilinear resample, zeros outside), brightness, contrast, saturation, hue,
-    normalisation.
-    Paper: section 3.5 of Fini et al., ECCV 2020. Semantics of each step are torchvision's.
+    (one matrix, one bilinear resample, zeros outside), brightness, contrast, saturation, hue,
+    normalisation. The semantics of each step are torchvision's. Paper: section 3.5 of Fini et al.,
+    ECCV 2020.
 
     Args:
         crop_padding: pixels of zero padding around the image a crop of its size is taken from.
@@ -59,26 +51,29 @@ class SeededAugment:
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
     ):
-        if crop_padding != int(crop_padding) or not 0 <= crop_padding <= 2**20:
+        if not 0 <= crop_padding <= 2**20 or crop_padding != int(crop_padding):
             raise ValueError(f"crop_padding: expected whole pixels, 0 or more, got {crop_padding}")
         if (mean is None) != (std is None) or len(mean or ()) != len(std or ()):
             raise ValueError(f"mean, std: expected both, one number a channel, got {mean}, {std}")
         if any(s <= 0 for s in std or ()):
             raise ValueError(f"std: expected positive numbers, got {std}")
-        _range("jitter", jitter, 0, 1)
         color = {"brightness": brightness, "contrast": contrast, "saturation": saturation}
         color = {name: jitter if value is None else value for name, value in color.items()}
         hue = jitter / 4 if hue is None else hue
         for name, value, high in (
             ("flip", flip, 1),
+            ("jitter", jitter, 1),
             ("rotation", rotation, 180),
             ("hue", hue, 0.5),
             *((name, value, 1) for name, value in color.items()),
         ):
-            _range(name, value, 0, high)
-        zoom = _range("scale", scale, 1e-3, 1e3)
+            if isinstance(value, (tuple, list)) or not 0 <= value <= high:
+                raise ValueError(f"{name}: expected 0 to {high}, got {value}")
+        low, high = scale
+        if not 1e-3 <= low <= high <= 1e3:
+            raise ValueError(f"scale: expected (low, high) within 0.001 to 1000, got {scale}")
         self.policy = Policy(
-            int(crop_padding), flip, rotation, *zoom, **color, hue=hue,
+            int(crop_padding), flip, rotation, low, high, **color, hue=hue,
             mean=tuple(mean or ()), std=tuple(std or ()),
         )  # fmt: skip
         self.dtype = dtype

@@ -65,20 +65,20 @@ class _Batch:
 
 
 class BLDOptimizer(torch.optim.Optimizer):
-    """Learns a stream of tasks batch by batch, distilling the network into itself within each
-    batch.
+    """Learns a stream of tasks, distilling the network into itself within each batch.
 
     One `step` makes 1 + `joint_steps` updates. Warm-up: L_t of the newest head over all views gives
     G_w; the softened predictions of the older heads go into a bank; θ' = θ - α_w G_w. Joint,
     repeated: L_d against the bank gives G_d, each layer of it is rescaled to λ‖G_w‖/‖G_d‖ · G_d,
-        dL_t/dθ is added, and
-    θ'' = θ' - α_j G. Losses are summed over the batch and averaged over the views. Then everything
-    but the network is released.
+    dL_t/dθ is added, and θ'' = θ' - α_j G. Losses are summed over the batch and averaged over the
+    views. Then everything but the network is released.
 
     Args:
-        model: maps images to the logits of all heads side by side, `[N, ΣC]` or `[N, ΣC,
-            *spatial]`, oldest head first, and has `head_sizes`. float32 or float64: reduced
-            precision drowns the distillation gradient in rounding. Heads may be added at any time.
+        model: maps images to the logits of all heads side by side, `[N, ΣC]` or
+            `[N, ΣC, *spatial]`, oldest head first, and has `head_sizes`. float32 or float64:
+            reduced precision drowns the distillation gradient in rounding. Heads may be added at
+            any time. Balancing relies on layers that follow or precede a BatchNorm; with other
+            normalisations it was seen to do harm, so look at `last.factors` there.
         lr: α_j, the learning rate of the joint updates.
         warmup_lr: α_w, default lr / 100. It keeps its ratio to lr when a scheduler changes lr.
         temperature: τ of the softened predictions.
@@ -89,7 +89,9 @@ class BLDOptimizer(torch.optim.Optimizer):
             memory.
         augment: `augment(images, seed=, step=, views=, indices=)` giving the views one after the
             other, `[len(views)·B, ...]`, the same every time: a `SeededAugment`, or your own.
-        layer: what is balanced as one: "module" (weight and bias together), "tensor" or "network".
+        layer: what is balanced as one: "module" (weight and bias together), "tensor", or "network".
+            A tensor without a gradient but for rounding, such as a bias in front of BatchNorm, is
+            scaled up to full size where it is a layer of its own.
         schedule: "two_forward" holds one gradient and the bank, and runs two forward passes a view
             in each joint repetition; "shared_forward" runs one and holds a second gradient.
         statistics: when BatchNorm's running statistics move: "once" a batch, from all views of the

@@ -298,7 +298,7 @@ def test_repr_makes_the_same_augment(settings):
     assert vars(again) == vars(augment)
 
 
-ZOOM = "0.001 to 1000.0, smaller first"
+ZOOM = r"\(low, high\) within 0.001 to 1000"
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,8 @@ def _torchvision(name: str, download: bool, make: Callable) -> tuple:
     except Exception as error:  # torchvision raises many kinds: URLError, RuntimeError, OSError
         raise DatasetError(
             f"dataset {name}: could not be loaded{' or downloaded' if download else ''} ({error}). "
-            "Without a network, put torchvision's files under --data, or give an .npz as --dataset"
+            "Without a network, put torchvision's files under --data, or give an .npz file as "
+            "--dataset"
         ) from error
 
 
