@@ -1,5 +1,6 @@
 """Backbones by name; each maps images of one or three channels to feature vectors."""
 
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
@@ -12,6 +13,19 @@ class Gray(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+
+
+class Shrink(nn.Module):
+    """Halve images by averaging until they are at most `size` pixels wide."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size
+
+    def forward(self, images: Tensor) -> Tensor:
+        while images.shape[-1] > self.size:
+            images = F.avg_pool2d(images, 2)
+        return images
 
 
 def resnet18() -> tuple[nn.Module, int]:
@@ -30,7 +44,8 @@ def resnet18_cifar() -> tuple[nn.Module, int]:
 
 
 def slim() -> tuple[nn.Module, int]:
-    """A ResNet of three blocks with 16, 32 and 64 channels, 76 k parameters, for a CPU."""
+    """A ResNet of three blocks with 16, 32 and 64 channels on images of at most 16×16 pixels,
+    77 k parameters, for a CPU."""
 
     def block(inputs, outputs, stride):
         shortcut = None
@@ -39,7 +54,12 @@ def slim() -> tuple[nn.Module, int]:
             shortcut = nn.Sequential(convolution, nn.BatchNorm2d(outputs))
         return BasicBlock(inputs, outputs, stride, shortcut)
 
-    stem = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True)]
+    stem = [
+        Shrink(16),
+        nn.Conv2d(3, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(inplace=True),
+    ]
     blocks = [block(16, 16, 1), block(16, 32, 2), block(32, 64, 2)]
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten()), 64
 
