@@ -1,12 +1,14 @@
 """Builds bld_ext._C: the CPU kernels always, the CUDA kernels when nvcc and a CUDA torch are there.
 
-BLD_EXT_CUDA          0 leaves the CUDA kernels out, 1 fails where they cannot be built; unset: as
-the machine allows TORCH_CUDA_ARCH_LIST  GPU architectures to compile for (default: 8.0, 9.0 and PTX
-for later ones)
+Environment:
+    BLD_EXT_CUDA: 0 leaves the CUDA kernels out, 1 fails where they cannot be built.
+    TORCH_CUDA_ARCH_LIST: GPU architectures (default: 8.0, 9.0 and PTX for later ones).
 """
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 from glob import glob
@@ -15,51 +17,69 @@ from pathlib import Path
 import pybind11
 import torch
 from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+from torch.utils import cpp_extension
 
 TORCH_TARGET = "2.11"
 # All symbols are in the LibTorch stable ABI of this version, so one build runs on all later ones.
 TORCH_TARGET_VERSION = "0x020b000000000000"
+WANTED = os.environ.get("BLD_EXT_CUDA", "")
+
+
+def compiler():
+    """The C++ compiler torch's build would call, or None."""
+    named = os.environ.get("CXX", "").split(" ")[0] or "c++"
+    configured = (sysconfig.get_config_var("CXX") or "g++").split(" ")[0]
+    return shutil.which(named) or shutil.which(configured)
 
 
 def cuda_toolkit():
-    """The toolkit folder of the nvcc on PATH or in CUDA_HOME, or None."""
+    """(folder, version) of the toolkit in CUDA_HOME, on PATH or in /usr/local/cuda, or None."""
     candidates = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
     if nvcc := shutil.which("nvcc"):
         candidates.insert(1, Path(nvcc).resolve().parents[1])
-    # nvcc on PATH may be a wrapper script far from its toolkit: look for a complete folder.
-    complete = (c for c in candidates if c and (Path(c) / "include/cuda_runtime.h").exists())
-    return next((str(c) for c in complete if (Path(c) / "bin/nvcc").exists()), None)
+    for folder in filter(None, candidates):
+        nvcc = Path(folder) / "bin/nvcc"
+        # nvcc on PATH may be a wrapper script far from its toolkit: take a complete folder
+        if nvcc.exists() and (Path(folder) / "include/cuda_runtime.h").exists():
+            text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+            return str(folder), re.search(r"release ([\d.]+)", text)[1]
+    return None
 
 
 def cuda_sources():
-    """The .cu files to build, none where this machine or BLD_EXT_CUDA says so."""
-    wanted = os.environ.get("BLD_EXT_CUDA", "")
-    if wanted == "0":
-        return []
+    """(the .cu files to build, toolkit), empty where this machine or BLD_EXT_CUDA says so."""
+    sources, toolkit, built_for = sorted(glob("csrc/cuda/*.cu")), cuda_toolkit(), torch.version.cuda
     missing = ""
-    if not torch.version.cuda:
+    if not compiler():
+        missing = "there is no C++ compiler"
+    elif not built_for:
         missing = "torch is a CPU build"
-    elif not cuda_toolkit():
+    elif not toolkit:
         missing = "there is no CUDA toolkit with nvcc"
-    if missing and wanted == "1":
-        sys.exit(f"BLD_EXT_CUDA=1, but {missing}. Install both for CUDA, or unset BLD_EXT_CUDA.")
-    return [] if missing else sorted(glob("csrc/cuda/*.cu"))
+    if missing and WANTED == "1":
+        sys.exit(f"BLD_EXT_CUDA=1, but {missing}. Install what is missing, or unset it.")
+    if missing or WANTED == "0" or not sources:
+        return [], None
+    if toolkit[1].split(".")[0] != built_for.split(".")[0]:
+        sys.exit(
+            f"torch is built for CUDA {built_for}, but {toolkit[0]} has {toolkit[1]}. "
+            "Point CUDA_HOME at a toolkit of the same major version, or set BLD_EXT_CUDA=0."
+        )
+    return sources, toolkit
 
 
 def extension():
-    gpu = cuda_sources()
+    gpu, toolkit = cuda_sources()
     flags = ["-O3", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
     arch = ""
     if gpu:
-        import torch.utils.cpp_extension as cpp_extension
-
-        cpp_extension.CUDA_HOME = cuda_toolkit()
+        cpp_extension.CUDA_HOME = toolkit[0]
         arch = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
         flags.append("-DUSE_CUDA")
     facts = {"TORCH_TARGET": TORCH_TARGET, "TORCH_BUILT_WITH": torch.__version__}
-    facts |= {"CUDA": torch.version.cuda if gpu else "", "ARCHITECTURES": arch}
-    return (CUDAExtension if gpu else CppExtension)(
+    facts |= {"CUDA": toolkit[1] if gpu else "", "ARCHITECTURES": arch}
+    make = cpp_extension.CUDAExtension if gpu else cpp_extension.CppExtension
+    return make(
         "bld_ext._C",
         ["csrc/module.cpp", *sorted(glob("csrc/cpu/*.cpp")), *gpu],
         include_dirs=[str(Path("csrc").resolve()), pybind11.get_include()],
@@ -68,15 +88,11 @@ def extension():
     )
 
 
-def compiler():
-    """The C++ compiler torch's build would call, or None."""
-    return shutil.which(os.environ.get("CXX", "").split(" ")[0] or "c++") or shutil.which(
-        (sysconfig.get_config_var("CXX") or "g++").split(" ")[0]
-    )
-
-
+if WANTED not in ("", "0", "1"):
+    sys.exit(f"BLD_EXT_CUDA: expected 0, 1 or nothing, got {WANTED!r}")
 if compiler():
-    setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})
+    setup(ext_modules=[extension()], cmdclass={"build_ext": cpp_extension.BuildExtension})
 else:
+    cuda_sources()
     print("bld_ext: no C++ compiler found, installing without compiled kernels", file=sys.stderr)
     setup()

@@ -160,6 +160,7 @@ def _scalar(argument: str, value: float | Tensor, device: torch.device) -> Tenso
     if isinstance(value, Tensor):
         _require(value.dim() == 0, argument, "a number or a scalar tensor", tuple(value.shape))
         return value
+    _require(math.isfinite(value), argument, "a finite number", value)
     return torch.full((), value, dtype=torch.float64, device=device)
 
 
@@ -489,7 +490,7 @@ def _counter(seed, step, indices, images):
     if device.type == "cpu" and indices.numel() and not torch.compiler.is_compiling():
         low, high = indices.min().item(), indices.max().item()
         _require(low >= 0 and high < 2**32, "indices", f"0 to {2**32 - 1}", f"{low} to {high}")
-    seed, step = (torch.as_tensor(x, dtype=torch.int64, device=device) for x in (seed, step))
+    seed, step = (x if isinstance(x, Tensor) else indices.new_full((), x) for x in (seed, step))
     return seed, step, indices
 
 

@@ -26,8 +26,15 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def head_softmax(logits: Tensor, head_sizes: Sequence[int], temperature: float) -> Tensor:
     """ŷ = softmax(z / τ) inside each of the leading heads: [N, sum(head_sizes), *]."""
-    z = logits[:, : sum(head_sizes)].to(compute_dtype(logits.dtype)) / temperature
-    return torch.cat([head.softmax(1) for head in z.split(list(head_sizes), 1)] or [z], 1)
+    return over_heads(logits, head_sizes, temperature, torch.softmax)
+
+
+def over_heads(logits, head_sizes, temperature, function) -> Tensor:
+    """function(z / τ) of each leading head, shifted by its maximum first so that τ → 0 is safe."""
+    z = logits[:, : sum(head_sizes)].to(compute_dtype(logits.dtype))
+    heads = z.split(list(head_sizes), 1) if head_sizes else ()
+    shifted = ((head - head.detach().amax(1, keepdim=True)) / temperature for head in heads)
+    return torch.cat([z[:, :0], *(function(head, 1) for head in shifted)], 1)
 
 
 def distillation_loss(
@@ -43,8 +50,7 @@ def distillation_loss(
     moved it is exactly zero. Logits behind the old heads get zero.
     """
     old = bank.shape[1]
-    z = logits[:, :old].to(bank.dtype) / temperature
-    log_p = torch.cat([head.log_softmax(1) for head in z.split(list(head_sizes), 1)] or [z], 1)
+    log_p = over_heads(logits, head_sizes, temperature, torch.log_softmax)
     grad = torch.zeros_like(logits, memory_format=torch.contiguous_format)
     grad[:, :old] = (softmax(logits, head_sizes, temperature) - bank) / temperature
     # ŷ = 0 contributes nothing, even where log p = -inf
@@ -188,8 +194,7 @@ def view_parameters(
     policy: Policy, seed: Tensor, step: Tensor, views: Sequence[int], indices: Tensor
 ) -> ViewParameters:
     """The parameters of the views of the images `indices` [N] at one step: a pure function."""
-    view = torch.tensor(list(views), dtype=torch.int64, device=indices.device)
-    view = view.unsqueeze(1)  # [V, 1]
+    view = torch.cat([indices.new_empty(0, 1), *(indices.new_full((1, 1), v) for v in views)])
     key = seed_key(seed)
 
     def words(op):
@@ -232,9 +237,8 @@ def augment(
     x = resample(x, p, settings)
     x = recolor(x, p, settings)
     if settings.mean:
-        shape = (1, -1, 1, 1)
-        mean, std = x.new_tensor([settings.mean, settings.std])
-        x = (x - mean.view(shape)) / std.view(shape)
+        channels = zip(x.unbind(1), settings.mean, settings.std, strict=True)
+        x = torch.stack([(channel - mean) / std for channel, mean, std in channels], 1)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return x.to(dtype).contiguous(memory_format=layout)
 

@@ -2,10 +2,15 @@
 
 import inspect
 import math
+import warnings
 from collections.abc import Iterable
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bld_ext.api.batch_norm import ViewBatchNorm
 
 
 def choice(name: str, value: str, choices: Iterable[str]) -> None:
@@ -14,7 +19,7 @@ def choice(name: str, value: str, choices: Iterable[str]) -> None:
 
 
 def at_least(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
 
 
@@ -67,6 +72,24 @@ def dtypes(value: nn.Module) -> None:
             )
 
 
+def batch_norms(value: nn.Module, views_per_pass: int, statistics: str) -> None:
+    """Refuse or warn of BatchNorms that are no ViewBatchNorm: SyncBatchNorm, subclasses."""
+    for name, module in value.named_modules():
+        if isinstance(module, _BatchNorm) and not isinstance(module, ViewBatchNorm):
+            kind = type(module).__name__
+            if views_per_pass > 1:
+                raise ValueError(
+                    f"views_per_pass: expected 1, since {name} is a {kind}, which normalises all "
+                    f"views of a pass together, got {views_per_pass}. Or use a plain nn.BatchNorm"
+                )
+            if statistics == "once":
+                warnings.warn(
+                    f"BLDOptimizer: {name} is a {kind}; its running statistics move at every "
+                    "forward pass in spite of statistics='once'. Or use a plain nn.BatchNorm",
+                    stacklevel=5,
+                )
+
+
 def heads(sizes: Iterable[int]) -> list[int]:
     if not (sizes := list(sizes)):
         raise RuntimeError("model: it has no head yet; call add_head(num_classes) before a step")
@@ -75,6 +98,8 @@ def heads(sizes: Iterable[int]) -> list[int]:
 
 def batch(images: Tensor, labels: Tensor, device: torch.device, takes_uint8: bool) -> None:
     """Types, devices and shapes; nothing here waits for the device."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("step: it computes gradients; call it outside torch.inference_mode()")
     if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
         kinds = f"{type(images).__name__} and {type(labels).__name__}"
         raise TypeError(f"images, labels: expected two tensors, step(images, labels), got {kinds}")

@@ -18,6 +18,7 @@ from bld_ext import ops
 from bld_ext.api import checks
 from bld_ext.api.batch_norm import ViewBatchNorm, convert_view_batchnorm, view_statistics
 from bld_ext.api.memory import tensor_bytes
+from bld_ext.api.passes import distillation_pass, new_task_pass, shared_pass, warm_up_pass
 from bld_ext.api.precision import exact_float32
 from bld_ext.api.views import Views
 
@@ -85,8 +86,8 @@ class BLDOptimizer(torch.optim.Optimizer):
         balance: λ. 0 is finetuning: the distillation passes are then left out.
         joint_steps: joint repetitions.
         views: views V of each image; default 50 with `augment`, else 1 (the images themselves).
-        views_per_pass: views that go through the network as one batch; a matter of speed and
-            memory.
+        views_per_pass: views that go through the network as one batch, view by view. A matter of
+            speed and memory where each image is computed by itself; dropout masks are drawn a pass.
         augment: `augment(images, seed=, step=, views=, indices=)` giving the views one after the
             other, `[len(views)·B, ...]`, the same every time: a `SeededAugment`, or your own.
         layer: what is balanced as one: "module" (weight and bias together), "tensor", or "network".
@@ -105,8 +106,10 @@ class BLDOptimizer(torch.optim.Optimizer):
 
     The model's BatchNorm modules are turned into `ViewBatchNorm` in place (same parameters, buffers
     and state_dict). TF32, reduced-precision matrix products and autocast are off inside a step and
-    put back after it; so is torch's random state. `step` owns the gradients: they are released when
-    it returns.
+    put back after it; so is torch's random state, which is global: steps in two threads at once
+    disturb each other's dropout. `step` owns the gradients: they are released when it returns.
+    Whatever else changes between two forward passes, such as the power iteration of spectral_norm,
+    is distilled as if learning had caused it.
 
     Example:
         optimizer = BLDOptimizer(model, lr=1e-4, views=50, augment=SeededAugment(crop_padding=4))
@@ -206,16 +209,17 @@ class BLDOptimizer(torch.optim.Optimizer):
     def warm_up(self, images: Tensor, labels: Tensor) -> Tensor:
         """Algorithm 1: bank, ‖G_w‖ per layer, θ' = θ - α_w G_w. Returns L_t."""
         sizes = self._check(images, labels)
-        self._adopt_new_parameters()
+        self._follow_model()
         self.release()
         names, layers = self._layers()
         with self._stage(STATISTICS[self.statistics][0]):
-            loss, bank = self._warm_up_pass(self._views(images, labels, sizes, self.batches))
+            views = self._views(images, labels, sizes, self.batches)
+            loss, bank = warm_up_pass(views, self.temperature, fill_bank=self.balance != 0)
             norms = self._norms(layers)
             self._require_finite("warm-up", loss, norms)
         memory = {
             "bank": tensor_bytes([bank]),
-            "layer_norms": tensor_bytes([norms]),
+            "layer_norms": tensor_bytes([norms]) if self.balance else 0,
             "seed": 16,  # the seed and the batch's number
             "gradients": tensor_bytes(p.grad for p in layers if p.grad is not None),
         }
@@ -234,24 +238,28 @@ class BLDOptimizer(torch.optim.Optimizer):
         if batch is None:
             raise RuntimeError("joint: there is no bank; call warm_up(images, labels) first")
         sizes = self._check(images, labels)
-        if tuple(images.shape) != batch.shape or sum(sizes[:-1]) != batch.bank.shape[1]:
+        distil = len(sizes) > 1 and self.balance != 0
+        old_classes = sum(sizes[:-1]) if distil else batch.bank.shape[1]
+        if tuple(images.shape) != batch.shape or old_classes != batch.bank.shape[1]:
             raise ValueError(
                 f"images: expected the batch of the last warm_up, shape {batch.shape} with "
-                f"{batch.bank.shape[1]} old classes, got {tuple(images.shape)} with "
-                f"{sum(sizes[:-1])}; call warm_up(images, labels) first"
+                f"{batch.bank.shape[1]} old classes, got {tuple(images.shape)} with {old_classes}; "
+                "call warm_up(images, labels) first"
             )
         self.zero_grad()
         views = self._views(images, labels, sizes, batch.number)
         with self._stage(STATISTICS[self.statistics][1]):
-            if len(sizes) == 1 or self.balance == 0:
-                loss = self._new_task_pass(views)
+            if not distil:
+                loss = new_task_pass(views, self.temperature)
             elif self.schedule == "two_forward":
-                self.last.distillation_loss.append(self._distillation_pass(views))
+                old_loss = distillation_pass(views, batch.bank, self.temperature)
+                self.last.distillation_loss.append(old_loss)
                 self._balance({p: p.grad for p in batch.layers if p.grad is not None})
-                loss = self._new_task_pass(views)
+                loss = new_task_pass(views, self.temperature)
             else:
-                loss, distillation_loss, grads = self._shared_pass(views)
-                self.last.distillation_loss.append(distillation_loss)
+                params = [p for p in batch.layers if p.requires_grad]
+                loss, old_loss, grads = shared_pass(views, batch.bank, self.temperature, params)
+                self.last.distillation_loss.append(old_loss)
                 self.last.memory["second_gradients"] = tensor_bytes(grads.values())
                 self._balance(grads)
                 for param, grad in grads.items():
@@ -275,56 +283,6 @@ class BLDOptimizer(torch.optim.Optimizer):
             self.model, images, labels, sizes, number,
             self.views, self.views_per_pass, self.augment, self.seed,
         )  # fmt: skip
-
-    def _warm_up_pass(self, views: Views) -> tuple[Tensor, Tensor]:
-        """G_w into .grad; returns L_t and the bank, [V·B, C_old, *]."""
-        bank, losses = None, []
-        for rows, logits, labels in views:
-            loss, targets = ops.warm_up_loss(logits, labels, views.sizes, self.temperature)
-            if bank is None:
-                bank = targets.new_empty(self.views * len(views.images), *targets.shape[1:])
-            bank[rows] = targets
-            (loss / self.views).backward()
-            losses.append(loss.detach())
-        return torch.stack(losses).sum() / self.views, bank
-
-    def _new_task_pass(self, views: Views) -> Tensor:
-        """Add dL_t/dθ to .grad; returns L_t."""
-        losses = []
-        for _, logits, labels in views:
-            loss, _ = ops.warm_up_loss(logits, labels, views.sizes, self.temperature)
-            (loss / self.views).backward()
-            losses.append(loss.detach())
-        return torch.stack(losses).sum() / self.views
-
-    def _distillation_pass(self, views: Views) -> Tensor:
-        """G_d into .grad; returns L_d."""
-        bank, losses = self._batch.bank, []
-        for rows, logits, _ in views:
-            loss = ops.distillation_loss(logits, bank[rows], views.sizes[:-1], self.temperature)
-            (loss / self.views).backward()
-            losses.append(loss.detach())
-        return torch.stack(losses).sum() / self.views
-
-    def _shared_pass(self, views: Views) -> tuple[Tensor, Tensor, dict[Tensor, Tensor]]:
-        """dL_t/dθ into .grad from the same forward passes as G_d; returns L_t, L_d and G_d."""
-        bank, new_losses, old_losses = self._batch.bank, [], []
-        params = [p for p in self._parameters() if p.requires_grad]
-        distilled: dict[Tensor, Tensor] = {}
-        for rows, logits, labels in views:
-            new, old = ops.joint_loss(logits, labels, bank[rows], views.sizes, self.temperature)
-            grads = torch.autograd.grad(
-                old / self.views, params, retain_graph=True, allow_unused=True
-            )
-            for param, grad in zip(params, grads, strict=True):
-                if grad is not None:
-                    sum_before = distilled.get(param)
-                    distilled[param] = grad if sum_before is None else sum_before.add_(grad)
-            (new / self.views).backward()
-            new_losses.append(new.detach())
-            old_losses.append(old.detach())
-        new, old = (torch.stack(x).sum() / self.views for x in (new_losses, old_losses))
-        return new, old, distilled
 
     # ---- gradients per layer ----
 
@@ -421,16 +379,18 @@ class BLDOptimizer(torch.optim.Optimizer):
         for value in values:
             if not value.isfinite().all():
                 raise FloatingPointError(
-                    f"{stage} stage: a loss, gradient norm or parameter is not finite; the network "
-                    "is as before this step. Lower lr, or look at the images and the weights"
+                    f"{stage} stage: a loss, gradient norm or parameter is not finite. step() puts "
+                    "the network back as it was; lower lr, or look at the images and the weights"
                 )
 
     def _check(self, images: Tensor, labels: Tensor) -> list[int]:
         """The head sizes, after every check that can be made before anything changes."""
+        convert_view_batchnorm(self.model)  # also what was added since the last step
         device = next(self.model.parameters()).device
         checks.batch(images, labels, device, takes_uint8=self.augment is not None)
         sizes = checks.heads(self.model.head_sizes)
         checks.dtypes(self.model)
+        checks.batch_norms(self.model, self.views_per_pass, self.statistics)
         checks.trainable(self.model)
         if device.type == "cpu" or self.check_finite:
             checks.batch_values(images, labels, sizes[-1])
@@ -438,14 +398,19 @@ class BLDOptimizer(torch.optim.Optimizer):
 
     # ---- a torch optimizer's life ----
 
-    def _adopt_new_parameters(self) -> None:
-        """Heads added since the last step join the first group, so that schedulers reach them."""
-        known = {id(p) for p in self._parameters()}
-        group = self.param_groups[0]
-        for name, param in self.model.named_parameters():
-            if id(param) not in known:
-                group["params"].append(param)
-                group["param_names"].append(name)
+    def _follow_model(self) -> None:
+        """Group 0 holds what the model does: new heads join it, replaced parameters leave it.
+
+        New ones take the group's options, so that a scheduler reaches them.
+        """
+        named = {param: name for name, param in self.model.named_parameters()}
+        first, *others = self.param_groups
+        kept = [param for param in first["params"] if param in named]
+        for param in set(first["params"]) - set(kept):
+            self.state.pop(param, None)
+        known = {*kept, *(param for group in others for param in group["params"])}
+        first["params"] = kept + [param for param in named if param not in known]
+        first["param_names"] = [named[param] for param in first["params"]]
 
     def _share_with_base(self) -> None:
         """One list of groups and one state for both, so schedulers and state_dict see it all."""
@@ -462,9 +427,10 @@ class BLDOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Resume bit for bit. The model must have the heads it had when the state was saved."""
-        if "bld" not in state_dict:
-            raise ValueError("state_dict: expected one of a BLDOptimizer, with the key 'bld'")
-        self._adopt_new_parameters()
+        if not {"bld", "state", "param_groups"} <= set(state_dict):
+            keys = sorted(state_dict)
+            raise ValueError(f"state_dict: expected one of a BLDOptimizer, got the keys {keys}")
+        self._follow_model()
         params = dict(self.model.named_parameters())
         saved = state_dict["param_groups"][0].get("param_names", [])
         shapes = state_dict["bld"]["shapes"].items()
@@ -473,13 +439,20 @@ class BLDOptimizer(torch.optim.Optimizer):
                 f"state_dict: its parameters differ from the model's by {apart}. Load the model's "
                 "state_dict, or add its heads, before the optimizer's"
             )
-        self.param_groups[0]["params"] = [params[name] for name in saved]
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "bld"})
+        first = self.param_groups[0]
+        before = first["params"]
+        first["params"] = [params[name] for name in saved]
+        try:
+            super().load_state_dict({k: v for k, v in state_dict.items() if k != "bld"})
+        except BaseException:
+            first["params"] = before
+            raise
         self.seed, self.batches = state_dict["bld"]["seed"], state_dict["bld"]["batches"]
         self.release()
 
     def __getstate__(self) -> dict:
-        return self.__dict__.copy()
+        # a scheduler hangs a step of its own on the instance, bound to this very object
+        return {name: value for name, value in self.__dict__.items() if name != "step"}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)

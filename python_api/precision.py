@@ -5,8 +5,11 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-# Where torch may compute a float32 product in less: TF32 on a GPU, bfloat16 on a CPU.
+# Where torch may compute a float32 product in less: TF32 on a GPU, bfloat16 on a CPU. A switch that
+# was never set follows its parent, so parents come first and only what then still differs is set.
 _SWITCHES = (
+    torch.backends.cudnn,
+    torch.backends.mkldnn,
     torch.backends.cuda.matmul,
     torch.backends.cudnn.conv,
     torch.backends.cudnn.rnn,
@@ -18,19 +21,27 @@ _SWITCHES = (
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """No TF32, no bfloat16 products, no autocast inside; everything as it was after."""
-    before = [switch.fp32_precision for switch in _SWITCHES]
+    """No TF32, no bfloat16 products, no autocast inside; everything as it was after.
+
+    Inside, torch's older switches such as `torch.backends.cudnn.allow_tf32` raise its own error
+    about mixing them with the newer ones.
+    """
+    root, changed = torch.backends.fp32_precision, []
     with ExitStack() as stack:
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         try:
+            torch.backends.fp32_precision = "ieee"
             for switch in _SWITCHES:
-                switch.fp32_precision = "ieee"
+                if switch.fp32_precision != "ieee":
+                    changed.append((switch, switch.fp32_precision))
+                    switch.fp32_precision = "ieee"
             yield
         finally:
-            for switch, precision in zip(_SWITCHES, before, strict=True):
+            for switch, precision in reversed(changed):
                 switch.fp32_precision = precision
+            torch.backends.fp32_precision = root
 
 
 @contextmanager

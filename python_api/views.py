@@ -44,11 +44,21 @@ class Views:
 
     def _make(self, views: range) -> Tensor:
         if self.augment is None:
-            return self.images.repeat(len(views), *(1,) * (self.images.dim() - 1))
-        indices = torch.arange(len(self.images), device=self.images.device)
-        made = self.augment(
-            self.images, seed=self.seed, step=self.number, views=views, indices=indices
-        )
+            made = self.images.repeat(len(views), *(1,) * (self.images.dim() - 1))
+        else:
+            indices = torch.arange(len(self.images), device=self.images.device)
+            made = self.augment(
+                self.images, seed=self.seed, step=self.number, views=views, indices=indices
+            )
+        expected = next(self.model.parameters()).dtype
+        if made.is_floating_point() and made.dtype != expected:
+            name, remedy = ("images", f"images.to({expected})")
+            if self.augment is not None:
+                name, remedy = ("augment", f"SeededAugment(dtype={expected})")
+            raise ValueError(
+                f"{name}: expected views of the model's dtype, {expected}, got {made.dtype}; "
+                f"use {remedy}"
+            )
         if len(made) != len(views) * len(self.images):
             raise ValueError(
                 f"augment: expected {len(views)} views of {len(self.images)} images, "

@@ -224,3 +224,8 @@ def test_bad_argument(arguments, message):
 def test_logits_of_another_type():
     with pytest.raises(TypeError, match="^logits: expected a tensor, got list$"):
         ops.head_softmax([[0.0]], [1])
+
+
+def test_sizes_that_overflow_their_sum_are_refused_by_the_kernel():
+    with pytest.raises(RuntimeError, match="head_sizes: "):
+        torch.ops.bld_ext.head_softmax(torch.randn(2, 5), [2**62] * 4 + [2], 2.0)

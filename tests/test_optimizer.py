@@ -4,6 +4,8 @@ import copy
 import functools
 import io
 import pickle
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -130,6 +132,7 @@ def test_state_dict_resumes_bit_for_bit_in_the_middle_of_a_stream(base, make_mod
 def test_a_copy_lives_on_by_itself(clone, make_model, make_batch):
     model = make_model(heads=(2, 2))
     optimizer = make_optimizer(model)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)  # it wraps the step of this instance
     learn(optimizer, make_batch, [0])
     model2, optimizer2 = clone((model, optimizer))
     assert optimizer2.model is model2
@@ -315,3 +318,92 @@ def test_running_statistics_follow_their_policy(statistics, make_model, make_bat
 def test_a_base_that_needs_a_closure_is_refused(make_model):
     with pytest.raises(ValueError, match="base: LBFGS evaluates a closure"):
         make_optimizer(make_model(heads=(2,)), base=torch.optim.LBFGS)
+
+
+@pytest.mark.filterwarnings("ignore:BLDOptimizer")
+@pytest.mark.parametrize("how", ["assign", "new-head", "deleted"])
+def test_replaced_parameters_leave_the_optimizer(how, make_model, make_batch):
+    """Else a second network stays alive, and a resumed run updates what replaced it twice."""
+    model = make_model(heads=(2, 2))
+    if how == "deleted":
+        model.extra = nn.Linear(2, 2)
+    optimizer = make_optimizer(model, base=functools.partial(torch.optim.SGD, momentum=0.9))
+    learn(optimizer, make_batch, [0])
+    if how == "assign":
+        model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    elif how == "new-head":
+        model.heads[1] = nn.Linear(6, 2)
+    else:
+        del model.extra
+    learn(optimizer, make_batch, [1])
+    group = optimizer.param_groups[0]
+    assert len(group["params"]) == len(group["param_names"]) == len(list(model.parameters()))
+    assert set(optimizer.state) <= set(model.parameters())
+
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    other = make_model(heads=(2, 2))
+    resumed = make_optimizer(other, base=functools.partial(torch.optim.SGD, momentum=0.9))
+    other.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    learn(optimizer, make_batch, [2])
+    learn(resumed, make_batch, [2])
+    assert_same_network(model, other)
+
+
+def test_a_failed_load_changes_nothing(make_model, make_batch):
+    optimizer = make_optimizer(make_model(heads=(2, 2)))
+    learn(optimizer, make_batch, [0])
+    before = copy.deepcopy(optimizer.state_dict())
+    wrong = copy.deepcopy(before)
+    wrong["param_groups"][0]["param_names"].reverse()
+    wrong["param_groups"].append(dict(wrong["param_groups"][0], params=[]))
+    with pytest.raises(ValueError):
+        optimizer.load_state_dict(wrong)
+    assert optimizer.state_dict() == before
+    learn(optimizer, make_batch, [1])
+
+
+def test_batch_norm_added_later_follows_the_policy_too(make_model, make_batch):
+    model = make_model(heads=(2, 2))
+    optimizer = make_optimizer(model)
+    late = nn.BatchNorm1d(6)
+    model.backbone.append(late)
+    learn(optimizer, make_batch, [0])
+    assert late.num_batches_tracked == 1
+
+
+class OwnBatchNorm(nn.BatchNorm2d):
+    pass
+
+
+def test_batch_norm_of_another_kind_is_refused_or_warned_of(make_model, make_batch):
+    model = make_model(heads=(2, 2))
+    model.backbone[1] = OwnBatchNorm(4)
+    with pytest.raises(ValueError, match="views_per_pass: expected 1, since backbone.1 is a OwnBa"):
+        learn(make_optimizer(model, views_per_pass=3), make_batch, [0])
+    with pytest.warns(UserWarning, match="backbone.1 is a OwnBatchNorm; its running statistics"):
+        learn(make_optimizer(model), make_batch, [0])
+
+
+INHERITANCE = """
+import torch
+from torch import nn
+from bld_ext import BLDOptimizer, MultiHead
+model = MultiHead(nn.Flatten(), 12)
+model.add_head(2)
+BLDOptimizer(model).step(torch.rand(2, 3, 2, 2), torch.tensor([0, 1]))
+for precision in ("ieee", "tf32"):
+    torch.backends.cudnn.fp32_precision = precision
+    assert torch.backends.cudnn.conv.fp32_precision == precision, torch.backends.cudnn.conv
+"""
+
+
+def test_precision_switches_still_follow_their_parents_after_a_step():
+    """In a process of its own: a switch that any test has set never follows again."""
+    subprocess.run([sys.executable, "-c", INHERITANCE], check=True)
+
+
+def test_finetuning_keeps_no_bank(make_model, make_batch):
+    optimizer = make_optimizer(make_model(heads=(2, 2)), balance=0.0)
+    learn(optimizer, make_batch, [0])
+    assert optimizer.last.memory["bank"] == optimizer.last.memory["layer_norms"] == 0

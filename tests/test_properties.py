@@ -227,6 +227,36 @@ def test_views_per_pass_agrees_to_rounding_in_float32(make_model, make_batch):
         assert apart <= 1e-4 * moved + 2e-7 * start[name].double().norm(), name
 
 
+class SharedGradients(nn.Module):
+    """Parameters whose gradients autograd returns as one tensor, or as an expanded one."""
+
+    def __init__(self):
+        super().__init__()
+        self.base = nn.Parameter(torch.randn(6, 192, dtype=torch.float64) * 0.1)
+        self.delta = nn.Parameter(torch.zeros(6, 192, dtype=torch.float64))
+        self.shift = nn.Parameter(torch.zeros(4, dtype=torch.float64))
+
+    def forward(self, x):
+        return (
+            nn.functional.linear(x.flatten(1), self.base + self.delta) + self.shift.sum()
+        ).tanh()
+
+
+def test_schedules_agree_where_parameters_share_a_gradient(make_batch):
+    augment = SeededAugment(rotation=15, dtype=torch.float64)
+    states = []
+    for schedule in ("two_forward", "shared_forward"):
+        torch.manual_seed(1)
+        model = MultiHead(SharedGradients(), 6)
+        model.add_head(2)
+        model.add_head(2)
+        make_optimizer(model, schedule=schedule, augment=augment).step(
+            *make_batch(2, dtype=torch.float64)
+        )
+        states.append(state(model))
+    torch.testing.assert_close(*states, rtol=1e-9, atol=1e-9)
+
+
 def test_schedules_agree_to_rounding(make_model, make_batch):
     augment = SeededAugment(rotation=15, dtype=torch.float64)
     states = []

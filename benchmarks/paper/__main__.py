@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -37,12 +38,15 @@ def parse_seeds(text: str) -> list[int]:
     seeds: list[int] = []
     try:
         for part in text.split(","):
-            first, _, last = part.partition("-")
-            seeds += range(int(first), int(last or first) + 1)
+            first, dash, last = part.partition("-")
+            span = range(int(first), int(last if dash else first) + 1)
+            if not span:
+                raise ValueError
+            seeds += span
     except ValueError:
-        seeds = []
-    if not seeds:
-        raise argparse.ArgumentTypeError(f"expected seeds such as 5-14 or 0,3,7, got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected seeds such as 5-14 or 0,3,7, got {text!r}"
+        ) from None
     return list(dict.fromkeys(seeds))
 
 
@@ -59,6 +63,16 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
+    return value
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -84,7 +98,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--balance", type=float, help="λ, weight of the distillation gradient")
     add("--temperature", type=float, help="τ of the softened predictions")
     add("--statistics", choices=["once", "every_pass"], help="when running statistics move")
-    add("--momentum", type=float, help="BatchNorm's momentum")
+    add("--momentum", type=fraction, help="BatchNorm's momentum")
     add("--schedule", choices=["two_forward", "shared_forward"], help="see BLDOptimizer")
     add("--views-per-pass", type=positive, help="views that go through the network at once")
     add("--jobs", type=positive, help="runs at a time (default: one a core, or one on a GPU)")
@@ -131,23 +145,24 @@ def main(argv: list[str] | None = None) -> int:
     )
     print(title)
     start = time.perf_counter()
+    files = out / "results.json", out / "accuracy.png"
     try:
         what = (args.dataset, args.data, args.methods, settings, seeds)
         batches = preflight(*what, args.device)
         out.mkdir(parents=True, exist_ok=True)
+        for file in files:
+            file.open("ab").close()  # an error here is better than one after hours of training
         records = run_all(*what, batches, args.device, jobs, args.threads)
     except (DatasetError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenProcessPool:
+        print("error: a run was killed, perhaps for memory; try --jobs 1", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
 
-    summary = report.summarise(records)
-    print(report.table(summary))
-    differences = {}
-    if "bld" in args.methods:
-        for baseline in args.methods:
-            if baseline != "bld":
-                differences[baseline] = report.paired(records, "bld", baseline)
-                print(report.difference_line(differences[baseline], "bld", baseline))
     result = {
         "command": ["python", "-m", "benchmarks.paper", *(sys.argv[1:] if argv is None else argv)],
         "dataset": args.dataset,
@@ -155,13 +170,20 @@ def main(argv: list[str] | None = None) -> int:
         "seeds": seeds,
         "versions": facts(args.device),
         "seconds": round(time.perf_counter() - start, 1),
-        "summary": summary,
-        "bld_minus": differences,
+        "summary": report.summarise(records),
+        "bld_minus": {
+            baseline: report.paired(records, "bld", baseline)
+            for baseline in args.methods
+            if baseline != "bld" and "bld" in args.methods
+        },
         "runs": records,
     }
-    (out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
-    report.figure(records, title, out / "accuracy.png")
-    print(f"{result['seconds']:.0f} s; wrote {out / 'results.json'} and {out / 'accuracy.png'}")
+    print(report.table(result["summary"]))
+    for baseline, difference in result["bld_minus"].items():
+        print(report.difference_line(difference, "bld", baseline))
+    files[0].write_text(json.dumps(result, indent=1) + "\n")
+    report.figure(records, title, files[1])
+    print(f"{result['seconds']:.0f} s; wrote {files[0]} and {files[1]}")
     return 0
 
 

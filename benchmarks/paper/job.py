@@ -2,6 +2,7 @@
 
 import multiprocessing
 import queue
+import signal
 from concurrent.futures import ProcessPoolExecutor
 
 import torch
@@ -17,6 +18,9 @@ _worker: dict = {}  # what a worker process keeps from run to run
 
 def _start_worker(dataset: str, root: str, device: str, threads: int, ticks) -> None:
     torch.set_num_threads(threads)
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # Ctrl-C ends a worker at once, without a traceback
     _worker.update(dataset=load_dataset(dataset, root), device=device, ticks=ticks)
 
 
@@ -30,6 +34,8 @@ def preflight(
 ) -> int:
     """Raise what a run would raise, before any work starts; returns the batches of all runs."""
     try:
+        if torch.device(device).type not in ("cpu", "cuda"):
+            raise RuntimeError("expected cpu or cuda")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
@@ -39,7 +45,9 @@ def preflight(
     for method in methods:
         METHODS[method](make_model(settings.network, settings.momentum), settings, seeds[0])
     streams = (make_stream(loaded, settings.tasks, seed, settings.limit) for seed in seeds)
-    batches = (t.batch_count(settings.batch_size) for stream in streams for t in stream)
+    batches = [t.batch_count(settings.batch_size) for stream in streams for t in stream]
+    if not all(batches):
+        raise ValueError("a task has fewer than 2 training images; give more, or fewer --tasks")
     return sum(batches) * len(methods)
 
 
@@ -75,5 +83,7 @@ def run_all(
                     records |= {futures[f]: f.result() for f in done}
         except BaseException:
             pool.shutdown(cancel_futures=True, wait=False)
+            for child in multiprocessing.active_children():
+                child.terminate()
             raise
     return [records[key] for key in order]

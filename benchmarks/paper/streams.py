@@ -40,9 +40,11 @@ class Task:
     y_test: Tensor
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The training images in order, once. The last batch may be smaller; a single left-over
-        image
-        is left out, since BatchNorm cannot normalise one."""
+        """The training images in order, once.
+
+        The last batch may be smaller; a single left-over image is left out, since BatchNorm cannot
+        normalise one.
+        """
         for x, y in zip(self.x_train.split(size), self.y_train.split(size), strict=True):
             if len(x) > 1:
                 yield x, y

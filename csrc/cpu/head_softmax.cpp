@@ -66,10 +66,10 @@ Tensor head_softmax(const Tensor &logits, std::vector<int64_t> head_sizes, doubl
   int64_t old_classes = 0;
   for (int64_t size : head_sizes) {
     STD_TORCH_CHECK(size >= 1, "head_sizes: expected sizes of at least 1, got ", size);
+    STD_TORCH_CHECK(size <= logits.size(1) - old_classes, "head_sizes: they sum to more than the ",
+                    logits.size(1), " classes of logits");
     old_classes += size;
   }
-  STD_TORCH_CHECK(old_classes <= logits.size(1), "head_sizes: they sum to ", old_classes,
-                  ", but logits has only ", logits.size(1), " classes");
   STD_TORCH_CHECK(temperature > 0, "temperature: expected a positive number, got ", temperature);
 
   const Tensor dense = torch::stable::contiguous(logits);

@@ -1,0 +1,66 @@
+"""One pass of a stage over all views: losses, and gradients accumulated where they belong.
+
+Losses are summed over the batch by the ops and averaged over the views here; the gradient of each
+pass is added as soon as it is there, so no more than one pass of activations is ever held.
+"""
+
+import torch
+from torch import Tensor
+
+from bld_ext import ops
+from bld_ext.api.views import Views
+
+
+def warm_up_pass(views: Views, temperature: float, fill_bank: bool) -> tuple[Tensor, Tensor]:
+    """G_w into .grad; returns L_t and the bank, `[V·B, C_old, *]`, or one without classes."""
+    bank, losses = None, []
+    for rows, logits, labels in views:
+        loss, targets = ops.warm_up_loss(logits, labels, views.sizes, temperature)
+        targets = targets if fill_bank else targets[:, :0]
+        if bank is None:
+            bank = targets.new_empty(views.count * len(views.images), *targets.shape[1:])
+        bank[rows] = targets
+        (loss / views.count).backward()
+        losses.append(loss.detach())
+    return torch.stack(losses).sum() / views.count, bank
+
+
+def new_task_pass(views: Views, temperature: float) -> Tensor:
+    """Add dL_t/dθ to .grad; returns L_t."""
+    losses = []
+    for _, logits, labels in views:
+        loss, _ = ops.warm_up_loss(logits, labels, views.sizes, temperature)
+        (loss / views.count).backward()
+        losses.append(loss.detach())
+    return torch.stack(losses).sum() / views.count
+
+
+def distillation_pass(views: Views, bank: Tensor, temperature: float) -> Tensor:
+    """G_d into .grad; returns L_d."""
+    losses = []
+    for rows, logits, _ in views:
+        loss = ops.distillation_loss(logits, bank[rows], views.sizes[:-1], temperature)
+        (loss / views.count).backward()
+        losses.append(loss.detach())
+    return torch.stack(losses).sum() / views.count
+
+
+def shared_pass(
+    views: Views, bank: Tensor, temperature: float, params: list[Tensor]
+) -> tuple[Tensor, Tensor, dict[Tensor, Tensor]]:
+    """dL_t/dθ into .grad and G_d apart, from the same forward passes; returns L_t, L_d and G_d."""
+    new_losses, old_losses = [], []
+    distilled: dict[Tensor, Tensor] = {}
+    for rows, logits, labels in views:
+        new, old = ops.joint_loss(logits, labels, bank[rows], views.sizes, temperature)
+        grads = torch.autograd.grad(old / views.count, params, retain_graph=True, allow_unused=True)
+        for param, grad in zip(params, grads, strict=True):
+            if grad is not None and param in distilled:
+                distilled[param].add_(grad)
+            elif grad is not None:
+                distilled[param] = grad.clone()  # autograd may return one tensor for two parameters
+        (new / views.count).backward()
+        new_losses.append(new.detach())
+        old_losses.append(old.detach())
+    new, old = (torch.stack(x).sum() / views.count for x in (new_losses, old_losses))
+    return new, old, distilled
