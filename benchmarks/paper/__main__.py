@@ -125,9 +125,7 @@ def facts(device: str) -> dict:
         "python": platform.python_version(),
         **{package: version(package) for package in packages},
         "device": name,
-        "kernels": {
-            op: bld_ext.backend(op, device.partition(":")[0]) for op in bld_ext.ops.SCHEMAS
-        },
+        "kernels": {op: bld_ext.backend(op, device.partition(":")[0]) for op in bld_ext.SCHEMAS},
     }
 
 

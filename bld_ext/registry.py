@@ -1,0 +1,205 @@
+"""What the dispatcher knows of the ops: schema, default kernel, fake kernel and autograd of each.
+
+The reference is every op's default kernel; importing bld_ext._C registers the C++ kernels over it.
+"""
+
+import functools
+import importlib
+import warnings
+
+import torch
+
+from bld_ext import reference
+from bld_ext.reference import compute_dtype
+
+try:
+    _C = importlib.import_module("bld_ext._C")
+except ImportError as error:
+    _C = None
+    warnings.warn(
+        f"bld_ext._C could not be loaded ({error}): every op runs on its PyTorch reference, "
+        "which is correct but slower. Install a C++ compiler and run `pip install -e .` again.",
+        stacklevel=2,
+    )
+
+SCHEMAS = {
+    "head_softmax": "(Tensor logits, int[] head_sizes, float temperature) -> Tensor",
+    "distillation_loss": (
+        "(Tensor logits, Tensor bank, int[] head_sizes, float temperature)"
+        " -> (Tensor loss, Tensor grad_logits)"
+    ),
+    "warm_up_loss": (
+        "(Tensor logits, Tensor labels, int[] head_sizes, float temperature)"
+        " -> (Tensor loss, Tensor bank, Tensor grad_logits)"
+    ),
+    "joint_loss": (
+        "(Tensor logits, Tensor labels, Tensor bank, int[] head_sizes, float temperature)"
+        " -> (Tensor new_loss, Tensor distillation_loss,"
+        " Tensor new_grad_logits, Tensor distillation_grad_logits)"
+    ),
+    "layer_norms": "(Tensor[] tensors, int[] layers, int num_layers) -> Tensor",
+    "balance_layers_": (
+        "(Tensor(a!)[] grads, int[] layers, Tensor reference_norms, Tensor balance)"
+        " -> (Tensor factors, Tensor norms)"
+    ),
+    "balanced_sgd_": (
+        "(Tensor(a!)[] params, Tensor[] distill_grads, Tensor[] new_grads, int[] layers,"
+        " Tensor reference_norms, Tensor balance, Tensor lr) -> (Tensor factors, Tensor norms)"
+    ),
+    "augment": (
+        "(Tensor images, float[] policy, Tensor seed, Tensor step, int[] views, Tensor indices,"
+        " ScalarType dtype, bool channels_last) -> Tensor"
+    ),
+}
+
+for _name, _schema in SCHEMAS.items():
+    torch.library.define(f"bld_ext::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
+
+
+def backend(name: str, device: str = "cpu") -> str:
+    """Which kernel of an op runs on a device type: "compiled" or "reference"."""
+    if name not in SCHEMAS:
+        raise ValueError(f"name: expected one of {', '.join(SCHEMAS)}, got {name!r}")
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device, device)
+    compiled = torch._C._dispatch_has_kernel_for_dispatch_key(f"bld_ext::{name}", key)
+    return "compiled" if compiled else "reference"
+
+
+# ---- default kernels ----
+
+# One softmax for the bank and for the loss, whichever kernel it is: unchanged logits then give a
+# gradient of exactly zero.
+_softmax = torch.ops.bld_ext.head_softmax
+for _name, _kernel in {
+    "head_softmax": reference.head_softmax,
+    "distillation_loss": functools.partial(reference.distillation_loss, softmax=_softmax),
+    "warm_up_loss": functools.partial(reference.warm_up_loss, softmax=_softmax),
+    "joint_loss": functools.partial(reference.joint_loss, softmax=_softmax),
+    "layer_norms": reference.layer_norms,
+    "balance_layers_": reference.balance_layers_,
+    "balanced_sgd_": reference.balanced_sgd_,
+    "augment": reference.augment,
+}.items():
+    torch.library.impl(f"bld_ext::{_name}", "default", _kernel)
+
+
+# ---- fake kernels ----
+
+
+@torch.library.register_fake("bld_ext::head_softmax")
+def _(logits, head_sizes, temperature):
+    shape = (logits.shape[0], sum(head_sizes), *logits.shape[2:])
+    return logits.new_empty(shape, dtype=compute_dtype(logits.dtype))
+
+
+def _fake_loss(logits):
+    return logits.new_empty((), dtype=compute_dtype(logits.dtype))
+
+
+def _fake_grad(logits):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("bld_ext::distillation_loss")
+def _(logits, bank, head_sizes, temperature):
+    return _fake_loss(logits), _fake_grad(logits)
+
+
+@torch.library.register_fake("bld_ext::warm_up_loss")
+def _(logits, labels, head_sizes, temperature):
+    bank = torch.ops.bld_ext.head_softmax(logits, head_sizes[:-1], temperature)
+    return _fake_loss(logits), bank, _fake_grad(logits)
+
+
+@torch.library.register_fake("bld_ext::joint_loss")
+def _(logits, labels, bank, head_sizes, temperature):
+    return _fake_loss(logits), _fake_loss(logits), _fake_grad(logits), _fake_grad(logits)
+
+
+@torch.library.register_fake("bld_ext::layer_norms")
+def _(tensors, layers, num_layers):
+    return tensors[0].new_empty(num_layers, dtype=compute_dtype(tensors[0].dtype))
+
+
+def _fake_norms(grads, reference_norms):
+    norms = grads[0].new_empty(reference_norms.shape, dtype=compute_dtype(grads[0].dtype))
+    return norms, torch.empty_like(norms)
+
+
+@torch.library.register_fake("bld_ext::balance_layers_")
+def _(grads, layers, reference_norms, balance):
+    return _fake_norms(grads, reference_norms)
+
+
+@torch.library.register_fake("bld_ext::balanced_sgd_")
+def _(params, distill_grads, new_grads, layers, reference_norms, balance, lr):
+    return _fake_norms(distill_grads, reference_norms)
+
+
+@torch.library.register_fake("bld_ext::augment")
+def _(images, policy, seed, step, views, indices, dtype, channels_last):
+    N, *shape = images.shape
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return images.new_empty((len(views) * N, *shape), dtype=dtype).to(memory_format=layout)
+
+
+# ---- autograd ----
+
+
+def _save_softmax(ctx, inputs, output):
+    _, ctx.head_sizes, ctx.temperature = inputs
+    ctx.classes, ctx.dtype = inputs[0].shape[1], inputs[0].dtype
+    ctx.save_for_backward(output)
+
+
+def _softmax_backward(ctx, grad):
+    (bank,) = ctx.saved_tensors  # dL/dz = p (dL/dp - Σ_head p dL/dp) / τ
+    heads = zip(bank.split(ctx.head_sizes, 1), grad.split(ctx.head_sizes, 1), strict=True)
+    parts = [p * (g - (p * g).sum(1, keepdim=True)) / ctx.temperature for p, g in heads]
+    rest = bank.new_zeros(bank.shape[0], ctx.classes - bank.shape[1], *bank.shape[2:])
+    return torch.cat([*parts, rest], 1).to(ctx.dtype), None, None
+
+
+torch.library.register_autograd(
+    "bld_ext::head_softmax", _softmax_backward, setup_context=_save_softmax
+)
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """The gradient as it is; differentiating it again is an error, not a silent zero."""
+
+    @staticmethod
+    def forward(ctx, logits, grad_logits, grad_loss):
+        return (grad_logits.to(grad_loss.dtype) * grad_loss).to(logits.dtype)
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError(
+            "bld_ext: the losses have no second derivative. Write the loss in PyTorch, as under "
+            "'Equivalent to' in its docstring; head_softmax can be differentiated twice."
+        )
+
+
+def _register_loss(name, losses, num_inputs):
+    """Autograd of an op whose outputs are `losses` scalars first and their gradients last."""
+
+    def save(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(inputs[0], *output[-losses:])
+        ctx.mark_non_differentiable(*output[losses:])
+
+    def backward(ctx, *grads):
+        total = None
+        logits, *grads_logits = ctx.saved_tensors
+        for grad_logits, grad_loss in zip(grads_logits, grads, strict=False):
+            if grad_loss is not None:
+                part = _NoSecondDerivative.apply(logits, grad_logits, grad_loss)
+                total = part if total is None else total + part
+        return total, *(None,) * (num_inputs - 1)
+
+    torch.library.register_autograd(f"bld_ext::{name}", backward, setup_context=save)
+
+
+_register_loss("distillation_loss", losses=1, num_inputs=4)
+_register_loss("warm_up_loss", losses=1, num_inputs=4)
+_register_loss("joint_loss", losses=2, num_inputs=5)
