@@ -71,7 +71,8 @@ class MultiHead(nn.Module):
     def predict(self, images: Tensor, task: int) -> Tensor:
         """The most probable class of each image under head `task`: `[N]` int64, counted from 0.
 
-        Runs in eval mode, without gradients, and puts the modes back.
+        `images` are what the backbone takes: float, normalised as in training. Runs in eval mode,
+        without gradients, and puts the modes back.
         """
         self._require_head()
         if not 0 <= task < len(self.heads):
