@@ -119,8 +119,8 @@ def head_softmax(logits: Tensor, head_sizes: Sequence[int], temperature: float =
 
     Args:
         logits: `[N, C, *]`, float16, bfloat16, float32 or float64.
-        head_sizes: classes of each head to soften, the leading ones of logits; their sum is C_old ≤
-            C.
+        head_sizes: classes of each head to soften, the leading ones of logits; their sum is C_old,
+            at most C.
         temperature: τ > 0.
 
     Returns:
@@ -303,8 +303,9 @@ def balanced_sgd_(
     balance: float | Tensor = 2.0,
     lr: float | Tensor = 1e-4,
 ) -> tuple[Tensor, Tensor]:
-    """Balance each layer's distillation gradient and take the SGD step: θ ← θ - α (λ‖G_w‖/‖G_d‖ G_d
-    + G_t).
+    """Balance each layer's distillation gradient and take the SGD step.
+
+    θ ← θ - α (λ‖G_w‖/‖G_d‖ · G_d + G_t), the end of Algorithm 2 of Fini et al., ECCV 2020.
 
     Args:
         params: θ, changed in place.

@@ -171,7 +171,7 @@ class BLDOptimizer(torch.optim.Optimizer):
         self.schedule = schedule
         self.statistics = statistics
         self.check_finite = check_finite
-        self.seed = seed
+        self.seed = int(seed)
         self.batches = 0  # learned so far; the step word of the views' random numbers
         self.last: StepReport | None = None
         self._batch: _Batch | None = None

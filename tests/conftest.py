@@ -12,6 +12,15 @@ def _fixed_seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def poison():
+    """torch.empty, and the new_empty of the C++ kernel, are full of nan."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def small_backbone(dropout: float = 0.0) -> nn.Module:
     """Two convolutions with BatchNorm, 3 channels in, 6 features out."""
     return nn.Sequential(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -280,6 +281,12 @@ def test_the_report_says_what_the_step_did(make_model, make_batch):
     assert report.memory == {
         "bank": 3 * 5 * 5 * 4, "layer_norms": 7 * 4, "seed": 16, "gradients": params,
     }  # fmt: skip
+
+
+def test_a_numpy_seed_is_a_seed(make_model, make_batch):
+    optimizer = make_optimizer(make_model(heads=(2,)), seed=np.int64(3))
+    learn(optimizer, make_batch, [0])
+    assert type(optimizer.state_dict()["bld"]["seed"]) is int
 
 
 def test_the_first_task_has_nothing_to_distil(make_model, make_batch):

@@ -18,9 +18,7 @@ _worker: dict = {}  # what a worker process keeps from run to run
 
 def _start_worker(dataset: str, root: str, device: str, threads: int, ticks) -> None:
     torch.set_num_threads(threads)
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # Ctrl-C ends a worker at once, without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker without a traceback
     _worker.update(dataset=load_dataset(dataset, root), device=device, ticks=ticks)
 
 
