@@ -7,6 +7,11 @@ the reference.
 Shapes: logits [N, C, *] with the heads side by side on dimension 1, oldest first; * is empty or the
 spatial dimensions of a dense prediction. Where an op reads old heads only, `head_sizes` lists
 those, and logits may have further columns behind them, which are left alone.
+
+Temperature is a number or a scalar tensor. On a CPU a wrong temperature or label raises. On a GPU
+looking would wait for the device: there it makes the loss, and the gradient of its image, nan,
+unless `check_inputs=True` asks for the look and the error. A tensor on the GPU can be changed under
+a captured graph.
 """
 
 from __future__ import annotations
@@ -32,7 +37,7 @@ def _require(condition: bool, argument: str, expected: str, got: object) -> None
         raise ValueError(f"{argument}: expected {expected}, got {got}")
 
 
-def _check_logits(logits: Tensor, head_sizes: Sequence[int], temperature: float, exact: bool):
+def _check_logits(logits: Tensor, head_sizes: Sequence[int], exact: bool) -> list[int]:
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits: expected a tensor, got {type(logits).__name__}")
     _require(logits.dtype in FLOATS, "logits", "a floating-point dtype", logits.dtype)
@@ -45,9 +50,30 @@ def _check_logits(logits: Tensor, head_sizes: Sequence[int], temperature: float,
         _require(total == classes, "head_sizes", f"a sum of {classes}, logits' classes", sizes)
     else:
         _require(total <= classes, "head_sizes", f"a sum of at most {classes}, from logits", sizes)
-    valid = temperature > 0 and math.isfinite(temperature)
-    _require(valid, "temperature", "a positive finite number", temperature)
     return sizes
+
+
+def _temperature(value: float | Tensor, logits: Tensor, check_inputs: bool) -> Tensor:
+    """τ as the float64 scalar that kernels read, on logits' device or, passed by value, a CPU."""
+    if not isinstance(value, Tensor):
+        valid = value > 0 and math.isfinite(value)
+        _require(valid, "temperature", "a positive finite number", value)
+        return torch.full((), value, dtype=torch.float64)
+    _require(value.dim() == 0, "temperature", "a number or a scalar tensor", tuple(value.shape))
+    _require(value.dtype in FLOATS, "temperature", "a floating-point dtype", value.dtype)
+    _require(not value.requires_grad, "temperature", "a constant: detach it", "requires_grad=True")
+    device = value.device.type == "cpu" or value.device == logits.device
+    _require(device, "temperature", f"device {logits.device}, or cpu", value.device)
+    if _may_look(value, check_inputs):
+        valid = bool(value > 0) and bool(value.isfinite())
+        _require(valid, "temperature", "a positive finite number", value.item())
+    return value.double()
+
+
+def _may_look(tensor: Tensor, check_inputs: bool) -> bool:
+    """Values are free to look at on a CPU; elsewhere it waits for the device, and only on demand."""
+    on_device = tensor.device.type != "cpu" and not check_inputs
+    return not on_device and not torch.compiler.is_compiling()
 
 
 def _check_bank(bank: Tensor, logits: Tensor, head_sizes: Sequence[int]) -> None:
@@ -58,13 +84,12 @@ def _check_bank(bank: Tensor, logits: Tensor, head_sizes: Sequence[int]) -> None
     _require(bank.device == logits.device, "bank", f"device {logits.device}", bank.device)
 
 
-def _check_labels(labels: Tensor, logits: Tensor, classes: int) -> None:
+def _check_labels(labels: Tensor, logits: Tensor, classes: int, check_inputs: bool) -> None:
     shape = (logits.shape[0], *logits.shape[2:])
     _require(tuple(labels.shape) == shape, "labels", f"shape {shape}", tuple(labels.shape))
     _require(labels.dtype == torch.int64, "labels", "torch.int64", labels.dtype)
     _require(labels.device == logits.device, "labels", f"device {logits.device}", labels.device)
-    # a look at the values is free on a CPU only; elsewhere it would wait for the device
-    if labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():
+    if labels.numel() and _may_look(labels, check_inputs):
         low, high = labels.min().item(), labels.max().item()
         _require(
             low >= 0 and high < classes,
@@ -114,7 +139,13 @@ def _scalar(argument: str, value: float | Tensor, device: torch.device) -> Tenso
 # ---- multi-head distillation ----
 
 
-def head_softmax(logits: Tensor, head_sizes: Sequence[int], temperature: float = 2.0) -> Tensor:
+def head_softmax(
+    logits: Tensor,
+    head_sizes: Sequence[int],
+    temperature: float | Tensor = 2.0,
+    *,
+    check_inputs: bool = False,
+) -> Tensor:
     """Softmax at a temperature inside each head: ŷ = softmax(z / τ). It fills the bank.
 
     Args:
@@ -122,6 +153,7 @@ def head_softmax(logits: Tensor, head_sizes: Sequence[int], temperature: float =
         head_sizes: classes of each head to soften, the leading ones of logits; their sum is C_old,
             at most C.
         temperature: τ > 0.
+        check_inputs: see the module's notes.
 
     Returns:
         `[N, C_old, *]`, float32 (float64 for float64 logits). Differentiable, also twice.
@@ -133,12 +165,18 @@ def head_softmax(logits: Tensor, head_sizes: Sequence[int], temperature: float =
         heads = (logits[:, :C_old].float() / temperature).split(head_sizes, dim=1)
         bank = torch.cat([head.softmax(1) for head in heads], dim=1)
     """
-    sizes = _check_logits(logits, head_sizes, temperature, exact=False)
+    sizes = _check_logits(logits, head_sizes, exact=False)
+    temperature = _temperature(temperature, logits, check_inputs)
     return torch.ops.bld_ext.head_softmax(logits, sizes, temperature)
 
 
 def distillation_loss(
-    logits: Tensor, bank: Tensor, head_sizes: Sequence[int], temperature: float = 2.0
+    logits: Tensor,
+    bank: Tensor,
+    head_sizes: Sequence[int],
+    temperature: float | Tensor = 2.0,
+    *,
+    check_inputs: bool = False,
 ) -> Tensor:
     """Cross-entropy between the bank and the softened heads: -Σ_o Σ_b ŷ · log softmax(z / τ).
 
@@ -152,6 +190,7 @@ def distillation_loss(
             gets no gradient.
         head_sizes: classes of each old head, the leading ones of logits; their sum is C_old ≤ C.
         temperature: τ > 0, the one the bank was made with.
+        check_inputs: see the module's notes.
 
     Returns:
         A scalar, float32 (float64 for float64 logits). A second derivative raises RuntimeError.
@@ -163,22 +202,28 @@ def distillation_loss(
         heads = (logits[:, :C_old].float() / temperature).split(head_sizes, dim=1)
         loss = -(bank * torch.cat([head.log_softmax(1) for head in heads], dim=1)).sum()
     """
-    sizes = _check_logits(logits, head_sizes, temperature, exact=False)
+    sizes = _check_logits(logits, head_sizes, exact=False)
+    temperature = _temperature(temperature, logits, check_inputs)
     _check_bank(bank, logits, sizes)
     return torch.ops.bld_ext.distillation_loss(logits, bank, sizes, temperature)[0]
 
 
 def warm_up_loss(
-    logits: Tensor, labels: Tensor, head_sizes: Sequence[int], temperature: float = 2.0
+    logits: Tensor,
+    labels: Tensor,
+    head_sizes: Sequence[int],
+    temperature: float | Tensor = 2.0,
+    *,
+    check_inputs: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Algorithm 1 on logits: cross-entropy of the newest head, and the bank of all older ones.
 
     Args:
         logits: `[N, C, *]`, float16, bfloat16, float32 or float64.
-        labels: `[N, *]`, int64, classes of the newest head counted from 0. Values are checked on a
-            CPU.
+        labels: `[N, *]`, int64, classes of the newest head counted from 0.
         head_sizes: classes of each head, oldest first; their sum is C.
         temperature: τ > 0, for the bank.
+        check_inputs: see the module's notes.
 
     Returns:
         (L_t, bank): the loss summed over images and positions, a scalar (equation 1), and
@@ -191,8 +236,9 @@ def warm_up_loss(
         loss = F.cross_entropy(logits[:, C_old:].float(), labels, reduction="sum")
         bank = head_softmax(logits.detach(), head_sizes[:-1], temperature)
     """
-    sizes = _check_logits(logits, head_sizes, temperature, exact=True)
-    _check_labels(labels, logits, sizes[-1])
+    sizes = _check_logits(logits, head_sizes, exact=True)
+    temperature = _temperature(temperature, logits, check_inputs)
+    _check_labels(labels, logits, sizes[-1], check_inputs)
     loss, bank, _ = torch.ops.bld_ext.warm_up_loss(logits, labels, sizes, temperature)
     return loss, bank
 
@@ -202,17 +248,19 @@ def joint_loss(
     labels: Tensor,
     bank: Tensor,
     head_sizes: Sequence[int],
-    temperature: float = 2.0,
+    temperature: float | Tensor = 2.0,
+    *,
+    check_inputs: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Algorithm 2 on logits: cross-entropy of the newest head, and distillation of all older ones.
 
     Args:
         logits: `[N, C, *]`, float16, bfloat16, float32 or float64.
-        labels: `[N, *]`, int64, classes of the newest head counted from 0. Values are checked on a
-            CPU.
+        labels: `[N, *]`, int64, classes of the newest head counted from 0.
         bank: `[N, C_old, *]` from `warm_up_loss`.
         head_sizes: classes of each head, oldest first; their sum is C.
         temperature: τ > 0, the one the bank was made with.
+        check_inputs: see the module's notes.
 
     Returns:
         (L_t, L_d), scalars summed over heads, images and positions. Both gradients come from the
@@ -225,8 +273,9 @@ def joint_loss(
         new = F.cross_entropy(logits[:, C_old:].float(), labels, reduction="sum")
         old = distillation_loss(logits, bank, head_sizes[:-1], temperature)
     """
-    sizes = _check_logits(logits, head_sizes, temperature, exact=True)
-    _check_labels(labels, logits, sizes[-1])
+    sizes = _check_logits(logits, head_sizes, exact=True)
+    temperature = _temperature(temperature, logits, check_inputs)
+    _check_labels(labels, logits, sizes[-1], check_inputs)
     _check_bank(bank, logits, sizes[:-1])
     return torch.ops.bld_ext.joint_loss(logits, labels, bank, sizes, temperature)[:2]
 

@@ -7,7 +7,7 @@ ECCV 2020): logits z of all heads side by side, oldest head first; bank ŷ; temp
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 # ---- multi-head distillation: logits [N, C, *], bank [N, C_old, *], labels [N, *] ----
 
 
-def head_softmax(logits: Tensor, head_sizes: Sequence[int], temperature: float) -> Tensor:
+def head_softmax(logits: Tensor, head_sizes: Sequence[int], temperature: float | Tensor) -> Tensor:
     """ŷ = softmax(z / τ) inside each of the leading heads: [N, sum(head_sizes), *]."""
     return over_heads(logits, head_sizes, temperature, torch.softmax)
 
@@ -32,6 +32,9 @@ def head_softmax(logits: Tensor, head_sizes: Sequence[int], temperature: float) 
 def over_heads(logits, head_sizes, temperature, function) -> Tensor:
     """function(z / τ) of each leading head, shifted by its maximum first so that τ → 0 is safe."""
     z = logits[:, : sum(head_sizes)].to(compute_dtype(logits.dtype))
+    if isinstance(temperature, Tensor):
+        valid = (temperature > 0) & temperature.isfinite()
+        temperature = torch.where(valid, temperature, torch.nan)
     heads = z.split(list(head_sizes), 1) if head_sizes else ()
     shifted = ((head - head.detach().amax(1, keepdim=True)) / temperature for head in heads)
     return torch.cat([z[:, :0], *(function(head, 1) for head in shifted)], 1)
@@ -41,29 +44,34 @@ def distillation_loss(
     logits: Tensor,
     bank: Tensor,
     head_sizes: Sequence[int],
-    temperature: float,
-    softmax: Callable[..., Tensor] = head_softmax,
+    temperature: float | Tensor,
 ) -> tuple[Tensor, Tensor]:
     """L_d = -Σ ŷ · log softmax(z / τ), summed over everything (eq. 2), and dL_d/dz.
 
-    The gradient is (p - ŷ) / τ with p from the `softmax` that filled the bank: where no logit has
-    moved it is exactly zero. Logits behind the old heads get zero.
+    The gradient is (p - ŷ) / τ with p from `head_softmax`, which filled the bank: where no logit
+    has moved it is exactly zero. Logits behind the old heads get zero.
     """
     old = bank.shape[1]
     log_p = over_heads(logits, head_sizes, temperature, torch.log_softmax)
     grad = torch.zeros_like(logits, memory_format=torch.contiguous_format)
-    grad[:, :old] = (softmax(logits, head_sizes, temperature) - bank) / temperature
+    grad[:, :old] = (head_softmax(logits, head_sizes, temperature) - bank) / temperature
     # ŷ = 0 contributes nothing, even where log p = -inf
     return -torch.where(bank == 0, 0, bank * log_p).sum(), grad
 
 
 def new_task_loss(logits: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """L_t = -Σ log softmax(z)_y of the last `classes` logits, summed (eq. 1), and dL_t/dz."""
+    """L_t = -Σ log softmax(z)_y of the last `classes` logits, summed (eq. 1), and dL_t/dz.
+
+    A label that is no class makes the loss, and the gradient of its image, nan.
+    """
     z = logits[:, -classes:].to(compute_dtype(logits.dtype))
-    loss = -z.log_softmax(1).gather(1, labels.unsqueeze(1)).sum()
-    one_hot = torch.zeros_like(z).scatter_(1, labels.unsqueeze(1), 1)
+    labels = labels.unsqueeze(1)
+    poison = torch.where((labels >= 0) & (labels < classes), 0, torch.nan)
+    labels = labels.clamp(0, classes - 1)
+    loss = (poison - z.log_softmax(1).gather(1, labels)).sum()
+    one_hot = torch.zeros_like(z).scatter_(1, labels, 1)
     grad = torch.zeros_like(logits, memory_format=torch.contiguous_format)
-    grad[:, -classes:] = z.softmax(1) - one_hot
+    grad[:, -classes:] = z.softmax(1) - one_hot + poison
     return loss, grad
 
 
@@ -71,12 +79,11 @@ def warm_up_loss(
     logits: Tensor,
     labels: Tensor,
     head_sizes: Sequence[int],
-    temperature: float,
-    softmax: Callable[..., Tensor] = head_softmax,
+    temperature: float | Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Algorithm 1: L_t of the last head, the bank of the others, and dL_t/dz."""
     loss, grad = new_task_loss(logits, labels, head_sizes[-1])
-    return loss, softmax(logits, head_sizes[:-1], temperature), grad
+    return loss, head_softmax(logits, head_sizes[:-1], temperature), grad
 
 
 def joint_loss(
@@ -84,12 +91,11 @@ def joint_loss(
     labels: Tensor,
     bank: Tensor,
     head_sizes: Sequence[int],
-    temperature: float,
-    softmax: Callable[..., Tensor] = head_softmax,
+    temperature: float | Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Algorithm 2: L_t of the last head, L_d of the others, dL_t/dz and dL_d/dz."""
     new, new_grad = new_task_loss(logits, labels, head_sizes[-1])
-    old, old_grad = distillation_loss(logits, bank, head_sizes[:-1], temperature, softmax)
+    old, old_grad = distillation_loss(logits, bank, head_sizes[:-1], temperature)
     return new, old, new_grad, old_grad
 
 

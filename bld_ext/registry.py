@@ -3,7 +3,6 @@
 The reference is every op's default kernel; importing bld_ext._C registers the C++ kernels over it.
 """
 
-import functools
 import importlib
 import warnings
 
@@ -23,17 +22,17 @@ except ImportError as error:
     )
 
 SCHEMAS = {
-    "head_softmax": "(Tensor logits, int[] head_sizes, float temperature) -> Tensor",
+    "head_softmax": "(Tensor logits, int[] head_sizes, Tensor temperature) -> Tensor",
     "distillation_loss": (
-        "(Tensor logits, Tensor bank, int[] head_sizes, float temperature)"
+        "(Tensor logits, Tensor bank, int[] head_sizes, Tensor temperature)"
         " -> (Tensor loss, Tensor grad_logits)"
     ),
     "warm_up_loss": (
-        "(Tensor logits, Tensor labels, int[] head_sizes, float temperature)"
+        "(Tensor logits, Tensor labels, int[] head_sizes, Tensor temperature)"
         " -> (Tensor loss, Tensor bank, Tensor grad_logits)"
     ),
     "joint_loss": (
-        "(Tensor logits, Tensor labels, Tensor bank, int[] head_sizes, float temperature)"
+        "(Tensor logits, Tensor labels, Tensor bank, int[] head_sizes, Tensor temperature)"
         " -> (Tensor new_loss, Tensor distillation_loss,"
         " Tensor new_grad_logits, Tensor distillation_grad_logits)"
     ),
@@ -67,20 +66,8 @@ def backend(name: str, device: str = "cpu") -> str:
 
 # ---- default kernels ----
 
-# One softmax for the bank and for the loss, whichever kernel it is: unchanged logits then give a
-# gradient of exactly zero.
-_softmax = torch.ops.bld_ext.head_softmax
-for _name, _kernel in {
-    "head_softmax": reference.head_softmax,
-    "distillation_loss": functools.partial(reference.distillation_loss, softmax=_softmax),
-    "warm_up_loss": functools.partial(reference.warm_up_loss, softmax=_softmax),
-    "joint_loss": functools.partial(reference.joint_loss, softmax=_softmax),
-    "layer_norms": reference.layer_norms,
-    "balance_layers_": reference.balance_layers_,
-    "balanced_sgd_": reference.balanced_sgd_,
-    "augment": reference.augment,
-}.items():
-    torch.library.impl(f"bld_ext::{_name}", "default", _kernel)
+for _name in SCHEMAS:
+    torch.library.impl(f"bld_ext::{_name}", "default", getattr(reference, _name))
 
 
 # ---- fake kernels ----
@@ -147,15 +134,15 @@ def _(images, policy, seed, step, views, indices, dtype, channels_last):
 
 
 def _save_softmax(ctx, inputs, output):
-    _, ctx.head_sizes, ctx.temperature = inputs
-    ctx.classes, ctx.dtype = inputs[0].shape[1], inputs[0].dtype
-    ctx.save_for_backward(output)
+    logits, ctx.head_sizes, temperature = inputs
+    ctx.classes, ctx.dtype = logits.shape[1], logits.dtype
+    ctx.save_for_backward(output, temperature)
 
 
 def _softmax_backward(ctx, grad):
-    (bank,) = ctx.saved_tensors  # dL/dz = p (dL/dp - Σ_head p dL/dp) / τ
+    bank, temperature = ctx.saved_tensors  # dL/dz = p (dL/dp - Σ_head p dL/dp) / τ
     heads = zip(bank.split(ctx.head_sizes, 1), grad.split(ctx.head_sizes, 1), strict=True)
-    parts = [p * (g - (p * g).sum(1, keepdim=True)) / ctx.temperature for p, g in heads]
+    parts = [p * (g - (p * g).sum(1, keepdim=True)) / temperature for p, g in heads]
     rest = bank.new_zeros(bank.shape[0], ctx.classes - bank.shape[1], *bank.shape[2:])
     return torch.cat([*parts, rest], 1).to(ctx.dtype), None, None
 

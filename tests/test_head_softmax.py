@@ -29,7 +29,7 @@ def make_logits(*shape, dtype=torch.float32, scale=3.0, seed=0):
 
 def assert_parity(logits, sizes, temperature=2.0):
     """Within 4 ε relative of the float64 reference, plus √classes for the sum over a head."""
-    bank = torch.ops.bld_ext.head_softmax(logits, sizes, temperature)
+    bank = ops.head_softmax(logits, sizes, temperature)
     expected = reference.head_softmax(logits.double(), sizes, temperature)
     assert bank.dtype == reference.compute_dtype(logits.dtype)
     assert bank.shape == expected.shape
@@ -67,6 +67,7 @@ def test_columns_behind_the_old_heads_are_not_read(dtype):
     assert_parity(logits, [2, 4, 3])
 
 
+TAU = torch.tensor(2.0, dtype=torch.float64)
 LAYOUTS = {
     "transposed": lambda x: x.transpose(0, 3),
     "channels-last": lambda x: x.contiguous(memory_format=torch.channels_last),
@@ -80,8 +81,8 @@ def test_any_layout(layout):
     logits = layout(make_logits(6, 6, 4, 6))
     assert not logits.is_contiguous()
     assert_parity(logits, [1, 3, 2])
-    dense = torch.ops.bld_ext.head_softmax(logits.contiguous(), [1, 3, 2], 2.0)
-    assert torch.equal(torch.ops.bld_ext.head_softmax(logits, [1, 3, 2], 2.0), dense)
+    dense = ops.head_softmax(logits.contiguous(), [1, 3, 2], 2.0)
+    assert torch.equal(ops.head_softmax(logits, [1, 3, 2], 2.0), dense)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
@@ -178,7 +179,7 @@ def test_gradient_dtype_and_unread_columns(dtype):
 @dtypes
 def test_opcheck(shape, sizes, dtype, requires_grad):
     logits = make_logits(*shape, dtype=dtype).requires_grad_(requires_grad)
-    opcheck(torch.ops.bld_ext.head_softmax.default, (logits, sizes, 2.0))
+    opcheck(torch.ops.bld_ext.head_softmax.default, (logits, sizes, TAU))
 
 
 def test_compiles_into_one_graph():
@@ -220,4 +221,4 @@ def test_logits_of_another_type():
 
 def test_sizes_that_overflow_their_sum_are_refused_by_the_kernel():
     with pytest.raises(RuntimeError, match="head_sizes: "):
-        torch.ops.bld_ext.head_softmax(torch.randn(2, 5), [2**62] * 4 + [2], 2.0)
+        torch.ops.bld_ext.head_softmax(torch.randn(2, 5), [2**62] * 4 + [2], TAU)

@@ -211,10 +211,10 @@ def test_bank_gets_no_gradient():
 def test_opcheck(spatial, dtype, requires_grad):
     logits, labels, bank = make_inputs(*spatial, dtype=dtype)
     logits.requires_grad_(requires_grad)
-    library = torch.ops.bld_ext
-    opcheck(library.distillation_loss.default, (logits, bank, OLD, TEMPERATURE))
-    opcheck(library.warm_up_loss.default, (logits, labels, SIZES, TEMPERATURE))
-    opcheck(library.joint_loss.default, (logits, labels, bank, SIZES, TEMPERATURE))
+    library, tau = torch.ops.bld_ext, torch.tensor(TEMPERATURE, dtype=torch.float64)
+    opcheck(library.distillation_loss.default, (logits, bank, OLD, tau))
+    opcheck(library.warm_up_loss.default, (logits, labels, SIZES, tau))
+    opcheck(library.joint_loss.default, (logits, labels, bank, SIZES, tau))
 
 
 @each_loss

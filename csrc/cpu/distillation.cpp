@@ -1,0 +1,430 @@
+// head_softmax, distillation_loss, warm_up_loss and joint_loss on a CPU: one pass over the logits
+// of all heads. Sixteen positions are computed side by side, class after class, so that the result
+// at a position depends on its own logits alone: not on its neighbours, threads or registers.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/Dispatch_v2.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <numeric>
+#include <optional>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "lanes.h"
+
+namespace bld_ext {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace {
+
+// What one call reads and writes; a null pointer leaves that part out. S positions an image.
+template <typename scalar_t, typename acc_t> struct Heads {
+  const scalar_t *logits;          // [N, C, S]
+  const int64_t *labels;           // [N, S], of the head behind the old ones
+  const acc_t *targets;            // [N, C_old, S], the bank to distil from
+  acc_t *bank;                     // [N, C_old, S], the bank to fill
+  scalar_t *old_grad;              // [N, C, S], of the distillation loss
+  scalar_t *new_grad;              // [N, C, S], of the cross-entropy
+  std::vector<int64_t> head_sizes; // of the old heads
+  int64_t N, C, C_old, S;
+  acc_t inverse_temperature; // 1 / τ
+
+  // Lines of neighbouring positions: those of an image where it has several, else all images.
+  int64_t lines() const { return S > 1 ? N : 1; }
+  int64_t line() const { return S > 1 ? S : N; }
+  // Losses are added up along pieces of a line, then piece by piece, whatever the threads do.
+  int64_t piece() const { return std::max<int64_t>(1, 512 / C) * 16; }
+  int64_t pieces_a_line() const { return (line() + piece() - 1) / piece(); }
+};
+
+// Where a tile lies in an array [N, classes, S]: the lanes of a class, then its classes.
+struct Place {
+  int64_t lanes, lane_stride, class_stride;
+};
+
+// Four rows of four floats become four columns.
+BLD_EXT_INLINE void transpose(const float *from, int64_t from_stride, float *to,
+                              int64_t to_stride) {
+  typedef float Four __attribute__((vector_size(16)));
+  typedef int32_t Indices __attribute__((vector_size(16)));
+  Four a, b, c, d;
+  std::memcpy(&a, from, sizeof a);
+  std::memcpy(&b, from + from_stride, sizeof b);
+  std::memcpy(&c, from + 2 * from_stride, sizeof c);
+  std::memcpy(&d, from + 3 * from_stride, sizeof d);
+  const Four ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+  const Four ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  const Four cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+  const Four cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  a = __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5);
+  b = __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7);
+  c = __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5);
+  d = __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7);
+  std::memcpy(to, &a, sizeof a);
+  std::memcpy(to + to_stride, &b, sizeof b);
+  std::memcpy(to + 2 * to_stride, &c, sizeof c);
+  std::memcpy(to + 3 * to_stride, &d, sizeof d);
+}
+
+// Some classes of a tile from memory; lanes that are not there become 0.
+template <typename acc_t, int64_t W, typename T>
+BLD_EXT_INLINE void load(const T *from, const Place &at, int64_t classes, Lanes<acc_t, W> *tile) {
+  acc_t *to = reinterpret_cast<acc_t *>(tile);
+  int64_t c = 0;
+  if (at.lanes < W)
+    std::memset(static_cast<void *>(tile), 0, classes * sizeof *tile);
+  if constexpr (std::is_same_v<T, float>)
+    if (at.lanes == W && at.class_stride == 1)
+      for (; c + 4 <= classes; c += 4)
+        for (int64_t i = 0; i < W; i += 4)
+          transpose(from + c + i * at.lane_stride, at.lane_stride, to + c * W + i, W);
+  for (; c < classes; ++c)
+    for (int64_t i = 0; i < at.lanes; ++i)
+      to[c * W + i] = static_cast<acc_t>(from[c * at.class_stride + i * at.lane_stride]);
+}
+
+// Some classes of a tile to memory.
+template <typename acc_t, int64_t W, typename T>
+BLD_EXT_INLINE void store(const Lanes<acc_t, W> *tile, const Place &at, int64_t classes, T *to) {
+  const acc_t *from = reinterpret_cast<const acc_t *>(tile);
+  int64_t c = 0;
+  if constexpr (std::is_same_v<T, float>)
+    if (at.lanes == W && at.class_stride == 1)
+      for (; c + 4 <= classes; c += 4)
+        for (int64_t i = 0; i < W; i += 4)
+          transpose(from + c * W + i, W, to + c + i * at.lane_stride, at.lane_stride);
+  for (; c < classes; ++c)
+    for (int64_t i = 0; i < at.lanes; ++i)
+      to[c * at.class_stride + i * at.lane_stride] = static_cast<T>(from[c * W + i]);
+}
+
+template <typename T> BLD_EXT_INLINE void zero(const Place &at, int64_t classes, T *to) {
+  if (at.class_stride == 1) // the classes of one image are contiguous
+    for (int64_t i = 0; i < at.lanes; ++i)
+      std::memset(static_cast<void *>(to + i * at.lane_stride), 0, classes * sizeof(T));
+  else
+    for (int64_t c = 0; c < classes; ++c)
+      std::memset(static_cast<void *>(to + c * at.class_stride), 0, at.lanes * sizeof(T));
+}
+
+// z -> x = (z - max) / τ, in place.
+template <typename acc_t, int64_t W>
+BLD_EXT_INLINE void shift(Lanes<acc_t, W> *z, int64_t classes, acc_t inverse_temperature) {
+  Lanes<acc_t, W> largest = z[0];
+  for (int64_t c = 1; c < classes; ++c)
+    largest = z[c] > largest ? z[c] : largest;
+  for (int64_t c = 0; c < classes; ++c)
+    z[c] = (z[c] - largest) * inverse_temperature;
+}
+
+// x -> p = softmax(x), in place; returns log Σ e^x. The one softmax: it makes the bank, and p is
+// compared with the bank.
+template <typename acc_t, int64_t W>
+BLD_EXT_INLINE Lanes<acc_t, W> softmax(Lanes<acc_t, W> *x, int64_t classes) {
+  Lanes<acc_t, W> sum{};
+  for (int64_t c = 0; c < classes; ++c) {
+    exp_nonpositive<W>(x[c]);
+    sum += x[c];
+  }
+  const Lanes<acc_t, W> inverse = acc_t(1) / sum;
+  for (int64_t c = 0; c < classes; ++c)
+    x[c] *= inverse;
+  log_of_sum<W>(sum);
+  return sum;
+}
+
+// All heads at W neighbouring positions, or the `lanes` that are left of a line, from position s of
+// image n; adds to sums = {new loss, old loss}. `x` and `y` have room for all classes.
+template <typename scalar_t, typename acc_t, int64_t W>
+BLD_EXT_INLINE void tile(const Heads<scalar_t, acc_t> &h, int64_t n, int64_t s, int64_t lanes,
+                         Lanes<acc_t, W> *x, Lanes<acc_t, W> *y, double *sums) {
+  const Place at{lanes, h.S > 1 ? 1 : h.C, h.S}, bank_at{lanes, h.S > 1 ? 1 : h.C_old, h.S};
+  const int64_t start = n * h.C * h.S + s, bank_start = n * h.C_old * h.S + s;
+  const int64_t new_start = start + h.C_old * h.S, C_new = h.C - h.C_old;
+  Lanes<acc_t, W> old_loss{}, new_loss{};
+
+  load<acc_t, W>(h.logits + start, at, h.labels ? h.C : h.C_old, x);
+  if (h.targets)
+    load<acc_t, W>(h.targets + bank_start, bank_at, h.C_old, y);
+  int64_t first = 0; // class at which the head begins
+  for (int64_t size : h.head_sizes) {
+    Lanes<acc_t, W> *p = x + first, *target = y + first;
+    shift<acc_t, W>(p, size, h.inverse_temperature);
+    Lanes<acc_t, W> mass{}, dot{};
+    if (h.targets)
+      for (int64_t c = 0; c < size; ++c) {
+        mass += target[c];
+        dot += target[c] == 0 ? Lanes<acc_t, W>{} : target[c] * p[c]; // 0 even where x = -inf
+      }
+    const Lanes<acc_t, W> log_sum = softmax<acc_t, W>(p, size);
+    if (h.targets) {
+      old_loss += mass * log_sum - dot;  // -Σ ŷ (x - log Σ e^x)
+      for (int64_t c = 0; c < size; ++c) // exactly 0 where the bank was made from these logits
+        target[c] = (p[c] - target[c]) * h.inverse_temperature;
+    }
+    first += size;
+  }
+  if (h.bank)
+    store<acc_t, W>(x, bank_at, h.C_old, h.bank + bank_start);
+  if (h.old_grad) {
+    store<acc_t, W>(y, at, h.C_old, h.old_grad + start);
+    zero(at, C_new, h.old_grad + new_start);
+  }
+
+  if (h.labels) {
+    Lanes<acc_t, W> *p = x + h.C_old;
+    shift<acc_t, W>(p, C_new, 1);
+    Lanes<acc_t, W> label{}, poison{}, dot{};
+    for (int64_t i = 0; i < lanes; ++i) {
+      const int64_t class_ = h.labels[n * h.S + s + i];
+      const bool known = 0 <= class_ && class_ < C_new;
+      label[i] = known ? static_cast<acc_t>(class_) : -1;
+      poison[i] = known ? 0 : std::numeric_limits<acc_t>::quiet_NaN();
+    }
+    for (int64_t c = 0; c < C_new; ++c)
+      dot += label == static_cast<acc_t>(c) ? p[c] : Lanes<acc_t, W>{};
+    new_loss = softmax<acc_t, W>(p, C_new) - dot + poison;
+    for (int64_t c = 0; c < C_new; ++c)
+      p[c] += (label == static_cast<acc_t>(c) ? Lanes<acc_t, W>{} - 1 : Lanes<acc_t, W>{}) + poison;
+    store<acc_t, W>(p, at, C_new, h.new_grad + new_start);
+    zero(at, h.C_old, h.new_grad + start);
+  }
+  for (int64_t i = 0; i < lanes; ++i) {
+    sums[0] += new_loss[i];
+    sums[1] += old_loss[i];
+  }
+}
+
+// Some pieces of the lines; sums[piece] = {new loss, old loss}.
+template <typename scalar_t, typename acc_t, int64_t W>
+BLD_EXT_INLINE void run_pieces(const Heads<scalar_t, acc_t> &h, int64_t begin, int64_t end,
+                               double (*sums)[2]) {
+  struct alignas(64) Room {
+    Lanes<acc_t, W> lanes[64 / sizeof(Lanes<acc_t, W>)];
+  };
+  std::vector<Room> room(2 * h.C);
+  Lanes<acc_t, W> *x = room.data()->lanes, *y = x + h.C;
+  for (int64_t i = begin; i < end; ++i) {
+    sums[i][0] = sums[i][1] = 0;
+    const int64_t line = i / h.pieces_a_line(), first = i % h.pieces_a_line() * h.piece();
+    const int64_t last = std::min(first + h.piece(), h.line());
+    for (int64_t at = first; at < last; at += W)
+      tile<scalar_t, acc_t, W>(h, h.S > 1 ? line : at, h.S > 1 ? at : 0, std::min(W, last - at), x,
+                               y, sums[i]);
+  }
+}
+
+template <typename scalar_t, typename acc_t>
+void run_baseline(const Heads<scalar_t, acc_t> &h, int64_t begin, int64_t end, double (*sums)[2]) {
+  run_pieces<scalar_t, acc_t, 16 / sizeof(acc_t)>(h, begin, end, sums);
+}
+#if defined(__x86_64__)
+template <typename scalar_t, typename acc_t>
+[[gnu::target("avx2")]] void run_avx2(const Heads<scalar_t, acc_t> &h, int64_t begin, int64_t end,
+                                      double (*sums)[2]) {
+  run_pieces<scalar_t, acc_t, 32 / sizeof(acc_t)>(h, begin, end, sums);
+}
+template <typename scalar_t, typename acc_t>
+[[gnu::target("avx512f,avx512dq,avx512vl")]] void
+run_avx512(const Heads<scalar_t, acc_t> &h, int64_t begin, int64_t end, double (*sums)[2]) {
+  run_pieces<scalar_t, acc_t, 64 / sizeof(acc_t)>(h, begin, end, sums);
+}
+#endif
+
+// Everything, over torch's threads; returns {new loss, old loss}.
+template <typename scalar_t, typename acc_t>
+std::pair<double, double> run(const Heads<scalar_t, acc_t> &h) {
+  auto run_some = run_baseline<scalar_t, acc_t>;
+#if defined(__x86_64__)
+  if (registers() == Registers::avx512)
+    run_some = run_avx512<scalar_t, acc_t>;
+  else if (registers() == Registers::avx2)
+    run_some = run_avx2<scalar_t, acc_t>;
+#endif
+  const int64_t pieces = h.lines() * h.pieces_a_line();
+  std::unique_ptr<double[][2]> sums(new double[pieces][2]);
+  torch::stable::parallel_for(
+      0, pieces, 1, [&](int64_t begin, int64_t end) { run_some(h, begin, end, sums.get()); });
+  double new_loss = 0, old_loss = 0;
+  for (int64_t i = 0; i < pieces; ++i) {
+    new_loss += sums[i][0];
+    old_loss += sums[i][1];
+  }
+  return {new_loss, old_loss};
+}
+
+// One op's inputs and the outputs it wants; what it has no use for stays empty.
+struct Call {
+  Tensor logits;                            // [N, C, *spatial], contiguous
+  std::vector<int64_t> head_sizes;          // of the old heads
+  double temperature;                       // τ
+  std::optional<Tensor> labels;             // [N, *spatial], contiguous
+  std::optional<Tensor> targets;            // [N, C_old, *spatial], contiguous
+  std::optional<Tensor> bank;               // [N, C_old, *spatial]
+  std::optional<Tensor> old_grad, new_grad; // [N, C, *spatial]
+  std::optional<Tensor> old_loss, new_loss; // scalars
+
+  bool is_double() const { return logits.scalar_type() == ScalarType::Double; }
+  ScalarType acc_dtype() const { return is_double() ? ScalarType::Double : ScalarType::Float; }
+  int64_t old_classes() const {
+    return std::accumulate(head_sizes.begin(), head_sizes.end(), int64_t(0));
+  }
+  std::vector<int64_t> shape(int64_t classes) const { // [N, classes, *spatial]
+    std::vector<int64_t> shape(logits.sizes().begin(), logits.sizes().end());
+    shape[1] = classes;
+    return shape;
+  }
+  Tensor make_bank() const {
+    return torch::stable::new_empty(logits, shape(old_classes()), acc_dtype());
+  }
+  Tensor make_loss() const {
+    return torch::stable::new_empty(logits, std::vector<int64_t>{}, acc_dtype());
+  }
+  Tensor make_grad() const { return torch::stable::empty_like(logits); }
+};
+
+template <typename scalar_t> void launch(const Call &call) {
+  using acc_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+  const auto in = [](const std::optional<Tensor> &t) { return t ? t->const_data_ptr() : nullptr; };
+  const auto out = [](const std::optional<Tensor> &t) {
+    return t ? t->mutable_data_ptr() : nullptr;
+  };
+  Heads<scalar_t, acc_t> h;
+  h.logits = static_cast<const scalar_t *>(call.logits.const_data_ptr());
+  h.labels = static_cast<const int64_t *>(in(call.labels));
+  h.targets = static_cast<const acc_t *>(in(call.targets));
+  h.bank = static_cast<acc_t *>(out(call.bank));
+  h.old_grad = static_cast<scalar_t *>(out(call.old_grad));
+  h.new_grad = static_cast<scalar_t *>(out(call.new_grad));
+  h.head_sizes = call.head_sizes;
+  h.N = call.logits.size(0);
+  h.C = call.logits.size(1);
+  h.C_old = call.old_classes();
+  h.S = call.logits.numel() / std::max<int64_t>(1, h.N * h.C);
+  h.inverse_temperature = // of a tiny τ: finite, so that 0 / τ stays 0
+      static_cast<acc_t>(std::min<double>(1 / call.temperature, std::numeric_limits<acc_t>::max()));
+  const auto [new_loss, old_loss] = call.logits.numel() ? run(h) : std::pair(0., 0.);
+  if (call.new_loss)
+    *static_cast<acc_t *>(out(call.new_loss)) = static_cast<acc_t>(new_loss);
+  if (call.old_loss)
+    *static_cast<acc_t *>(out(call.old_loss)) = static_cast<acc_t>(old_loss);
+}
+
+void dispatch(const Call &call) {
+  THO_DISPATCH_V2(call.logits.scalar_type(), "bld_ext", AT_WRAP([&] { launch<scalar_t>(call); }),
+                  AT_EXPAND(AT_FLOATING_TYPES), ScalarType::Half, ScalarType::BFloat16);
+}
+
+Call begin(const Tensor &logits, std::vector<int64_t> head_sizes, const Tensor &temperature) {
+  STD_TORCH_CHECK(logits.dim() >= 2, "logits: expected [N, C, *spatial], got ", logits.dim(),
+                  " dimensions");
+  int64_t left = logits.size(1);
+  for (int64_t size : head_sizes) {
+    STD_TORCH_CHECK(size >= 1, "head_sizes: expected sizes of at least 1, got ", size);
+    STD_TORCH_CHECK(size <= left, "head_sizes: they sum to more than the ", logits.size(1),
+                    " classes of logits");
+    left -= size;
+  }
+  STD_TORCH_CHECK(temperature.dim() == 0 && temperature.scalar_type() == ScalarType::Double,
+                  "temperature: expected a float64 scalar");
+  Call call;
+  call.logits = torch::stable::contiguous(logits);
+  call.head_sizes = std::move(head_sizes);
+  call.temperature = *static_cast<const double *>(temperature.const_data_ptr());
+  STD_TORCH_CHECK(call.temperature > 0 && std::isfinite(call.temperature),
+                  "temperature: expected a positive finite number, got ", call.temperature);
+  return call;
+}
+
+void set_labels(Call &call, const Tensor &labels) {
+  STD_TORCH_CHECK(!call.head_sizes.empty(), "head_sizes: expected at least one head");
+  STD_TORCH_CHECK(call.old_classes() == call.logits.size(1), "head_sizes: expected a sum of ",
+                  call.logits.size(1), ", the classes of logits");
+  call.head_sizes.pop_back();
+  STD_TORCH_CHECK(labels.scalar_type() == ScalarType::Long, "labels: expected int64");
+  STD_TORCH_CHECK(labels.numel() * call.logits.size(1) == call.logits.numel(),
+                  "labels: expected [N, *spatial], one for each position of logits");
+  call.labels = torch::stable::contiguous(labels);
+}
+
+void set_targets(Call &call, const Tensor &bank) {
+  STD_TORCH_CHECK(bank.scalar_type() == call.acc_dtype(),
+                  "bank: expected float32, or float64 for float64 logits");
+  const std::vector<int64_t> expected = call.shape(call.old_classes());
+  STD_TORCH_CHECK(bank.dim() == call.logits.dim() &&
+                      std::equal(expected.begin(), expected.end(), bank.sizes().begin()),
+                  "bank: expected [N, C_old, *spatial], the shape of logits with ", expected[1],
+                  " classes");
+  call.targets = torch::stable::contiguous(bank);
+}
+
+// The ops; the shapes are those of bld_ext/ops.py.
+
+Tensor head_softmax(const Tensor &logits, std::vector<int64_t> head_sizes,
+                    const Tensor &temperature) {
+  Call call = begin(logits, std::move(head_sizes), temperature);
+  call.bank = call.make_bank();
+  dispatch(call);
+  return *call.bank;
+}
+
+std::tuple<Tensor, Tensor> distillation_loss(const Tensor &logits, const Tensor &bank,
+                                             std::vector<int64_t> head_sizes,
+                                             const Tensor &temperature) {
+  Call call = begin(logits, std::move(head_sizes), temperature);
+  set_targets(call, bank);
+  call.old_loss = call.make_loss();
+  call.old_grad = call.make_grad();
+  dispatch(call);
+  return {*call.old_loss, *call.old_grad};
+}
+
+std::tuple<Tensor, Tensor, Tensor> warm_up_loss(const Tensor &logits, const Tensor &labels,
+                                                std::vector<int64_t> head_sizes,
+                                                const Tensor &temperature) {
+  Call call = begin(logits, std::move(head_sizes), temperature);
+  set_labels(call, labels);
+  call.bank = call.make_bank();
+  call.new_loss = call.make_loss();
+  call.new_grad = call.make_grad();
+  dispatch(call);
+  return {*call.new_loss, *call.bank, *call.new_grad};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> joint_loss(const Tensor &logits, const Tensor &labels,
+                                                      const Tensor &bank,
+                                                      std::vector<int64_t> head_sizes,
+                                                      const Tensor &temperature) {
+  Call call = begin(logits, std::move(head_sizes), temperature);
+  set_labels(call, labels);
+  set_targets(call, bank);
+  call.new_loss = call.make_loss();
+  call.old_loss = call.make_loss();
+  call.new_grad = call.make_grad();
+  call.old_grad = call.make_grad();
+  dispatch(call);
+  return {*call.new_loss, *call.old_loss, *call.new_grad, *call.old_grad};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(bld_ext, CPU, m) {
+  m.impl("head_softmax", TORCH_BOX(&head_softmax));
+  m.impl("distillation_loss", TORCH_BOX(&distillation_loss));
+  m.impl("warm_up_loss", TORCH_BOX(&warm_up_loss));
+  m.impl("joint_loss", TORCH_BOX(&joint_loss));
+}
+
+} // namespace
+} // namespace bld_ext
