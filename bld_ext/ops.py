@@ -71,7 +71,7 @@ def _temperature(value: float | Tensor, logits: Tensor, check_inputs: bool) -> T
 
 
 def _may_look(tensor: Tensor, check_inputs: bool) -> bool:
-    """Values are free to look at on a CPU; elsewhere it waits for the device, and only on demand."""
+    """Values are free to look at on a CPU; elsewhere looking waits for the device."""
     on_device = tensor.device.type != "cpu" and not check_inputs
     return not on_device and not torch.compiler.is_compiling()
 

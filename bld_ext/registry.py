@@ -1,9 +1,11 @@
 """What the dispatcher knows of the ops: schema, default kernel, fake kernel and autograd of each.
 
-The reference is every op's default kernel; importing bld_ext._C registers the C++ kernels over it.
+The reference is every op's default kernel; importing bld_ext._C registers the C++ kernels over it,
+and where Triton is installed its kernels are registered here for CUDA.
 """
 
 import importlib
+import importlib.util
 import warnings
 
 import torch
@@ -55,19 +57,45 @@ for _name, _schema in SCHEMAS.items():
     torch.library.define(f"bld_ext::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
 
 
+TRITON = {
+    "head_softmax": "distillation",
+    "distillation_loss": "distillation",
+    "warm_up_loss": "distillation",
+    "joint_loss": "distillation",
+}  # op: its file in bld_ext/triton
+if importlib.util.find_spec("triton") is None:
+    TRITON = {}
+
+
 def backend(name: str, device: str = "cpu") -> str:
-    """Which kernel of an op runs on a device type: "compiled" or "reference"."""
+    """Which kernel of an op runs on a device type: "compiled", "triton" or "reference".
+
+    Triton kernels take float32, bfloat16 and float16; float64 runs on the reference there.
+    """
     if name not in SCHEMAS:
         raise ValueError(f"name: expected one of {', '.join(SCHEMAS)}, got {name!r}")
+    if device == "cuda" and name in TRITON:
+        return "triton"
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device, device)
     compiled = torch._C._dispatch_has_kernel_for_dispatch_key(f"bld_ext::{name}", key)
     return "compiled" if compiled else "reference"
 
 
-# ---- default kernels ----
+# ---- default kernels, and Triton's ----
 
 for _name in SCHEMAS:
     torch.library.impl(f"bld_ext::{_name}", "default", getattr(reference, _name))
+
+
+def _triton_kernel(name):
+    def kernel(*args):  # Triton is imported when it is first needed
+        return getattr(importlib.import_module(f"bld_ext.triton.{TRITON[name]}"), name)(*args)
+
+    return kernel
+
+
+for _name in TRITON:
+    torch.library.impl(f"bld_ext::{_name}", "cuda", _triton_kernel(_name))
 
 
 # ---- fake kernels ----

@@ -1,0 +1,68 @@
+"""Small data that stays on a device from launch to launch, on any stream and in CUDA graphs."""
+
+import torch
+from torch import Tensor
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether the current stream records into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+class OnDevice:
+    """A copy of a host tensor, made without waiting, that every stream may use."""
+
+    def __init__(self, host: Tensor, device: torch.device):
+        self.device, self.seen_by = device, set()
+        if device.type != "cuda":
+            self.data = host.to(device)
+            return
+        with torch.cuda.device(device):
+            self.data = host.pin_memory().to(device, non_blocking=True)
+            self.copied = torch.cuda.Event()
+            self.copied.record()
+
+    def get(self) -> Tensor:
+        # a graph is replayed after its capture has ended, and so after the copy
+        if self.device.type == "cuda" and not capturing(self.device):
+            stream = torch.cuda.current_stream(self.device)
+            if stream.cuda_stream not in self.seen_by:
+                stream.wait_event(self.copied)
+                self.seen_by.add(stream.cuda_stream)
+        return self.data
+
+
+class Tickets:
+    """Counters by which the programs of one launch find out which of them is the last.
+
+    Launches that can run side by side never share one: each stream has its own, and so has each
+    launch in a CUDA graph.
+    """
+
+    SLOTS = 4096
+
+    def __init__(self, device: torch.device):
+        self.zeros = OnDevice(torch.zeros(self.SLOTS, dtype=torch.int32), device)
+        self.slots: dict[object, int] = {}
+
+    def take(self, key: object) -> Tensor | None:
+        if key not in self.slots and len(self.slots) == self.SLOTS:
+            return None
+        slot = self.slots.setdefault(key, len(self.slots))
+        return self.zeros.get()[slot : slot + 1]
+
+
+_tickets: dict[torch.device, Tickets] = {}
+
+
+def ticket(device: torch.device) -> Tensor:
+    """An int32 zero on the device, `[1]`; the last program of the launch sets it back to zero."""
+    if device.type == "cuda":
+        captured = capturing(device)
+        if device not in _tickets and not captured:
+            _tickets[device] = Tickets(device)
+        key = object() if captured else torch.cuda.current_stream(device).cuda_stream
+        taken = _tickets[device].take(key) if device in _tickets else None
+        if taken is not None:
+            return taken
+    return torch.zeros(1, dtype=torch.int32, device=device)  # in a graph, one more node

@@ -1,0 +1,316 @@
+"""head_softmax, distillation_loss, warm_up_loss and joint_loss in one launch each, for float32,
+bfloat16 and float16 logits; float64 runs on the reference.
+
+A tile is a block of (image, head) pairs by the classes of the widest head, or, where an image has
+several positions, of positions of one pair by classes. Old heads have tiles of their own, because
+their shape decides the order in which a softmax is summed: it must be the same in the op that fills
+the bank and in the op that reads it. Programs walk over the tiles; the last one to finish adds up
+the losses of all, in order.
+
+Head boundaries are data on the device, so that another number of heads, images or positions runs on
+the kernel that is already compiled; only a head wider than all before, to the next power of two,
+makes a new one.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bld_ext import reference
+from bld_ext.triton.device_data import OnDevice, capturing, ticket
+
+TILE = 1024  # elements of a tile of narrow heads
+WARPS = 4
+PROGRAMS = tl.constexpr(1024)  # at most; a power of two
+REST = 1024  # columns that one tile row sets to zero
+
+
+@triton.jit
+def _softmax(logits_ptr, at, mask, inverse_temperature, AXIS: tl.constexpr):
+    """x = (z - max) / τ, softmax(x) and log Σ e^x: the one softmax of all ops."""
+    z = tl.load(logits_ptr + at, mask=mask, other=-float("inf")).to(tl.float32)
+    x = (z - tl.max(z, AXIS, keep_dims=True)) * inverse_temperature
+    e = tl.exp(x)  # 0 beside the head, where z = -inf
+    total = tl.sum(e, AXIS, keep_dims=True)
+    return x, e / total, tl.log(total)
+
+
+@triton.jit
+def _num_tiles(N, S, heads, BLOCK: tl.constexpr, AXIS: tl.constexpr):
+    pairs = tl.cast(N, tl.int64) * heads
+    if AXIS == 1:
+        return tl.cdiv(pairs, BLOCK)
+    else:
+        return pairs * tl.cdiv(S, BLOCK)
+
+
+@triton.jit
+def _place(
+    tile, offsets_ptr, N, S, heads, BLOCK: tl.constexpr, CLASSES: tl.constexpr, AXIS: tl.constexpr
+):
+    """Image n, class of the head, its column, position s; the head's size; which (n, s) exist."""
+    block = tl.arange(0, BLOCK)
+    classes = tl.arange(0, CLASSES)
+    if AXIS == 1:  # [BLOCK pairs, CLASSES]
+        start = tile * BLOCK
+        first_n = start // heads
+        pair = (start - first_n * heads).to(tl.int32) + block
+        ahead = ((pair + 0.5) / heads).to(tl.int32)  # pair // heads, exact below 2^20
+        n = (first_n + ahead)[:, None]
+        head = pair - ahead * heads
+        exists = n < N
+        s = tl.zeros([BLOCK, 1], tl.int64)
+        first = tl.load(offsets_ptr + head)[:, None]
+        last = tl.load(offsets_ptr + head + 1)[:, None]
+        label = classes[None, :]
+    else:  # [CLASSES, BLOCK positions] of one pair
+        blocks = tl.cdiv(S, BLOCK)
+        pair = tile // blocks
+        n = pair // heads
+        head = pair % heads
+        s = ((tile % blocks) * BLOCK + block)[None, :]
+        exists = s < S
+        first = tl.load(offsets_ptr + head)
+        last = tl.load(offsets_ptr + head + 1)
+        label = classes[:, None]
+    column = (first + label).to(tl.int64)
+    return n, label, column, s, last - first, exists
+
+
+@triton.jit
+def _index(n, column, s, columns, S, AXIS: tl.constexpr):
+    """Element (n, column, s) of an array [N, columns, S]."""
+    if AXIS == 1:  # S = 1
+        return n * columns + column
+    else:
+        return (n * columns + column) * S + s
+
+
+@triton.jit(
+    do_not_specialize=["N", "C", "C_old", "S", "old_heads", "rest_heads", "temperature"],
+    do_not_specialize_on_alignment=[
+        "logits_ptr", "labels_ptr", "targets_ptr", "bank_ptr", "old_grad_ptr", "new_grad_ptr",
+        "old_loss_ptr", "new_loss_ptr", "partials_ptr", "ticket_ptr", "offsets_ptr", "temperature",
+    ],
+)  # fmt: skip
+def heads_kernel(
+    logits_ptr,  # [N, C, S]
+    labels_ptr,  # [N, S], of the head behind the old ones
+    targets_ptr,  # [N, C_old, S], the bank to distil from
+    bank_ptr,  # [N, C_old, S], the bank to fill
+    old_grad_ptr,  # [N, C, S], of the distillation loss
+    new_grad_ptr,  # [N, C, S], of the cross-entropy
+    old_loss_ptr,
+    new_loss_ptr,
+    partials_ptr,  # [2, programs]
+    ticket_ptr,
+    offsets_ptr,  # [old_heads + rest_heads + 1], the column at which each head begins
+    temperature,  # a number or a pointer to one
+    N,
+    C,
+    C_old,
+    S,
+    old_heads,
+    rest_heads,
+    OLD_BLOCK: tl.constexpr,
+    OLD_CLASSES: tl.constexpr,
+    REST_BLOCK: tl.constexpr,
+    REST_CLASSES: tl.constexpr,
+    AXIS: tl.constexpr,  # of the classes in a tile
+    ON_DEVICE: tl.constexpr,  # temperature is a pointer
+):
+    """A pointer that is None leaves its part out."""
+    if ON_DEVICE:
+        tau = tl.load(temperature).to(tl.float32)
+    else:
+        tau = temperature
+    # of a tiny τ finite, so that 0 / τ stays 0
+    inverse_tau = tl.minimum(1.0 / tau, 3.4028234e38)
+    inverse_tau = tl.where((tau > 0) & (tau < float("inf")), inverse_tau, float("nan"))
+    program = tl.program_id(0).to(tl.int64)
+    programs = tl.num_programs(0).to(tl.int64)
+    old_tiles = _num_tiles(N, S, old_heads, OLD_BLOCK, AXIS)
+    rest_tiles = _num_tiles(N, S, rest_heads, REST_BLOCK, AXIS)
+
+    if AXIS == 1:
+        old_loss = tl.zeros([OLD_BLOCK, OLD_CLASSES], tl.float32)
+        new_loss = tl.zeros([REST_BLOCK, REST_CLASSES], tl.float32)
+    else:
+        old_loss = tl.zeros([OLD_CLASSES, OLD_BLOCK], tl.float32)
+        new_loss = tl.zeros([REST_CLASSES, REST_BLOCK], tl.float32)
+
+    for tile in range(program, old_tiles, programs):
+        n, label, column, s, size, exists = _place(
+            tile, offsets_ptr, N, S, old_heads, OLD_BLOCK, OLD_CLASSES, AXIS
+        )
+        mask = exists & (label < size)
+        at = _index(n, column, s, C, S, AXIS)
+        at_bank = _index(n, column, s, C_old, S, AXIS)
+        x, p, log_sum = _softmax(logits_ptr, at, mask, inverse_tau, AXIS)
+        if bank_ptr is not None:
+            tl.store(bank_ptr + at_bank, p, mask=mask)
+        if targets_ptr is not None:
+            target = tl.load(targets_ptr + at_bank, mask=mask, other=0.0)
+            # a target of 0 contributes nothing, even where x = -inf
+            old_loss += tl.where(target != 0, target * (log_sum - x), 0.0)
+            # exactly 0 where the targets were made from the same logits
+            tl.store(old_grad_ptr + at, (p - target) * inverse_tau, mask=mask)
+        if new_grad_ptr is not None:
+            tl.store(new_grad_ptr + at, tl.zeros_like(p), mask=mask)
+
+    # the programs that had one tile less begin
+    begin = (program + programs - old_tiles % programs) % programs
+    for tile in range(begin, rest_tiles, programs):
+        n, label, column, s, size, exists = _place(
+            tile, offsets_ptr + old_heads, N, S, rest_heads, REST_BLOCK, REST_CLASSES, AXIS
+        )
+        mask = exists & (label < size)
+        at = _index(n, column, s, C, S, AXIS)
+        if labels_ptr is not None:
+            y = tl.load(labels_ptr + n * S + s, mask=exists, other=0)
+            x, p, log_sum = _softmax(logits_ptr, at, mask, 1.0, AXIS)
+            poison = tl.where((y >= 0) & (y < size), 0.0, float("nan"))
+            hit = tl.where(label == y, 1.0, 0.0)
+            # the loss of a label that is no class goes with class 0
+            loss = tl.where((label == y) | (label == 0) & (poison != 0), log_sum - x + poison, 0.0)
+            new_loss += tl.where(mask, loss, 0.0)
+            tl.store(new_grad_ptr + at, p - hit + poison, mask=mask)
+        if old_grad_ptr is not None:
+            tl.store(old_grad_ptr + at, tl.zeros([1, 1], tl.float32), mask=mask)
+
+    if partials_ptr is not None:
+        tl.store(partials_ptr + program, tl.sum(old_loss))
+        tl.store(partials_ptr + programs + program, tl.sum(new_loss))
+        tl.debug_barrier()
+        if tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1:
+            tl.store(ticket_ptr, 0)
+            each = tl.arange(0, PROGRAMS)
+            # .cg: past the first-level cache, which may hold what was there before
+            if old_loss_ptr is not None:
+                parts = tl.load(partials_ptr + each, each < programs, 0.0, cache_modifier=".cg")
+                tl.store(old_loss_ptr, tl.sum(parts.to(tl.float64)))
+            if new_loss_ptr is not None:
+                parts = tl.load(
+                    partials_ptr + programs + each, each < programs, 0.0, cache_modifier=".cg"
+                )
+                tl.store(new_loss_ptr, tl.sum(parts.to(tl.float64)))
+
+
+_offsets: dict[tuple, OnDevice] = {}
+
+
+def offsets(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where each head begins, and where the last one ends, on the device."""
+    key = sizes, device
+    if key not in _offsets:
+        if capturing(device):
+            raise RuntimeError(
+                f"head_sizes: expected heads that the device knows, got {list(sizes)} for the "
+                "first time while a CUDA graph is captured. Run the op with them once before."
+            )
+        begins = torch.tensor([0, *accumulate(sizes)], dtype=torch.int32)
+        _offsets[key] = OnDevice(begins, device)
+    return _offsets[key].get()
+
+
+def tile_shape(sizes: Sequence[int]) -> tuple[int, int]:
+    """(pairs or positions, classes) of a tile that holds the widest head."""
+    classes = max(2, triton.next_power_of_2(max(sizes, default=1)))
+    return max(1, TILE // classes), classes
+
+
+def _launch(logits, head_sizes, temperature, labels=None, targets=None, bank=None):
+    """One launch: fills `bank`; returns the losses and the gradients, of labels and of targets."""
+    logits, (N, C), C_old = logits.contiguous(), logits.shape[:2], sum(head_sizes)
+    S = logits.numel() // max(1, N * C)
+    wanted = [labels is not None, targets is not None]
+    like = dict(dtype=torch.float32, device=logits.device)
+    losses = [torch.empty((), **like) if want else None for want in wanted]
+    grads = [torch.empty_like(logits) if want else None for want in wanted]
+
+    rest = []  # columns behind the old heads: the new head, or columns that get no gradient
+    if labels is not None:
+        rest = [C - C_old]
+    elif targets is not None:
+        rest = [min(REST, C - first) for first in range(C_old, C, REST)]
+    old_tile, rest_tile = tile_shape(head_sizes), tile_shape(rest)
+    tiles = sum(
+        triton.cdiv(N * len(heads), block) if S == 1 else N * len(heads) * triton.cdiv(S, block)
+        for heads, (block, _) in ((head_sizes, old_tile), (rest, rest_tile))
+    )
+    if not tiles:
+        return [loss if loss is None else loss.zero_() for loss in losses], grads
+    programs = min(tiles, PROGRAMS.value)
+    partials = torch.empty(2, programs, **like) if any(wanted) else None
+    on_device = temperature.device == logits.device
+    guard = torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext()
+    with guard:
+        heads_kernel[(programs,)](
+            logits,
+            None if labels is None else labels.contiguous(),
+            None if targets is None else targets.contiguous(),
+            bank,
+            grads[1],
+            grads[0],
+            losses[1],
+            losses[0],
+            partials,
+            ticket(logits.device) if any(wanted) else None,
+            offsets((*head_sizes, *rest), logits.device),
+            temperature if on_device else temperature.item(),
+            N,
+            C,
+            C_old,
+            S,
+            len(head_sizes),
+            len(rest),
+            OLD_BLOCK=old_tile[0],
+            OLD_CLASSES=old_tile[1],
+            REST_BLOCK=rest_tile[0],
+            REST_CLASSES=rest_tile[1],
+            AXIS=1 if S == 1 else 0,
+            ON_DEVICE=on_device,
+            num_warps=WARPS,
+            enable_fp_fusion=False,  # p - target is not fused with what makes p
+        )
+    return losses, grads
+
+
+def _empty_bank(logits, head_sizes):
+    shape = (logits.shape[0], sum(head_sizes), *logits.shape[2:])
+    return torch.empty(shape, dtype=torch.float32, device=logits.device)
+
+
+def head_softmax(logits, head_sizes, temperature):
+    if logits.dtype == torch.float64:
+        return reference.head_softmax(logits, head_sizes, temperature)
+    bank = _empty_bank(logits, head_sizes)
+    _launch(logits, head_sizes, temperature, bank=bank)
+    return bank
+
+
+def distillation_loss(logits, bank, head_sizes, temperature):
+    if logits.dtype == torch.float64:
+        return reference.distillation_loss(logits, bank, head_sizes, temperature)
+    (_, loss), (_, grad) = _launch(logits, head_sizes, temperature, targets=bank)
+    return loss, grad
+
+
+def warm_up_loss(logits, labels, head_sizes, temperature):
+    if logits.dtype == torch.float64:
+        return reference.warm_up_loss(logits, labels, head_sizes, temperature)
+    bank = _empty_bank(logits, head_sizes[:-1])
+    (loss, _), (grad, _) = _launch(logits, head_sizes[:-1], temperature, labels, bank=bank)
+    return loss, bank, grad
+
+
+def joint_loss(logits, labels, bank, head_sizes, temperature):
+    if logits.dtype == torch.float64:
+        return reference.joint_loss(logits, labels, bank, head_sizes, temperature)
+    losses, grads = _launch(logits, head_sizes[:-1], temperature, labels, targets=bank)
+    return *losses, *grads

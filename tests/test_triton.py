@@ -1,0 +1,275 @@
+"""The Triton kernels: on a GPU where there is one, else under Triton's interpreter on the CPU."""
+
+import pytest
+import torch
+
+from bld_ext import reference
+
+pytest.importorskip("triton")
+from bld_ext.triton import device_data  # noqa: E402
+from bld_ext.triton import distillation as kernels  # noqa: E402
+
+INTERPRETED = not torch.cuda.is_available()
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+HEADS = {  # the last one is the new head
+    "first-task": [3],
+    "pairs": [2] * 5,
+    "ragged": [2, 64, 1, 5],
+    "wide-new": [5, 5, 130],
+    "wide-old": [1000, 1, 7],
+    "64-heads": [1, 2, 3, 7] * 16,
+    "65-ragged-heads": [*range(1, 65), 2],
+}
+SPATIAL = {"flat": (), "2d": (3, 5), "3d": (2, 1, 3)}
+pytestmark = [
+    pytest.mark.usefixtures("poison"),
+    # numpy warns of what masks throw away
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+heads = pytest.mark.parametrize("sizes", HEADS.values(), ids=HEADS.keys())
+spatials = pytest.mark.parametrize("spatial", SPATIAL.values(), ids=SPATIAL.keys())
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+TAU = torch.tensor(0.7, dtype=torch.float64, device=DEVICE)
+
+
+def make_inputs(sizes, spatial=(), dtype=torch.float32, N=3, scale=2.0):
+    """logits, labels, and a bank of other logits."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, N, sum(sizes), *spatial)
+    logits, others = (scale * torch.randn(shape, generator=generator)).to(dtype)
+    labels = torch.randint(sizes[-1], (N, *spatial), generator=generator)
+    bank = reference.head_softmax(others, sizes[:-1], TAU.cpu())
+    return logits.to(DEVICE), labels.to(DEVICE), bank.to(DEVICE)
+
+
+def assert_near(actual, expected, dtype):
+    """One rounding to `dtype`, after a difference of float32 probabilities over τ."""
+    assert actual.shape == expected.shape and actual.dtype == dtype and actual.is_contiguous()
+    rtol = max(torch.finfo(dtype).eps, 2e-6)
+    torch.testing.assert_close(actual.double(), expected, rtol=rtol, atol=2e-6 / TAU.item())
+
+
+def skip_if_slow(sizes, spatial):
+    if INTERPRETED and (sum(sizes) > 500 and spatial or len(sizes) > 16 and len(spatial) != 2):
+        pytest.skip("minutes under the interpreter")
+
+
+@heads
+@spatials
+@dtypes
+def test_parity(sizes, spatial, dtype):
+    skip_if_slow(sizes, spatial)
+    logits, labels, bank = make_inputs(sizes, spatial, dtype)
+    expected = reference.joint_loss(logits.double(), labels, bank.double(), sizes, TAU)
+    new, old, new_grad, old_grad = kernels.joint_loss(logits, labels, bank, sizes, TAU)
+    torch.testing.assert_close(new.double(), expected[0], rtol=2e-6, atol=0)
+    torch.testing.assert_close(old.double(), expected[1], rtol=2e-6, atol=0)
+    assert_near(new_grad, expected[2], dtype)
+    assert_near(old_grad, expected[3], dtype)
+
+    filled = kernels.head_softmax(logits, sizes[:-1], TAU)
+    expected = reference.head_softmax(logits.double(), sizes[:-1], TAU)
+    assert_near(filled, expected, torch.float32)
+
+
+@heads
+@pytest.mark.parametrize("spatial", [(), (7,)], ids=["flat", "dense"])
+def test_one_op_is_the_others_bit_for_bit(sizes, spatial):
+    skip_if_slow(sizes, spatial)
+    logits, labels, bank = make_inputs(sizes, spatial)
+    new, old, new_grad, old_grad = kernels.joint_loss(logits, labels, bank, sizes, TAU)
+    loss, grad = kernels.distillation_loss(logits, bank, sizes[:-1], TAU)
+    assert torch.equal(old_grad, grad)
+    torch.testing.assert_close(old, loss, rtol=2e-7, atol=0)
+    loss, filled, grad = kernels.warm_up_loss(logits, labels, sizes, TAU)
+    assert torch.equal(new_grad, grad)
+    torch.testing.assert_close(new, loss, rtol=2e-7, atol=0)
+    assert torch.equal(filled, kernels.head_softmax(logits, sizes[:-1], TAU))
+
+
+@pytest.mark.parametrize("scale", [1, 1e4], ids=["usual", "extreme"])
+@pytest.mark.parametrize("spatial", [(), (7,)], ids=["flat", "dense"])
+@dtypes
+def test_gradient_is_exactly_zero_until_a_logit_moves(dtype, spatial, scale):
+    sizes = [2, 40, 1, 5, 90]
+    logits, labels, _ = make_inputs(sizes, spatial, dtype)
+    logits = (scale * logits).clamp(-1e4, 1e4)
+    _, bank, _ = kernels.warm_up_loss(logits, labels, sizes, TAU)
+    grads = kernels.joint_loss(logits, labels, bank, sizes, TAU)[3]
+    assert torch.equal(grads, torch.zeros_like(logits))
+    loss, grads = kernels.distillation_loss(logits, bank, sizes[:-1], TAU)
+    assert torch.equal(grads, torch.zeros_like(logits)) and loss.isfinite()
+    logits[:, 0] += 0.5 * (1 + logits[:, 0].abs())
+    grads = kernels.distillation_loss(logits, bank, sizes[:-1], TAU)[1]
+    assert (grads[:, :2] != 0).any() and torch.equal(grads[:, 2:], torch.zeros_like(grads[:, 2:]))
+
+
+@pytest.mark.parametrize("spatial", [(), (2,)], ids=["flat", "dense"])
+@pytest.mark.parametrize("label", [-1, 5, 2**40])
+def test_a_label_that_is_no_class_makes_its_image_nan(label, spatial):
+    sizes = [3, 5]
+    logits, labels, bank = make_inputs(sizes, spatial)
+    good = kernels.joint_loss(logits, labels, bank, sizes, TAU)
+    labels[1] = label
+    for run in (kernels, reference):
+        new, old, new_grad, old_grad = run.joint_loss(logits, labels, bank, sizes, TAU)
+        assert new.isnan() and old.isfinite() and old_grad.isfinite().all()
+        assert new_grad[1, 3:].isnan().all() and not new_grad[:, :3].any()
+        torch.testing.assert_close(new_grad[[0, 2]], good[2][[0, 2]])
+        assert run.warm_up_loss(logits, labels, sizes, TAU)[0].isnan()
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, torch.nan, torch.inf])
+def test_a_temperature_that_is_none_makes_everything_nan(value):
+    logits, labels, bank = make_inputs([3, 5])
+    tau = torch.full_like(TAU, value)
+    for run in (kernels, reference):
+        assert run.head_softmax(logits, [3], tau).isnan().all()
+        loss, grad = run.distillation_loss(logits, bank, [3], tau)
+        assert loss.isnan() and grad[:, :3].isnan().all() and not grad[:, 3:].any()
+
+
+@pytest.mark.parametrize("tau", [1e-30, 0.05, 100.0, 1e30])
+def test_extreme_temperatures(tau):
+    logits, labels, bank = make_inputs([30, 5], scale=4e3)
+    tau = torch.full_like(TAU, tau)
+    filled = kernels.head_softmax(logits, [30], tau)
+    expected = reference.head_softmax(logits.double(), [30], tau)
+    torch.testing.assert_close(filled.double(), expected, rtol=2e-6, atol=2e-6)
+    assert torch.equal(
+        kernels.distillation_loss(logits, filled, [30], tau)[1], torch.zeros_like(logits)
+    )
+
+
+def test_nan_stays_in_its_head_and_image():
+    logits, labels, bank = make_inputs([2, 3, 1, 2])
+    logits[1, 3] = torch.nan
+    where = torch.zeros_like(bank, dtype=torch.bool)
+    where[1, 2:5] = True
+    assert torch.equal(kernels.head_softmax(logits, [2, 3, 1], TAU).isnan(), where)
+
+
+def test_a_zero_target_of_an_impossible_class_contributes_nothing():
+    logits = torch.tensor([[0.0, -torch.inf]], device=DEVICE)
+    bank = torch.tensor([[1.0, 0.0]], device=DEVICE)
+    loss, grad = kernels.distillation_loss(logits, bank, [2], TAU)
+    assert torch.equal(loss, torch.zeros_like(loss)) and torch.equal(grad, torch.zeros_like(grad))
+
+
+LAYOUTS = {
+    "transposed": lambda x: x.transpose(0, 3),
+    "channels-last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "strided": lambda x: x[::2, :, ::2, 1:],
+    "expanded": lambda x: x[:1].expand(6, -1, -1, -1),
+    "offset": lambda x: x.flatten()[1 : 1 + 5 * 6].view(5, 6),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_any_layout_and_alignment(layout):
+    logits = layout(make_inputs([3, 3], (4, 6), N=6)[0])
+    before = logits.clone()
+    labels = torch.zeros_like(logits[:, 0], dtype=torch.int64)
+    bank = kernels.head_softmax(logits, [3], TAU)
+    assert torch.equal(bank, kernels.head_softmax(logits.contiguous(), [3], TAU))
+    results = kernels.joint_loss(logits, labels, bank, [3, 3], TAU)
+    expected = kernels.joint_loss(logits.contiguous(), labels, bank, [3, 3], TAU)
+    assert all(map(torch.equal, results, expected))
+    assert torch.equal(logits, before)
+
+
+def test_columns_that_no_tile_row_holds_at_once_get_zero():
+    logits, _, bank = make_inputs([3, 2100], N=2)
+    loss, grad = kernels.distillation_loss(logits, bank, [3], TAU)
+    alone, grad_alone = kernels.distillation_loss(logits[:, :3], bank, [3], TAU)
+    assert torch.equal(loss, alone) and torch.equal(grad[:, :3], grad_alone)
+    assert torch.equal(grad[:, 3:], torch.zeros_like(grad[:, 3:]))
+
+
+@pytest.mark.parametrize(
+    "shape, sizes",
+    [((0, 5), [2, 3]), ((3, 5, 0), [2, 3]), ((0, 5, 2), [5])],
+    ids=["no-images", "no-positions", "nothing"],
+)
+def test_empty(shape, sizes):
+    logits = torch.ones(shape, device=DEVICE)
+    labels = torch.zeros(shape[0], *shape[2:], dtype=torch.int64, device=DEVICE)
+    loss, bank, grad = kernels.warm_up_loss(logits, labels, sizes, TAU)
+    assert loss == 0 and bank.numel() == 0 and grad.shape == shape
+    assert kernels.distillation_loss(logits, bank, sizes[:-1], TAU)[0] == 0
+    new, old, *grads = kernels.joint_loss(logits, labels, bank, sizes, TAU)
+    assert new == old == 0
+
+
+def test_no_heads_and_no_columns_behind_them():
+    logits = torch.ones(3, 2, device=DEVICE)
+    assert kernels.head_softmax(logits, [], TAU).shape == (3, 0)
+    loss, grad = kernels.distillation_loss(logits, logits[:, :0], [], TAU)
+    assert loss == 0 and not grad.any()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the limit is compiled into the kernel")
+@pytest.mark.parametrize("programs", [1, 2, 4])
+@pytest.mark.parametrize("spatial", [(), (150,)], ids=["flat", "dense"])
+def test_programs_share_the_tiles(monkeypatch, programs, spatial):
+    sizes = [2, 2, 2, 3]
+    logits, labels, bank = make_inputs(sizes, spatial, N=3 if spatial else 700)
+    many = kernels.joint_loss(logits, labels, bank, sizes, TAU)
+    monkeypatch.setattr(kernels, "PROGRAMS", kernels.tl.constexpr(programs))
+    few = kernels.joint_loss(logits, labels, bank, sizes, TAU)
+    assert torch.equal(few[2], many[2]) and torch.equal(few[3], many[3])
+    torch.testing.assert_close(few[:2], many[:2], rtol=1e-6, atol=0)
+
+
+def test_results_stay_inside_their_buffers():
+    """Guard bands around every buffer, the bank's included."""
+    sizes = [2, 3, 4]
+    logits, labels, bank = make_inputs(sizes, N=5)
+    guarded = []
+
+    def guard(tensor):
+        guarded.append(torch.full((tensor.numel() + 128,), 77, device=DEVICE).to(tensor.dtype))
+        inside = guarded[-1][64:-64].view(tensor.shape)
+        inside.copy_(tensor)
+        return inside
+
+    out = guard(torch.zeros_like(bank))
+    inputs = guard(logits), guard(labels), guard(bank)
+    kernels._launch(inputs[0], sizes[:-1], TAU, labels=inputs[1], bank=out)
+    assert torch.equal(out, kernels.head_softmax(logits, sizes[:-1], TAU))
+    for buffer in guarded:
+        assert (buffer[:64] == 77).all() and (buffer[-64:] == 77).all()
+    for inside, original in zip(inputs, (logits, labels, bank), strict=True):
+        assert torch.equal(inside, original)
+
+
+def test_float64_runs_on_the_reference():
+    logits, labels, bank = make_inputs([3, 5], dtype=torch.float64)
+    results = kernels.joint_loss(logits, labels, bank.double(), [3, 5], TAU)
+    expected = reference.joint_loss(logits, labels, bank.double(), [3, 5], TAU)
+    assert all(map(torch.equal, results, expected))
+
+
+def test_launches_side_by_side_have_tickets_of_their_own(monkeypatch):
+    monkeypatch.setattr(device_data.Tickets, "SLOTS", 3)
+    tickets = device_data.Tickets(DEVICE)
+    streams = [tickets.take(stream) for stream in ("a", "b", "a", "c")]
+    assert all(ticket.shape == (1,) and ticket.item() == 0 for ticket in streams)
+    addresses = [ticket.data_ptr() for ticket in streams]
+    assert addresses[0] == addresses[2] and len(set(addresses)) == 3
+    assert tickets.take("d") is None and tickets.take("c").data_ptr() == addresses[3]
+
+
+def test_head_boundaries_are_kept_on_the_device():
+    first = kernels.offsets((2, 3), DEVICE)
+    assert first.tolist() == [0, 2, 5]
+    assert kernels.offsets((2, 3), DEVICE) is first
+    assert kernels.offsets((2, 3, 1), DEVICE).tolist() == [0, 2, 5, 6]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8, 9, 1000, 1024, 1025])
+def test_tile_shape_depends_on_the_widest_head(size):
+    block, classes = kernels.tile_shape([1, size, 1])
+    assert max(2, size) <= classes < 2 * max(2, size)
+    assert block * classes == max(kernels.TILE, classes)

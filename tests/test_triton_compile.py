@@ -1,0 +1,119 @@
+"""The Triton kernels, compiled ahead of time for GPUs that need not be there."""
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+OPS = {  # the pointers that an op leaves out
+    "head_softmax": {"labels", "targets", "old_grad", "new_grad", "old_loss", "new_loss",
+                     "partials", "ticket"},
+    "distillation_loss": {"labels", "bank", "new_grad", "new_loss"},
+    "warm_up_loss": {"targets", "old_grad", "old_loss"},
+    "joint_loss": {"bank"},
+}  # fmt: skip
+CASES = [  # dtype, widest old and new head, dense, temperature on the device, capability
+    *(("fp32", (5, 5), dense, True, sm) for dense in (False, True) for sm in (80, 90)),
+    *((dtype, (2, 10), False, False, 90) for dtype in ("bf16", "fp16")),
+    ("fp32", (1000, 100), False, True, 90),
+]
+
+
+def compile_kernel(op, dtype, widest, dense, on_device, capability):
+    """The compiled kernel; run by a process of its own, without the interpreter."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from bld_ext.triton.distillation import WARPS, heads_kernel, tile_shape
+
+    pointers = dict(logits=dtype, labels="i64", targets="fp32", bank="fp32", old_grad=dtype)
+    pointers |= dict(new_grad=dtype, old_loss="fp32", new_loss="fp32", partials="fp32")
+    pointers |= dict(ticket="i32", offsets="i32")
+    rest = [widest[1]] if op != "head_softmax" else []
+    shapes = zip(("OLD", "REST"), (tile_shape([widest[0]]), tile_shape(rest)), strict=True)
+    constants = dict(AXIS=0 if dense else 1, ON_DEVICE=on_device)
+    for name, (block, classes) in shapes:
+        constants |= {f"{name}_BLOCK": block, f"{name}_CLASSES": classes}
+    constants |= {f"{name}_ptr": None for name in OPS[op]}
+    types = {f"{name}_ptr": f"*{kind}" for name, kind in pointers.items()}
+    types |= dict.fromkeys(("N", "C", "C_old", "S", "old_heads", "rest_heads"), "i32")
+    types["temperature"] = "*fp64" if on_device else "fp32"
+    types |= dict.fromkeys(constants, "constexpr")
+    names = [parameter.name for parameter in heads_kernel.params]
+    source = ASTSource(
+        fn=heads_kernel,
+        signature={name: types[name] for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+    )
+    target = GPUTarget("cuda", capability, 32)
+    options = dict(num_warps=WARPS, enable_fp_fusion=False)
+    return triton.compile(source, target=target, options=options)
+
+
+def softmax_layouts(ttgir):
+    """How the tiles whose reductions make a softmax lie in threads: {tile: layout}."""
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.M))
+    reduced = re.findall(r'"tt\.reduce".*?:\s*\(tensor<(\d+x\d+)xf32, (#\w+)>\)', ttgir, re.S)
+    return {(tile, layouts[name]) for tile, name in reduced}
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    done = subprocess.run(
+        [sys.executable, __file__],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("case", range(len(CASES)), ids=["-".join(map(str, c)) for c in CASES])
+def test_compiles_and_sums_a_softmax_the_same_way_in_every_op(compiled, case):
+    results = {op: compiled[f"{op} {case}"] for op in OPS}
+    assert all(result["cubin"] > 1000 for result in results.values())
+    (old,) = results["head_softmax"]["softmax"]  # the tile of the old heads
+    for op, result in results.items():
+        assert old in result["softmax"], op
+        same_tile = [layout for tile, layout in result["softmax"] if tile == old[0]]
+        assert same_tile == [old[1]], op
+
+
+@pytest.mark.parametrize("case", range(len(CASES)), ids=["-".join(map(str, c)) for c in CASES])
+def test_registers_suffice(compiled, case):
+    for op in OPS:
+        assert compiled[f"{op} {case}"]["local"] == 0, op
+
+
+def local_bytes(cubin):
+    """Bytes of local memory, where registers are spilled to, by the disassembler of Triton."""
+    import tempfile
+    from pathlib import Path
+
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True)
+    return int(re.search(r"LOCAL:(\d+)", done.stdout + done.stderr)[1])
+
+
+if __name__ == "__main__":
+    results = {}
+    for op, (number, case) in itertools.product(OPS, enumerate(CASES)):
+        asm = compile_kernel(op, *case).asm
+        results[f"{op} {number}"] = dict(
+            cubin=len(asm["cubin"]),
+            softmax=sorted(softmax_layouts(asm["ttgir"])),
+            local=local_bytes(asm["cubin"]),
+        )
+    json.dump(results, sys.stdout)
