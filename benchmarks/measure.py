@@ -1,0 +1,121 @@
+"""How the op benchmarks measure: time a call, bytes a second, memory that a call adds.
+
+On a CPU pytest-benchmark times plain calls. On a GPU a round is one replay of a CUDA graph of many
+calls, whose inputs rotate through more memory than the second-level cache holds, so that launches
+cost what they cost in a captured step and every byte comes from memory.
+"""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CALLS = 200  # in one graph
+CACHE_BYTES = 200e6  # more than any second-level cache
+
+
+def copies(nbytes: int) -> int:
+    """How many sets of inputs make consecutive calls miss the cache."""
+    return 1 if DEVICE.type == "cpu" else min(CALLS, 1 + int(3 * CACHE_BYTES // max(1, nbytes)))
+
+
+def time_calls(benchmark, calls: Sequence[Callable[[], object]]) -> float | None:
+    """Seconds a call: the median; None where benchmarks are disabled and everything runs once."""
+    if DEVICE.type == "cpu":
+        benchmark(calls[0])
+        per_round = 1
+    else:
+        graph, per_round = capture(calls)
+
+        def replay():
+            graph.replay()
+            torch.cuda.synchronize()
+
+        benchmark.pedantic(replay, rounds=20, warmup_rounds=3)
+    if benchmark.stats is None:
+        return None
+    return benchmark.stats.stats.median / per_round
+
+
+def capture(calls: Sequence[Callable[[], object]]) -> tuple[torch.cuda.CUDAGraph, int]:
+    """A graph of at least CALLS calls in turn, and how many there are."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for call in calls[:3]:
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph, rounds = torch.cuda.CUDAGraph(), -(-CALLS // len(calls))
+    with torch.cuda.graph(graph):
+        for _ in range(rounds):
+            for call in calls:
+                call()
+    return graph, rounds * len(calls)
+
+
+def launches(call: Callable[[], object]) -> int | None:
+    """Kernels, copies and fills that one call puts on the GPU."""
+    if DEVICE.type == "cpu":
+        return None
+    call()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.device_type.name == "CUDA" for event in profile.events())
+
+
+def peak_extra_bytes(call: Callable[[], object]) -> int:
+    """The most that is allocated at any moment of a call, beyond what was before."""
+    call()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = call()
+        torch.cuda.synchronize()
+        del result
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        result = call()
+        del result
+    events = profile.profiler.kineto_results.events()
+    sizes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    now = peak = 0
+    for _, nbytes in sorted(sizes, key=lambda event: event[0]):
+        now += nbytes
+        peak = max(peak, now)
+    return peak
+
+
+@functools.cache
+def copy_bandwidth() -> float:
+    """Bytes read and written a second by a copy far larger than the caches: the ceiling."""
+    n = 2**28 if DEVICE.type == "cuda" else 2**26
+    source = torch.ones(n, device=DEVICE)
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(12):
+        torch.cuda.synchronize() if DEVICE.type == "cuda" else None
+        start = time.perf_counter()
+        target.copy_(source)
+        torch.cuda.synchronize() if DEVICE.type == "cuda" else None
+        times.append(time.perf_counter() - start)
+    return 8 * n / statistics.median(times[2:])
+
+
+def record(benchmark, seconds: float | None, nbytes: int, call: Callable[[], object]) -> None:
+    """What the table shows of a row, into pytest-benchmark's JSON."""
+    if seconds is None:
+        return
+    info = dict(us=seconds * 1e6, bytes=nbytes, gb_per_s=nbytes / seconds / 1e9)
+    info["copy_gb_per_s"] = copy_bandwidth() / 1e9
+    info["peak_extra_bytes"] = peak_extra_bytes(call)
+    info["launches"] = launches(call)
+    info["device"] = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
+    info["threads"], info["torch"] = torch.get_num_threads(), torch.__version__
+    benchmark.extra_info.update(info)

@@ -1,0 +1,58 @@
+"""The JSON of pytest-benchmark as Markdown: `python -m benchmarks.table results.json`.
+
+A ratio is the row's time over that of `ours` in the same group: above 1 ours is faster.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+
+
+def rows(benchmarks: list[dict]) -> dict[str, list[dict]]:
+    """{group: its rows, slowest first}, from the benchmarks of a run."""
+    groups = defaultdict(list)
+    for entry in benchmarks:
+        if "us" in entry["extra_info"]:
+            groups[entry["group"]].append({"name": entry["params"]["name"]} | entry["extra_info"])
+    return {group: sorted(found, key=lambda row: -row["us"]) for group, found in groups.items()}
+
+
+def table(benchmarks: list[dict]) -> str:
+    lines = []
+    for group, found in rows(benchmarks).items():
+        ours = next((row["us"] for row in found if row["name"] == "ours"), None)
+        lines += [
+            f"**{group}**, {found[0]['bytes']:,} bytes",
+            "",
+            "| implementation | µs | against ours | GB/s | of a copy | extra memory | launches |",
+            "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        for row in found:
+            ratio = f"{row['us'] / ours:.2f} ×" if ours else ""
+            share = f"{100 * row['gb_per_s'] / row['copy_gb_per_s']:.0f} %"
+            launches = "" if row["launches"] is None else row["launches"]
+            lines.append(
+                f"| {row['name']} | {row['us']:.1f} | {ratio} | {row['gb_per_s']:.1f} | {share} "
+                f"| {row['peak_extra_bytes']:,} B | {launches} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("json", nargs="+", help="files written by --benchmark-json")
+    for path in parser.parse_args().json:
+        with open(path) as file:
+            found = json.load(file)["benchmarks"]
+        if found:
+            info = found[0]["extra_info"]
+            print(
+                f"{info.get('device')}, {info.get('threads')} threads, torch {info.get('torch')}, "
+                f"copy {info.get('copy_gb_per_s', 0):.1f} GB/s\n"
+            )
+        print(table(found))
+
+
+if __name__ == "__main__":
+    main()
