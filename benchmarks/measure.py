@@ -13,22 +13,28 @@ from collections.abc import Callable, Sequence
 import torch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CALLS = 200  # in one graph
 CACHE_BYTES = 200e6  # more than any second-level cache
+
+
+def calls_in_a_graph(nbytes: int) -> int:
+    """Enough to hide the start of a replay, and few enough to end soon."""
+    return max(5, min(200, int(20e9 // max(1, nbytes))))
 
 
 def copies(nbytes: int) -> int:
     """How many sets of inputs make consecutive calls miss the cache."""
-    return 1 if DEVICE.type == "cpu" else min(CALLS, 1 + int(3 * CACHE_BYTES // max(1, nbytes)))
+    if DEVICE.type == "cpu":
+        return 1
+    return min(calls_in_a_graph(nbytes), 1 + int(3 * CACHE_BYTES // max(1, nbytes)))
 
 
-def time_calls(benchmark, calls: Sequence[Callable[[], object]]) -> float | None:
+def time_calls(benchmark, calls: Sequence[Callable[[], object]], nbytes: int) -> float | None:
     """Seconds a call: the median; None where benchmarks are disabled and everything runs once."""
     if DEVICE.type == "cpu":
         benchmark(calls[0])
         per_round = 1
     else:
-        graph, per_round = capture(calls)
+        graph, per_round = capture(calls, calls_in_a_graph(nbytes))
 
         def replay():
             graph.replay()
@@ -40,15 +46,15 @@ def time_calls(benchmark, calls: Sequence[Callable[[], object]]) -> float | None
     return benchmark.stats.stats.median / per_round
 
 
-def capture(calls: Sequence[Callable[[], object]]) -> tuple[torch.cuda.CUDAGraph, int]:
-    """A graph of at least CALLS calls in turn, and how many there are."""
+def capture(calls: Sequence[Callable[[], object]], count: int):
+    """A CUDA graph of at least `count` calls in turn, and how many there are."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for call in calls[:3]:
             call()
     torch.cuda.current_stream().wait_stream(side)
-    graph, rounds = torch.cuda.CUDAGraph(), -(-CALLS // len(calls))
+    graph, rounds = torch.cuda.CUDAGraph(), -(-count // len(calls))
     with torch.cuda.graph(graph):
         for _ in range(rounds):
             for call in calls:

@@ -186,7 +186,7 @@ def implementations(op):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("op, name", [(op, name) for op in OPS for name in implementations(op)])
-def test_distillation(benchmark, case, op, name):
+def test_op(benchmark, case, op, name):
     N, sizes = CASES[case]
     if name.startswith("compile") and not benchmark.enabled:
         pytest.skip("compiles for seconds, and is timed only")
@@ -207,5 +207,5 @@ def test_distillation(benchmark, case, op, name):
         )
 
     benchmark.group = f"{op} {case}"
-    seconds = measure.time_calls(benchmark, [lambda s=s: run(*s) for s in sets])
+    seconds = measure.time_calls(benchmark, [lambda s=s: run(*s) for s in sets], nbytes)
     measure.record(benchmark, seconds, nbytes, lambda: run(*sets[0]))

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import bld_ext.registry  # noqa: F401  (defines torch.ops.bld_ext)
 from bld_ext import reference
@@ -42,6 +43,11 @@ def _check_logits(logits: Tensor, head_sizes: Sequence[int], exact: bool) -> lis
         raise TypeError(f"logits: expected a tensor, got {type(logits).__name__}")
     _require(logits.dtype in FLOATS, "logits", "a floating-point dtype", logits.dtype)
     _require(logits.dim() >= 2, "logits", "shape [N, C, *]", tuple(logits.shape))
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(logits).tangent is not None:
+        raise NotImplementedError(
+            "logits: expected a plain tensor, got a dual tensor of forward-mode differentiation, "
+            "which the ops do not have; use reverse mode (backward, torch.autograd.grad)"
+        )
     sizes = list(head_sizes)
     _require(all(s >= 1 for s in sizes), "head_sizes", "sizes of at least 1", sizes)
     total, classes = sum(sizes), logits.shape[1]
@@ -62,8 +68,9 @@ def _temperature(value: float | Tensor, logits: Tensor, check_inputs: bool) -> T
     _require(value.dim() == 0, "temperature", "a number or a scalar tensor", tuple(value.shape))
     _require(value.dtype in FLOATS, "temperature", "a floating-point dtype", value.dtype)
     _require(not value.requires_grad, "temperature", "a constant: detach it", "requires_grad=True")
-    device = value.device.type == "cpu" or value.device == logits.device
-    _require(device, "temperature", f"device {logits.device}, or cpu", value.device)
+    devices = dict.fromkeys(("cpu", str(logits.device)))
+    allowed = str(value.device) in devices
+    _require(allowed, "temperature", f"device {' or '.join(devices)}", value.device)
     if _may_look(value, check_inputs):
         valid = bool(value > 0) and bool(value.isfinite())
         _require(valid, "temperature", "a positive finite number", value.item())

@@ -1,10 +1,15 @@
 """The three losses: values and gradients against float64 autograd, and what is exactly zero."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.library import opcheck
 from torch.nn import functional as F
 
+import bld_ext
 from bld_ext import ops
 from bld_ext.reference import compute_dtype
 
@@ -169,13 +174,13 @@ def test_bank_zero_of_an_impossible_class_contributes_nothing():
     assert torch.equal(grad_of(loss, logits), torch.zeros(1, 2))
 
 
-def losses(logits, labels, bank):
+def losses(logits, labels, bank, tau=TEMPERATURE):
     """Every loss of the module, and its name."""
     return {
-        "distillation": ops.distillation_loss(logits, bank, OLD, TEMPERATURE),
-        "warm-up": ops.warm_up_loss(logits, labels, SIZES, TEMPERATURE)[0],
-        "joint-new": ops.joint_loss(logits, labels, bank, SIZES, TEMPERATURE)[0],
-        "joint-old": ops.joint_loss(logits, labels, bank, SIZES, TEMPERATURE)[1],
+        "distillation": ops.distillation_loss(logits, bank, OLD, tau),
+        "warm-up": ops.warm_up_loss(logits, labels, SIZES, tau)[0],
+        "joint-new": ops.joint_loss(logits, labels, bank, SIZES, tau)[0],
+        "joint-old": ops.joint_loss(logits, labels, bank, SIZES, tau)[1],
     }
 
 
@@ -196,6 +201,15 @@ def test_second_derivative_raises(name):
     # a gradient penalty, whose second half must not vanish silently
     with pytest.raises(RuntimeError, match="bld_ext: the losses have no second derivative"):
         (loss + grad.square().sum()).backward()
+
+
+@each_loss
+def test_forward_mode_raises(name):
+    logits, labels, bank = make_inputs()
+    with pytest.raises(NotImplementedError, match="^logits: expected a plain tensor, got a dual"):
+        torch.func.jvp(
+            lambda z: losses(z, labels, bank)[name], (logits.detach(),), (torch.ones(4, C),)
+        )
 
 
 def test_bank_gets_no_gradient():
@@ -260,3 +274,126 @@ def test_bad_argument(argument, value, message):
     del arguments["labels" if argument == "bank" else "bank"]
     with pytest.raises(ValueError, match=match):
         one_less(**arguments)
+
+
+SHAPES = {
+    "one-class": (7, [1, 1]),
+    "pairs": (1000, [2] * 5),
+    "twenty-fives": (1000, [5] * 20),
+    "ragged": (50, [1, 7, 64, 3, 5]),
+    "wide": (9, [1000, 1, 999]),
+    "64-heads": (5, list(range(1, 65))),
+}
+
+
+@pytest.mark.parametrize("N, sizes", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("spatial", [(), (2, 9)], ids=["flat", "dense"])
+def test_float32_against_float64(N, sizes, spatial):
+    logits, labels, bank = make_inputs(*spatial, N=N if not spatial else 3, sizes=sizes)
+    values, grads = exact(logits, labels, bank, sizes)
+    found = ops.joint_loss(logits, labels, bank, sizes, TEMPERATURE)
+    for loss, value, grad in zip(found, values, grads, strict=True):
+        torch.testing.assert_close(loss.double(), value, rtol=2e-6, atol=1e-30)
+        # of the mean over images 2e-6 / N, so of the sum 2e-6
+        torch.testing.assert_close(grad_of(loss, logits).double(), grad, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 1.0, 100.0])
+@dtypes
+def test_finite_for_extreme_logits(dtype, temperature):
+    sizes = [1, 9, 20]
+    logits = (4000 * make_inputs(dtype=dtype, N=8, sizes=sizes)[0].detach()).clamp(-1e4, 1e4)
+    logits[1], logits[2, ::2], logits[2, 1::2] = 1e4, 1e4, -1e4
+    logits.requires_grad_()
+    _, labels, bank = make_inputs(dtype=dtype, N=8, sizes=sizes)
+    new, old = ops.joint_loss(logits, labels, bank, sizes, temperature)
+    filled = ops.warm_up_loss(logits, labels, sizes, temperature)[1]
+    zero = grad_of(ops.distillation_loss(logits, filled, sizes[:-1], temperature), logits)
+    for loss in (new, old):
+        assert loss.isfinite() and grad_of(loss, logits).isfinite().all()
+    assert torch.equal(zero, torch.zeros_like(zero))
+
+
+@pytest.mark.parametrize("spatial", [(), (3, 50)], ids=["flat", "dense"])
+def test_same_bits_in_any_run_and_thread_count(spatial):
+    logits, labels, bank = make_inputs(*spatial, N=300)
+
+    def results():
+        found = ops.joint_loss(logits, labels, bank, SIZES, TEMPERATURE)
+        return [*found, *(grad_of(loss, logits) for loss in found)]
+
+    expected, threads = results(), torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert all(map(torch.equal, results(), expected))
+    finally:
+        torch.set_num_threads(threads)
+
+
+BITS = """
+import hashlib, torch
+import bld_ext
+from bld_ext import ops
+digest = hashlib.sha256()
+for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    for spatial in ((), (5, 9)):
+        generator = torch.Generator().manual_seed(0)
+        z, other = 3 * torch.randn(2, 37, 9, *spatial, generator=generator, dtype=torch.float64)
+        z, labels = z.to(dtype), torch.randint(4, (37, *spatial), generator=generator)
+        bank = ops.head_softmax(other.to(dtype), [2, 3], 0.7)
+        tau = torch.tensor(0.7, dtype=torch.float64)
+        outputs = torch.ops.bld_ext.joint_loss(z, labels, bank, [2, 3, 4], tau)
+        for tensor in (bank, *outputs):
+            digest.update(tensor.double().numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+@pytest.mark.skipif(bld_ext.build_info() is None, reason="bld_ext._C is not built")
+def test_same_bits_whatever_the_vector_registers():
+    digests = set()
+    for capability in ("default", "avx2", "avx512"):
+        env = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+        command = [sys.executable, "-c", BITS]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+        digests.add(done.stdout)
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("spatial", [(), (2,)], ids=["flat", "dense"])
+@pytest.mark.parametrize("label", [-1, SIZES[-1], 2**40])
+def test_a_label_that_is_no_class_makes_its_image_nan(label, spatial):
+    """Where looking at labels would wait: the op itself, without the check of its function."""
+    logits, labels, bank = make_inputs(*spatial)
+    tau = torch.tensor(TEMPERATURE, dtype=torch.float64)
+    good = torch.ops.bld_ext.joint_loss(logits, labels, bank, SIZES, tau)
+    labels[1] = label
+    new, old, new_grad, old_grad = torch.ops.bld_ext.joint_loss(logits, labels, bank, SIZES, tau)
+    assert new.isnan() and torch.equal(old, good[1]) and torch.equal(old_grad, good[3])
+    assert new_grad[1, C_OLD:].isnan().all() and not new_grad[:, :C_OLD].any()
+    assert torch.equal(new_grad[[0, 2, 3]], good[2][[0, 2, 3]])
+
+
+def test_temperature_may_be_a_tensor():
+    logits, labels, bank = make_inputs()
+    for tau in (torch.tensor(TEMPERATURE), torch.tensor(TEMPERATURE, dtype=torch.float64)):
+        found = losses(logits, labels, bank, tau)
+        expected = losses(logits, labels, bank, tau.item())
+        assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        (torch.tensor(0.0), "a positive finite number, got 0.0"),
+        (torch.tensor(torch.nan), "a positive finite number, got nan"),
+        (torch.ones(2), r"a number or a scalar tensor, got \(2,\)"),
+        (torch.tensor(2), "a floating-point dtype, got torch.int64"),
+        (torch.tensor(2.0, requires_grad=True), "a constant: detach it, got requires_grad=True"),
+        (torch.tensor(2.0, device="meta"), "device cpu, got meta"),
+    ],
+)
+def test_bad_temperature_tensor(value, message):
+    with pytest.raises(ValueError, match=f"^temperature: expected {message}$"):
+        ops.head_softmax(LOGITS, [5], value)

@@ -36,10 +36,10 @@ class Tickets:
     """Counters by which the programs of one launch find out which of them is the last.
 
     Launches that can run side by side never share one: each stream has its own, and so has each
-    launch in a CUDA graph.
+    launch in a CUDA graph, for good: nothing tells when a graph is gone.
     """
 
-    SLOTS = 4096
+    SLOTS = 65_536  # 256 KiB
 
     def __init__(self, device: torch.device):
         self.zeros = OnDevice(torch.zeros(self.SLOTS, dtype=torch.int32), device)

@@ -59,7 +59,6 @@ struct Place {
 BLD_EXT_INLINE void transpose(const float *from, int64_t from_stride, float *to,
                               int64_t to_stride) {
   typedef float Four __attribute__((vector_size(16)));
-  typedef int32_t Indices __attribute__((vector_size(16)));
   Four a, b, c, d;
   std::memcpy(&a, from, sizeof a);
   std::memcpy(&b, from + from_stride, sizeof b);
@@ -328,6 +327,10 @@ void dispatch(const Call &call) {
                   AT_EXPAND(AT_FLOATING_TYPES), ScalarType::Half, ScalarType::BFloat16);
 }
 
+Tensor dense(const Tensor &tensor) { // without a call to the dispatcher where it can be
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
 Call begin(const Tensor &logits, std::vector<int64_t> head_sizes, const Tensor &temperature) {
   STD_TORCH_CHECK(logits.dim() >= 2, "logits: expected [N, C, *spatial], got ", logits.dim(),
                   " dimensions");
@@ -341,7 +344,7 @@ Call begin(const Tensor &logits, std::vector<int64_t> head_sizes, const Tensor &
   STD_TORCH_CHECK(temperature.dim() == 0 && temperature.scalar_type() == ScalarType::Double,
                   "temperature: expected a float64 scalar");
   Call call;
-  call.logits = torch::stable::contiguous(logits);
+  call.logits = dense(logits);
   call.head_sizes = std::move(head_sizes);
   call.temperature = *static_cast<const double *>(temperature.const_data_ptr());
   STD_TORCH_CHECK(call.temperature > 0 && std::isfinite(call.temperature),
@@ -357,7 +360,7 @@ void set_labels(Call &call, const Tensor &labels) {
   STD_TORCH_CHECK(labels.scalar_type() == ScalarType::Long, "labels: expected int64");
   STD_TORCH_CHECK(labels.numel() * call.logits.size(1) == call.logits.numel(),
                   "labels: expected [N, *spatial], one for each position of logits");
-  call.labels = torch::stable::contiguous(labels);
+  call.labels = dense(labels);
 }
 
 void set_targets(Call &call, const Tensor &bank) {
@@ -368,7 +371,7 @@ void set_targets(Call &call, const Tensor &bank) {
                       std::equal(expected.begin(), expected.end(), bank.sizes().begin()),
                   "bank: expected [N, C_old, *spatial], the shape of logits with ", expected[1],
                   " classes");
-  call.targets = torch::stable::contiguous(bank);
+  call.targets = dense(bank);
 }
 
 // The ops; the shapes are those of bld_ext/ops.py.

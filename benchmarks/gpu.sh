@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Everything a machine with a CUDA GPU can show, without network:
+#
+#     OUT=folder bash benchmarks/gpu.sh [part]...
+#
+# Parts: build tests memcheck racecheck head_softmax distillation warm_up joint table; the four
+# names of ops are benchmarks. Runs those named, or all, in this order; each ends within nine
+# minutes, and one that fails does not keep the others from running. Logs, pytest-benchmark's JSON
+# and a readable table go to $OUT (default: runs/gpu).
+set -uo pipefail
+cd "$(dirname "$0")/.."
+export OUT=${OUT:-runs/gpu}
+mkdir -p "$OUT"
+all=(build tests memcheck racecheck head_softmax distillation warm_up joint table)
+limit=(timeout --kill-after=10 530)
+# The ops alone, without graphs and large inputs. Without torch's caching every tensor is an
+# allocation of its own, with bounds that can be overstepped.
+watched=(tests/test_triton.py -k "parity or bit_for_bit or layout or inside or no_class or rows")
+sanitizer=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${limit[@]}" compute-sanitizer
+  --error-exitcode 9 --print-limit 20)
+
+machine() {
+  nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+  python3 -c "import sys, torch, triton; print('Python', sys.version.split()[0], 'torch',
+    torch.__version__, 'CUDA', torch.version.cuda, 'Triton', triton.__version__)"
+  git rev-parse HEAD
+}
+run() {
+  case $1 in
+    build) "${limit[@]}" python3 -m pip install --no-build-isolation --no-deps -e . ;;
+    tests) "${limit[@]}" python3 -m pytest -q tests/test_gpu.py tests/test_triton.py \
+      tests/test_losses.py ;;
+    memcheck | racecheck) "${sanitizer[@]}" --tool "$1" python3 -m pytest -q -x "${watched[@]}" ;;
+    table) python3 -m benchmarks.table "$OUT"/*.json | tee "$OUT/table.md" ;;
+    *) "${limit[@]}" python3 -m pytest -q benchmarks/test_distillation.py -k "[$1-" \
+      --benchmark-enable --benchmark-disable-gc --benchmark-json "$OUT/$1.json" ;;
+  esac
+}
+
+parts=("$@")
+[ $# -gt 0 ] || parts=("${all[@]}")
+for part in "${parts[@]}"; do
+  if [[ " ${all[*]} " != *" $part "* ]]; then
+    echo "gpu.sh: no part is named '$part'; there are ${all[*]}" >&2
+    exit 2
+  fi
+done
+machine 2>&1 | tee "$OUT/machine.txt"
+failed=()
+for part in "${parts[@]}"; do
+  echo "== $part"
+  start=$SECONDS
+  run "$part" >"$OUT/$part.log" 2>&1
+  status=$?
+  tail -n 12 "$OUT/$part.log"
+  echo "== $part: exit $status after $((SECONDS - start)) s" | tee -a "$OUT/machine.txt"
+  [ $status = 0 ] || failed+=("$part")
+done
+if [ ${#failed[@]} -gt 0 ]; then
+  echo "failed: ${failed[*]}"
+  exit 1
+fi
