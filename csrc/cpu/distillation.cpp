@@ -87,8 +87,8 @@ BLD_EXT_INLINE void load(const T *from, const Place &at, int64_t classes, Lanes<
     std::memset(static_cast<void *>(tile), 0, classes * sizeof *tile);
   if constexpr (std::is_same_v<T, float>)
     if (at.lanes == W && at.class_stride == 1)
-      for (; c + 4 <= classes; c += 4)
-        for (int64_t i = 0; i < W; i += 4)
+      for (int64_t i = 0; i < W; i += 4) // four rows at a time, each read through
+        for (c = 0; c + 4 <= classes; c += 4)
           transpose(from + c + i * at.lane_stride, at.lane_stride, to + c * W + i, W);
   for (; c < classes; ++c)
     for (int64_t i = 0; i < at.lanes; ++i)
@@ -102,8 +102,8 @@ BLD_EXT_INLINE void store(const Lanes<acc_t, W> *tile, const Place &at, int64_t 
   int64_t c = 0;
   if constexpr (std::is_same_v<T, float>)
     if (at.lanes == W && at.class_stride == 1)
-      for (; c + 4 <= classes; c += 4)
-        for (int64_t i = 0; i < W; i += 4)
+      for (int64_t i = 0; i < W; i += 4) // four rows at a time, each written through
+        for (c = 0; c + 4 <= classes; c += 4)
           transpose(from + c * W + i, W, to + c + i * at.lane_stride, at.lane_stride);
   for (; c < classes; ++c)
     for (int64_t i = 0; i < at.lanes; ++i)
@@ -119,28 +119,25 @@ template <typename T> BLD_EXT_INLINE void zero(const Place &at, int64_t classes,
       std::memset(static_cast<void *>(to + c * at.class_stride), 0, at.lanes * sizeof(T));
 }
 
-// z -> x = (z - max) / τ, in place.
-template <typename acc_t, int64_t W>
-BLD_EXT_INLINE void shift(Lanes<acc_t, W> *z, int64_t classes, acc_t inverse_temperature) {
+// z -> p = softmax(z / τ), in place; returns log Σ e^x of x = (z - max) / τ, and shows each x to
+// `visit(c, x)`. The one softmax: it makes the bank, and p is compared with the bank.
+template <typename acc_t, int64_t W, typename Visit>
+BLD_EXT_INLINE Lanes<acc_t, W> softmax(Lanes<acc_t, W> *z, int64_t classes,
+                                       acc_t inverse_temperature, Visit visit) {
   Lanes<acc_t, W> largest = z[0];
   for (int64_t c = 1; c < classes; ++c)
     largest = z[c] > largest ? z[c] : largest;
-  for (int64_t c = 0; c < classes; ++c)
-    z[c] = (z[c] - largest) * inverse_temperature;
-}
-
-// x -> p = softmax(x), in place; returns log Σ e^x. The one softmax: it makes the bank, and p is
-// compared with the bank.
-template <typename acc_t, int64_t W>
-BLD_EXT_INLINE Lanes<acc_t, W> softmax(Lanes<acc_t, W> *x, int64_t classes) {
   Lanes<acc_t, W> sum{};
   for (int64_t c = 0; c < classes; ++c) {
-    exp_nonpositive<W>(x[c]);
-    sum += x[c];
+    Lanes<acc_t, W> x = (z[c] - largest) * inverse_temperature;
+    visit(c, x);
+    exp_nonpositive<W>(x);
+    sum += x;
+    z[c] = x;
   }
   const Lanes<acc_t, W> inverse = acc_t(1) / sum;
   for (int64_t c = 0; c < classes; ++c)
-    x[c] *= inverse;
+    z[c] *= inverse;
   log_of_sum<W>(sum);
   return sum;
 }
@@ -161,14 +158,15 @@ BLD_EXT_INLINE void tile(const Heads<scalar_t, acc_t> &h, int64_t n, int64_t s, 
   int64_t first = 0; // class at which the head begins
   for (int64_t size : h.head_sizes) {
     Lanes<acc_t, W> *p = x + first, *target = y + first;
-    shift<acc_t, W>(p, size, h.inverse_temperature);
     Lanes<acc_t, W> mass{}, dot{};
-    if (h.targets)
-      for (int64_t c = 0; c < size; ++c) {
-        mass += target[c];
-        dot += target[c] == 0 ? Lanes<acc_t, W>{} : target[c] * p[c]; // 0 even where x = -inf
-      }
-    const Lanes<acc_t, W> log_sum = softmax<acc_t, W>(p, size);
+    const auto compare = [&](int64_t c, const Lanes<acc_t, W> &x) BLD_EXT_INLINE_LAMBDA {
+      mass += target[c];
+      dot += target[c] == 0 ? Lanes<acc_t, W>{} : target[c] * x; // 0 even where x = -inf
+    };
+    const auto ignore = [](int64_t, const Lanes<acc_t, W> &) BLD_EXT_INLINE_LAMBDA {};
+    const Lanes<acc_t, W> log_sum = h.targets
+                                        ? softmax<acc_t, W>(p, size, h.inverse_temperature, compare)
+                                        : softmax<acc_t, W>(p, size, h.inverse_temperature, ignore);
     if (h.targets) {
       old_loss += mass * log_sum - dot;  // -Σ ŷ (x - log Σ e^x)
       for (int64_t c = 0; c < size; ++c) // exactly 0 where the bank was made from these logits
@@ -185,7 +183,6 @@ BLD_EXT_INLINE void tile(const Heads<scalar_t, acc_t> &h, int64_t n, int64_t s, 
 
   if (h.labels) {
     Lanes<acc_t, W> *p = x + h.C_old;
-    shift<acc_t, W>(p, C_new, 1);
     Lanes<acc_t, W> label{}, poison{}, dot{};
     for (int64_t i = 0; i < lanes; ++i) {
       const int64_t class_ = h.labels[n * h.S + s + i];
@@ -193,9 +190,10 @@ BLD_EXT_INLINE void tile(const Heads<scalar_t, acc_t> &h, int64_t n, int64_t s, 
       label[i] = known ? static_cast<acc_t>(class_) : -1;
       poison[i] = known ? 0 : std::numeric_limits<acc_t>::quiet_NaN();
     }
-    for (int64_t c = 0; c < C_new; ++c)
-      dot += label == static_cast<acc_t>(c) ? p[c] : Lanes<acc_t, W>{};
-    new_loss = softmax<acc_t, W>(p, C_new) - dot + poison;
+    const auto pick = [&](int64_t c, const Lanes<acc_t, W> &x) BLD_EXT_INLINE_LAMBDA {
+      dot += label == static_cast<acc_t>(c) ? x : Lanes<acc_t, W>{};
+    };
+    new_loss = softmax<acc_t, W>(p, C_new, 1, pick) - dot + poison;
     for (int64_t c = 0; c < C_new; ++c)
       p[c] += (label == static_cast<acc_t>(c) ? Lanes<acc_t, W>{} - 1 : Lanes<acc_t, W>{}) + poison;
     store<acc_t, W>(p, at, C_new, h.new_grad + new_start);

@@ -13,6 +13,7 @@
 #include <string_view>
 
 #define BLD_EXT_INLINE [[gnu::always_inline]] inline
+#define BLD_EXT_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace bld_ext {
 
