@@ -1,8 +1,8 @@
 """The ops of bld_ext, each as one function: its documentation, its argument checks and one call.
 
 Each public function checks its arguments and calls `torch.ops.bld_ext.<name>`, where the fastest
-kernel registered for the tensors' device runs: C++ on a CPU where bld_ext._C was built, otherwise
-the reference.
+kernel registered for the tensors' device runs: C++ on a CPU where bld_ext._C was built, Triton on
+CUDA, otherwise the reference; `bld_ext.backend(name, device)` tells which.
 
 Shapes: logits [N, C, *] with the heads side by side on dimension 1, oldest first; * is empty or the
 spatial dimensions of a dense prediction. Where an op reads old heads only, `head_sizes` lists
