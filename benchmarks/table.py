@@ -1,6 +1,7 @@
 """The JSON of pytest-benchmark as Markdown: `python -m benchmarks.table results.json`.
 
-A ratio is the row's time over that of `ours` in the same group: above 1 ours is faster.
+`--save small.json` keeps what the table shows. A ratio is the row's time over that
+of `ours` in the same group: above 1 ours is faster.
 """
 
 import argparse
@@ -41,10 +42,13 @@ def table(benchmarks: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("json", nargs="+", help="files written by --benchmark-json")
-    for path in parser.parse_args().json:
+    parser.add_argument("json", nargs="+", help="files written by --benchmark-json or --save")
+    parser.add_argument("--save", help="write the rows of all files here, without the samples")
+    arguments, kept = parser.parse_args(), []
+    for path in arguments.json:
         with open(path) as file:
             found = json.load(file)["benchmarks"]
+        kept += [{key: entry[key] for key in ("group", "params", "extra_info")} for entry in found]
         if found:
             info = found[0]["extra_info"]
             print(
@@ -52,6 +56,9 @@ def main() -> None:
                 f"copy {info.get('copy_gb_per_s', 0):.1f} GB/s\n"
             )
         print(table(found))
+    if arguments.save:
+        with open(arguments.save, "w") as file:
+            json.dump({"benchmarks": kept}, file, indent=1)
 
 
 if __name__ == "__main__":
