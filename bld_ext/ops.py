@@ -10,8 +10,11 @@ those, and logits may have further columns behind them, which are left alone.
 
 Temperature is a number or a scalar tensor. On a CPU a wrong temperature or label raises. On a GPU
 looking would wait for the device: there it makes the loss, and the gradient of its image, nan,
-unless `check_inputs=True` asks for the look and the error. A tensor on the GPU can be changed under
-a captured graph.
+unless `check_inputs=True` asks for the look and the error. Inside torch.compile nobody can look, on
+any device: it is nan. A tensor on the GPU can be changed under a captured graph.
+
+Gradients are computed in float32 (float64 for float64 logits) and kept so until backward multiplies
+them by what comes in; then they are rounded once to the dtype of logits.
 """
 
 from __future__ import annotations
@@ -39,8 +42,7 @@ def _require(condition: bool, argument: str, expected: str, got: object) -> None
 
 
 def _check_logits(logits: Tensor, head_sizes: Sequence[int], exact: bool) -> list[int]:
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"logits: expected a tensor, got {type(logits).__name__}")
+    _check_tensor("logits", logits)
     _require(logits.dtype in FLOATS, "logits", "a floating-point dtype", logits.dtype)
     _require(logits.dim() >= 2, "logits", "shape [N, C, *]", tuple(logits.shape))
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(logits).tangent is not None:
@@ -62,9 +64,11 @@ def _check_logits(logits: Tensor, head_sizes: Sequence[int], exact: bool) -> lis
 def _temperature(value: float | Tensor, logits: Tensor, check_inputs: bool) -> Tensor:
     """τ as the float64 scalar that kernels read, on logits' device or, passed by value, a CPU."""
     if not isinstance(value, Tensor):
-        valid = value > 0 and math.isfinite(value)
-        _require(valid, "temperature", "a positive finite number", value)
-        return torch.full((), value, dtype=torch.float64)
+        if not isinstance(value, (int, float)):
+            kind = type(value).__name__
+            raise TypeError(f"temperature: expected a number or a scalar tensor, got {kind}")
+        _require(0 < value < math.inf, "temperature", "a positive finite number", value)
+        return torch.full((), value, dtype=torch.float64, device="cpu")
     _require(value.dim() == 0, "temperature", "a number or a scalar tensor", tuple(value.shape))
     _require(value.dtype in FLOATS, "temperature", "a floating-point dtype", value.dtype)
     _require(not value.requires_grad, "temperature", "a constant: detach it", "requires_grad=True")
@@ -79,11 +83,20 @@ def _temperature(value: float | Tensor, logits: Tensor, check_inputs: bool) -> T
 
 def _may_look(tensor: Tensor, check_inputs: bool) -> bool:
     """Values are free to look at on a CPU; elsewhere looking waits for the device."""
-    on_device = tensor.device.type != "cpu" and not check_inputs
-    return not on_device and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling():
+        remedy = "False: torch.compile cannot look at values. Check them before the compiled call"
+        _require(not check_inputs, "check_inputs", remedy, check_inputs)
+        return False
+    return tensor.device.type == "cpu" or check_inputs
+
+
+def _check_tensor(argument: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{argument}: expected a tensor, got {type(value).__name__}")
 
 
 def _check_bank(bank: Tensor, logits: Tensor, head_sizes: Sequence[int]) -> None:
+    _check_tensor("bank", bank)
     shape = (logits.shape[0], sum(head_sizes), *logits.shape[2:])
     _require(tuple(bank.shape) == shape, "bank", f"shape {shape}", tuple(bank.shape))
     dtype = compute_dtype(logits.dtype)
@@ -92,6 +105,7 @@ def _check_bank(bank: Tensor, logits: Tensor, head_sizes: Sequence[int]) -> None
 
 
 def _check_labels(labels: Tensor, logits: Tensor, classes: int, check_inputs: bool) -> None:
+    _check_tensor("labels", labels)
     shape = (logits.shape[0], *logits.shape[2:])
     _require(tuple(labels.shape) == shape, "labels", f"shape {shape}", tuple(labels.shape))
     _require(labels.dtype == torch.int64, "labels", "torch.int64", labels.dtype)

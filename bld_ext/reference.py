@@ -53,7 +53,7 @@ def distillation_loss(
     """
     old = bank.shape[1]
     log_p = over_heads(logits, head_sizes, temperature, torch.log_softmax)
-    grad = torch.zeros_like(logits, memory_format=torch.contiguous_format)
+    grad = logits.new_zeros(logits.shape, dtype=bank.dtype)
     grad[:, :old] = (head_softmax(logits, head_sizes, temperature) - bank) / temperature
     # ŷ = 0 contributes nothing, even where log p = -inf
     return -torch.where(bank == 0, 0, bank * log_p).sum(), grad
@@ -70,7 +70,7 @@ def new_task_loss(logits: Tensor, labels: Tensor, classes: int) -> tuple[Tensor,
     labels = labels.clamp(0, classes - 1)
     loss = (poison - z.log_softmax(1).gather(1, labels)).sum()
     one_hot = torch.zeros_like(z).scatter_(1, labels, 1)
-    grad = torch.zeros_like(logits, memory_format=torch.contiguous_format)
+    grad = logits.new_zeros(logits.shape, dtype=z.dtype)
     grad[:, -classes:] = z.softmax(1) - one_hot + poison
     return loss, grad
 

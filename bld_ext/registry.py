@@ -112,7 +112,7 @@ def _fake_loss(logits):
 
 
 def _fake_grad(logits):
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+    return logits.new_empty(logits.shape, dtype=compute_dtype(logits.dtype))
 
 
 @torch.library.register_fake("bld_ext::distillation_loss")
@@ -196,8 +196,8 @@ class _NoSecondDerivative(torch.autograd.Function):
 
 
 def _scaled(logits, grad_logits, grad_loss):
-    """dL/dz times the incoming gradient, multiplied in the loss's dtype, rounded to the logits'."""
-    return (grad_logits.to(grad_loss.dtype) * grad_loss).to(logits.dtype)
+    """dL/dz times the incoming gradient, rounded once to the logits' dtype."""
+    return (grad_logits * grad_loss).to(logits.dtype)
 
 
 class _Loss(torch.autograd.Function):

@@ -52,11 +52,13 @@ def assert_value(loss, expected, dtype):
 
 
 def assert_grad(grad, expected, dtype, scale=1):
-    """One rounding to the logits' dtype, after the rounding of a difference of probabilities."""
+    """One rounding to the logits' dtype of a float32 difference of probabilities."""
     assert grad.dtype == dtype
-    eps, smallest = torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal
-    atol = scale * (8 * torch.finfo(compute_dtype(dtype)).eps / TEMPERATURE + smallest * eps)
-    torch.testing.assert_close(grad.double(), expected, rtol=eps, atol=atol)
+    half_ulp, smallest = torch.finfo(dtype).eps / 2, torch.finfo(dtype).smallest_normal
+    inner = scale * 8 * torch.finfo(compute_dtype(dtype)).eps / TEMPERATURE
+    atol = inner + smallest * half_ulp
+    rtol = 1.01 * half_ulp if dtype.itemsize == 2 else 2 * half_ulp
+    torch.testing.assert_close(grad.double(), expected, rtol=rtol, atol=atol)
 
 
 def grad_of(loss, logits):
@@ -274,6 +276,60 @@ def test_bad_argument(argument, value, message):
     del arguments["labels" if argument == "bank" else "bank"]
     with pytest.raises(ValueError, match=match):
         one_less(**arguments)
+
+
+def test_a_small_gradient_survives_until_the_loss_is_scaled():
+    logits = torch.tensor([[17.5, 0.0]], dtype=torch.float16, requires_grad=True)
+    bank = torch.tensor([[1.0, 0.0]])
+    grad = grad_of(2.0**16 * ops.distillation_loss(logits, bank, [2], 1.0), logits)
+    assert grad[0, 1] == torch.tensor(2.0**16 / (1 + torch.e**17.5)).half()
+
+
+@dtypes
+def test_incoming_gradient_is_rounded_with_the_gradient_once(dtype):
+    logits, labels, bank = make_inputs(N=200, dtype=dtype)
+    expected = exact(logits, labels, bank)[1][1] / 3
+    grad = grad_of(ops.distillation_loss(logits, bank, OLD, TEMPERATURE) / 3, logits)
+    assert_grad(grad, expected, dtype)
+
+
+def test_confident_predictions_keep_their_digits():
+    logits = torch.tensor([[13.0, 0.0], [0.0, 9.0]]).repeat(500, 1)
+    labels = torch.tensor([0, 1]).repeat(500)
+    bank = F.one_hot(labels).float()
+    (value, _), _ = exact(logits, labels, bank[:, :0], [2])
+    for loss in (ops.warm_up_loss(logits, labels, [2])[0],
+                 ops.distillation_loss(logits, bank, [2], 1.0)):  # fmt: skip
+        torch.testing.assert_close(loss.double(), value, rtol=2e-6, atol=0)
+
+
+def test_compiled_with_one_temperature_after_another():
+    logits, _, bank = make_inputs()
+    compiled = torch.compile(ops.distillation_loss, fullgraph=True)
+    for tau in (TEMPERATURE, 2.0, 3.0):
+        expected = ops.distillation_loss(logits, bank, OLD, tau)
+        assert torch.equal(compiled(logits, bank, OLD, tau), expected)
+
+
+def test_compiled_code_cannot_check_inputs():
+    logits, labels, bank = make_inputs()
+    compiled = torch.compile(ops.joint_loss, fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match="check_inputs: expected False: torch.compile cannot"):
+        compiled(logits, labels, bank, SIZES, check_inputs=True)
+
+
+def test_another_default_device_changes_nothing():
+    logits, _, bank = make_inputs()
+    expected = ops.distillation_loss(logits, bank, OLD)
+    with torch.device("meta"):
+        assert torch.equal(ops.distillation_loss(logits, bank, OLD), expected)
+
+
+@pytest.mark.parametrize("argument", ["labels", "bank", "temperature"])
+def test_argument_of_another_type(argument):
+    arguments = dict(logits=LOGITS, labels=LABELS, bank=BANK, head_sizes=[3, 2], temperature=2.0)
+    with pytest.raises(TypeError, match=f"^{argument}: expected .*, got NoneType$"):
+        ops.joint_loss(**arguments | {argument: None})
 
 
 SHAPES = {

@@ -1,5 +1,7 @@
 """Small data that stays on a device from launch to launch, on any stream and in CUDA graphs."""
 
+import threading
+
 import torch
 from torch import Tensor
 
@@ -44,11 +46,13 @@ class Tickets:
     def __init__(self, device: torch.device):
         self.zeros = OnDevice(torch.zeros(self.SLOTS, dtype=torch.int32), device)
         self.slots: dict[object, int] = {}
+        self.lock = threading.Lock()
 
     def take(self, key: object) -> Tensor | None:
-        if key not in self.slots and len(self.slots) == self.SLOTS:
-            return None
-        slot = self.slots.setdefault(key, len(self.slots))
+        with self.lock:
+            if key not in self.slots and len(self.slots) == self.SLOTS:
+                return None
+            slot = self.slots.setdefault(key, len(self.slots))
         return self.zeros.get()[slot : slot + 1]
 
 

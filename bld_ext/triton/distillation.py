@@ -36,8 +36,14 @@ def _softmax(logits_ptr, at, mask, inverse_temperature, AXIS: tl.constexpr):
     z = tl.load(logits_ptr + at, mask=mask, other=-float("inf")).to(tl.float32)
     x = (z - tl.max(z, AXIS, keep_dims=True)) * inverse_temperature
     e = tl.exp(x)  # 0 beside the head, where z = -inf
-    total = tl.sum(e, AXIS, keep_dims=True)
-    return x, e / total, tl.log(total)
+    # the largest, where e^x = 1, are counted apart: log Σ e^x keeps its digits where it is near 0
+    ones = tl.sum(tl.where(x == 0, 1.0, 0.0), AXIS, keep_dims=True)
+    others = tl.sum(tl.where(x == 0, 0.0, e), AXIS, keep_dims=True)
+    total = others + ones
+    # log(1 + a) = log(s) a / (s - 1) with s the rounded 1 + a, as Kahan has it
+    a = others + (ones - 1)
+    log_total = tl.where(total == 1, a, tl.log(total) * (a / (total - 1)))
+    return x, e / total, log_total
 
 
 @triton.jit
@@ -228,10 +234,20 @@ def _launch(logits, head_sizes, temperature, labels=None, targets=None, bank=Non
     """One launch: fills `bank`; returns the losses and the gradients, of labels and of targets."""
     logits, (N, C), C_old = logits.contiguous(), logits.shape[:2], sum(head_sizes)
     S = logits.numel() // max(1, N * C)
+    if C_old > C or min(head_sizes, default=1) < 1:
+        raise ValueError(f"head_sizes: expected sizes with a sum of at most {C}, got {head_sizes}")
+    if targets is not None and (
+        targets.shape != (N, C_old, *logits.shape[2:]) or targets.dtype != torch.float32
+    ):
+        raise ValueError(f"bank: expected float32 [N, {C_old}, *], got {targets.shape}")
+    if labels is not None and (
+        labels.shape != (N, *logits.shape[2:]) or labels.dtype != torch.int64
+    ):
+        raise ValueError(f"labels: expected int64 [N, *], got {labels.dtype} {labels.shape}")
     wanted = [labels is not None, targets is not None]
     like = dict(dtype=torch.float32, device=logits.device)
     losses = [torch.empty((), **like) if want else None for want in wanted]
-    grads = [torch.empty_like(logits) if want else None for want in wanted]
+    grads = [torch.empty(logits.shape, **like) if want else None for want in wanted]
 
     rest = []  # columns behind the old heads: the new head, or columns that get no gradient
     if labels is not None:

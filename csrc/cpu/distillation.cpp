@@ -36,8 +36,8 @@ template <typename scalar_t, typename acc_t> struct Heads {
   const int64_t *labels;           // [N, S], of the head behind the old ones
   const acc_t *targets;            // [N, C_old, S], the bank to distil from
   acc_t *bank;                     // [N, C_old, S], the bank to fill
-  scalar_t *old_grad;              // [N, C, S], of the distillation loss
-  scalar_t *new_grad;              // [N, C, S], of the cross-entropy
+  acc_t *old_grad;                 // [N, C, S], of the distillation loss
+  acc_t *new_grad;                 // [N, C, S], of the cross-entropy
   std::vector<int64_t> head_sizes; // of the old heads
   int64_t N, C, C_old, S;
   acc_t inverse_temperature; // 1 / τ
@@ -127,19 +127,26 @@ BLD_EXT_INLINE Lanes<acc_t, W> softmax(Lanes<acc_t, W> *z, int64_t classes,
   Lanes<acc_t, W> largest = z[0];
   for (int64_t c = 1; c < classes; ++c)
     largest = z[c] > largest ? z[c] : largest;
-  Lanes<acc_t, W> sum{};
+  // The largest, where e^x = 1, are counted apart: log Σ e^x keeps its digits where Σ e^x is
+  // near 1.
+  Lanes<acc_t, W> others{}, ones{};
   for (int64_t c = 0; c < classes; ++c) {
     Lanes<acc_t, W> x = (z[c] - largest) * inverse_temperature;
     visit(c, x);
+    const auto one = x == 0;
     exp_nonpositive<W>(x);
-    sum += x;
+    others += one ? Lanes<acc_t, W>{} : x;
+    ones += one ? Lanes<acc_t, W>{} + 1 : Lanes<acc_t, W>{};
     z[c] = x;
   }
+  Lanes<acc_t, W> sum = others + ones;
   const Lanes<acc_t, W> inverse = acc_t(1) / sum;
   for (int64_t c = 0; c < classes; ++c)
     z[c] *= inverse;
+  // log(1 + a) = log(s) a / (s - 1) with s the rounded 1 + a, as Kahan has it
+  const Lanes<acc_t, W> a = others + (ones - 1), above = sum - 1;
   log_of_sum<W>(sum);
-  return sum;
+  return above == 0 ? a : sum * (a / above);
 }
 
 // All heads at W neighbouring positions, or the `lanes` that are left of a line, from position s of
@@ -290,7 +297,9 @@ struct Call {
   Tensor make_loss() const {
     return torch::stable::new_empty(logits, std::vector<int64_t>{}, acc_dtype());
   }
-  Tensor make_grad() const { return torch::stable::empty_like(logits); }
+  Tensor make_grad() const {
+    return torch::stable::new_empty(logits, shape(logits.size(1)), acc_dtype());
+  }
 };
 
 template <typename scalar_t> void launch(const Call &call) {
@@ -304,8 +313,8 @@ template <typename scalar_t> void launch(const Call &call) {
   h.labels = static_cast<const int64_t *>(in(call.labels));
   h.targets = static_cast<const acc_t *>(in(call.targets));
   h.bank = static_cast<acc_t *>(out(call.bank));
-  h.old_grad = static_cast<scalar_t *>(out(call.old_grad));
-  h.new_grad = static_cast<scalar_t *>(out(call.new_grad));
+  h.old_grad = static_cast<acc_t *>(out(call.old_grad));
+  h.new_grad = static_cast<acc_t *>(out(call.new_grad));
   h.head_sizes = call.head_sizes;
   h.N = call.logits.size(0);
   h.C = call.logits.size(1);
