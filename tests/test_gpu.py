@@ -115,6 +115,7 @@ def test_no_synchronisation_not_even_for_a_new_head(no_sync):
 
 
 def test_no_synchronisation_in_a_step(no_sync, make_model, make_batch):
+    torch.use_deterministic_algorithms(False)  # adaptive pooling has no deterministic backward
     model = make_model((2, 3)).cuda()
     augment = SeededAugment(crop_padding=1, rotation=10, jitter=0.1)
     optimizer = BLDOptimizer(model, 1e-3, views=3, augment=augment)
