@@ -4,6 +4,7 @@ import multiprocessing
 import queue
 import signal
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 
 import torch
 from tqdm import tqdm
@@ -18,8 +19,17 @@ _worker: dict = {}  # what a worker process keeps from run to run
 
 def _start_worker(dataset: str, root: str, device: str, threads: int, ticks) -> None:
     torch.set_num_threads(threads)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker without a traceback
     _worker.update(dataset=load_dataset(dataset, root), device=device, ticks=ticks)
+
+
+@contextmanager
+def _deaf_to_ctrl_c():
+    """Processes started inside never see Ctrl-C: it is for this one, which then ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _run_in_worker(method: str, settings: Settings, seed: int) -> dict:
@@ -62,7 +72,8 @@ def run_all(
 ) -> list[dict]:
     """Every method on every seed, in `jobs` processes of `threads` threads each."""
     context = multiprocessing.get_context("spawn")
-    ticks = context.Manager().Queue()
+    with _deaf_to_ctrl_c():
+        ticks = context.Manager().Queue()
     order = [(method, seed) for seed in seeds for method in methods]
     records = {}
     with (
@@ -71,8 +82,9 @@ def run_all(
             min(jobs, len(order)), context, _start_worker, (dataset, root, device, threads, ticks)
         ) as pool,
     ):
-        futures = {pool.submit(_run_in_worker, m, settings, s): (m, s) for m, s in order}
         try:
+            with _deaf_to_ctrl_c():
+                futures = {pool.submit(_run_in_worker, m, settings, s): (m, s) for m, s in order}
             while len(records) < len(order):
                 try:
                     bar.update(ticks.get(timeout=0.2))
