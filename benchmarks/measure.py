@@ -105,11 +105,12 @@ def copy_bandwidth() -> float:
     source = torch.ones(n, device=DEVICE)
     target = torch.empty_like(source)
     times = []
+    wait = torch.cuda.synchronize if DEVICE.type == "cuda" else lambda: None
     for _ in range(12):
-        torch.cuda.synchronize() if DEVICE.type == "cuda" else None
+        wait()
         start = time.perf_counter()
         target.copy_(source)
-        torch.cuda.synchronize() if DEVICE.type == "cuda" else None
+        wait()
         times.append(time.perf_counter() - start)
     return 8 * n / statistics.median(times[2:])
 

@@ -157,12 +157,15 @@ def compiled(function, name):
 # ---- inputs, the answer, the measurement ----
 
 
+def old_heads(op, sizes):
+    return sizes[:-1] if op in ("warm_up", "joint") else sizes
+
+
 def make_inputs(N, sizes, op, seed):
     generator = torch.Generator().manual_seed(seed)
     logits, others = 2 * torch.randn(2, N, sum(sizes), generator=generator)
     labels = torch.randint(sizes[-1], (N,), generator=generator)
-    old = sizes[:-1] if op in ("warm_up", "joint") else sizes
-    bank = reference.head_softmax(others, old, TAU)
+    bank = reference.head_softmax(others, old_heads(op, sizes), TAU)
     to = measure.DEVICE
     return logits.to(to).requires_grad_(), labels.to(to), bank.to(to), sizes
 
@@ -194,17 +197,14 @@ def test_op(benchmark, case, op, name):
         pytest.importorskip("liger_kernel")
         if measure.DEVICE.type == "cpu":
             pytest.skip("Liger-Kernel needs a GPU")
-    old, new = (sum(sizes), 0) if op in ("head_softmax", "distillation") else (
-        sum(sizes[:-1]), sizes[-1]
-    )  # fmt: skip
-    nbytes = N * (BYTES[op][0] * old + BYTES[op][1] * new)
+    old = sum(old_heads(op, sizes))
+    nbytes = N * (BYTES[op][0] * old + BYTES[op][1] * (sum(sizes) - old))
     run = OPS[op](name)
     sets = [make_inputs(N, sizes, op, seed) for seed in range(measure.copies(nbytes))]
+    loss_rtol = 2e-6 if name.startswith("ours") else 2e-5
     for value, exact in zip(run(*sets[0]), answer(op, *sets[0]), strict=True):
-        loss = exact.dim() == 0
-        torch.testing.assert_close(
-            value.double(), exact, rtol=2e-5 if loss else 2e-6, atol=0 if loss else 2e-6
-        )
+        rtol, atol = (loss_rtol, 0) if exact.dim() == 0 else (2e-6, 2e-6)
+        torch.testing.assert_close(value.double(), exact, rtol=rtol, atol=atol)
 
     benchmark.group = f"{op} {case}"
     seconds = measure.time_calls(benchmark, [lambda s=s: run(*s) for s in sets], nbytes)

@@ -1,6 +1,7 @@
 // head_softmax, distillation_loss, warm_up_loss and joint_loss on a CPU: one pass over the logits
-// of all heads. Sixteen positions are computed side by side, class after class, so that the result
-// at a position depends on its own logits alone: not on its neighbours, threads or registers.
+// of all heads. As many positions as a register holds are computed side by side, class after class,
+// so that the result at a position depends on its own logits alone: not on its neighbours, threads
+// or registers.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

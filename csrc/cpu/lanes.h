@@ -9,7 +9,6 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <limits>
 #include <string_view>
 
 #define BLD_EXT_INLINE [[gnu::always_inline]] inline
