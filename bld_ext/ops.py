@@ -19,143 +19,15 @@ them by what comes in; then they are rounded once to the dtype of logits.
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 import bld_ext.registry  # noqa: F401  (defines torch.ops.bld_ext)
-from bld_ext import reference
-from bld_ext.reference import Policy, ViewParameters, compute_dtype
-
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-# ---- argument checks ----
-
-
-def _require(condition: bool, argument: str, expected: str, got: object) -> None:
-    if not condition:
-        raise ValueError(f"{argument}: expected {expected}, got {got}")
-
-
-def _check_logits(logits: Tensor, head_sizes: Sequence[int], exact: bool) -> list[int]:
-    _check_tensor("logits", logits)
-    _require(logits.dtype in FLOATS, "logits", "a floating-point dtype", logits.dtype)
-    _require(logits.dim() >= 2, "logits", "shape [N, C, *]", tuple(logits.shape))
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(logits).tangent is not None:
-        raise NotImplementedError(
-            "logits: expected a plain tensor, got a dual tensor of forward-mode differentiation, "
-            "which the ops do not have; use reverse mode (backward, torch.autograd.grad)"
-        )
-    sizes = list(head_sizes)
-    _require(all(s >= 1 for s in sizes), "head_sizes", "sizes of at least 1", sizes)
-    total, classes = sum(sizes), logits.shape[1]
-    if exact:
-        _require(bool(sizes), "head_sizes", "at least one head: add one first", sizes)
-        _require(total == classes, "head_sizes", f"a sum of {classes}, logits' classes", sizes)
-    else:
-        _require(total <= classes, "head_sizes", f"a sum of at most {classes}, from logits", sizes)
-    return sizes
-
-
-def _temperature(value: float | Tensor, logits: Tensor, check_inputs: bool) -> Tensor:
-    """τ as the float64 scalar that kernels read, on logits' device or, passed by value, a CPU."""
-    if not isinstance(value, Tensor):
-        if not isinstance(value, (int, float)):
-            kind = type(value).__name__
-            raise TypeError(f"temperature: expected a number or a scalar tensor, got {kind}")
-        _require(0 < value < math.inf, "temperature", "a positive finite number", value)
-        return torch.full((), value, dtype=torch.float64, device="cpu")
-    _require(value.dim() == 0, "temperature", "a number or a scalar tensor", tuple(value.shape))
-    _require(value.dtype in FLOATS, "temperature", "a floating-point dtype", value.dtype)
-    _require(not value.requires_grad, "temperature", "a constant: detach it", "requires_grad=True")
-    devices = dict.fromkeys(("cpu", str(logits.device)))
-    allowed = str(value.device) in devices
-    _require(allowed, "temperature", f"device {' or '.join(devices)}", value.device)
-    if _may_look(value, check_inputs):
-        valid = bool(value > 0) and bool(value.isfinite())
-        _require(valid, "temperature", "a positive finite number", value.item())
-    return value.double()
-
-
-def _may_look(tensor: Tensor, check_inputs: bool) -> bool:
-    """Values are free to look at on a CPU; elsewhere looking waits for the device."""
-    if torch.compiler.is_compiling():
-        remedy = "False: torch.compile cannot look at values. Check them before the compiled call"
-        _require(not check_inputs, "check_inputs", remedy, check_inputs)
-        return False
-    return tensor.device.type == "cpu" or check_inputs
-
-
-def _check_tensor(argument: str, value: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{argument}: expected a tensor, got {type(value).__name__}")
-
-
-def _check_bank(bank: Tensor, logits: Tensor, head_sizes: Sequence[int]) -> None:
-    _check_tensor("bank", bank)
-    shape = (logits.shape[0], sum(head_sizes), *logits.shape[2:])
-    _require(tuple(bank.shape) == shape, "bank", f"shape {shape}", tuple(bank.shape))
-    dtype = compute_dtype(logits.dtype)
-    _require(bank.dtype == dtype, "bank", f"{dtype} for {logits.dtype} logits", bank.dtype)
-    _require(bank.device == logits.device, "bank", f"device {logits.device}", bank.device)
-
-
-def _check_labels(labels: Tensor, logits: Tensor, classes: int, check_inputs: bool) -> None:
-    _check_tensor("labels", labels)
-    shape = (logits.shape[0], *logits.shape[2:])
-    _require(tuple(labels.shape) == shape, "labels", f"shape {shape}", tuple(labels.shape))
-    _require(labels.dtype == torch.int64, "labels", "torch.int64", labels.dtype)
-    _require(labels.device == logits.device, "labels", f"device {logits.device}", labels.device)
-    if labels.numel() and _may_look(labels, check_inputs):
-        low, high = labels.min().item(), labels.max().item()
-        _require(
-            low >= 0 and high < classes,
-            "labels",
-            f"class indices of the newest head, 0 to {classes - 1}",
-            f"{low} to {high}. Number each task's classes from 0",
-        )
-
-
-def _check_layers(argument: str, tensors: Sequence[Tensor], layers: Sequence[int], L: int) -> None:
-    _require(len(tensors) >= 1, argument, "at least one tensor", "none")
-    _require(len(layers) == len(tensors), "layers", f"{len(tensors)} indices", len(layers))
-    _require(all(0 <= l < L for l in layers), "layers", f"indices from 0 to {L - 1}", layers)
-    first = tensors[0]
-    for i, tensor in enumerate(tensors):
-        _require(tensor.dtype in FLOATS, f"{argument}[{i}]", "a floating-point dtype", tensor.dtype)
-        same = tensor.device == first.device
-        _require(same, f"{argument}[{i}]", f"device {first.device}", tensor.device)
-
-
-def _check_same_shapes(argument: str, tensors: Sequence[Tensor], like: Sequence[Tensor]) -> None:
-    _require(len(tensors) == len(like), argument, f"{len(like)} tensors", len(tensors))
-    for i, (t, p) in enumerate(zip(tensors, like, strict=True)):
-        _require(t.shape == p.shape, f"{argument}[{i}]", f"shape {tuple(p.shape)}", tuple(t.shape))
-        _require(t.dtype in FLOATS, f"{argument}[{i}]", "a floating-point dtype", t.dtype)
-        _require(t.device == p.device, f"{argument}[{i}]", f"device {p.device}", t.device)
-
-
-def _check_reference_norms(reference_norms: Tensor, tensors: Sequence[Tensor]) -> None:
-    shape = tuple(reference_norms.shape)
-    _require(len(shape) == 1, "reference_norms", "one norm a layer, [L]", shape)
-    _require(reference_norms.dtype in FLOATS, "reference_norms", "floats", reference_norms.dtype)
-    device = tensors[0].device
-    same = reference_norms.device == device
-    _require(same, "reference_norms", f"device {device}", reference_norms.device)
-
-
-def _scalar(argument: str, value: float | Tensor, device: torch.device) -> Tensor:
-    """A device scalar: floats keep all their digits in float64, tensors are taken as they are."""
-    if isinstance(value, Tensor):
-        _require(value.dim() == 0, argument, "a number or a scalar tensor", tuple(value.shape))
-        return value
-    _require(math.isfinite(value), argument, "a finite number", value)
-    return torch.full((), value, dtype=torch.float64, device=device)
-
+from bld_ext import checks, reference
+from bld_ext.reference import Policy, ViewParameters
 
 # ---- multi-head distillation ----
 
@@ -186,8 +58,8 @@ def head_softmax(
         heads = (logits[:, :C_old].float() / temperature).split(head_sizes, dim=1)
         bank = torch.cat([head.softmax(1) for head in heads], dim=1)
     """
-    sizes = _check_logits(logits, head_sizes, exact=False)
-    temperature = _temperature(temperature, logits, check_inputs)
+    sizes = checks.logits(logits, head_sizes, exact=False)
+    temperature = checks.scalar("temperature", temperature, logits.device, True, check_inputs)
     return torch.ops.bld_ext.head_softmax(logits, sizes, temperature)
 
 
@@ -223,9 +95,9 @@ def distillation_loss(
         heads = (logits[:, :C_old].float() / temperature).split(head_sizes, dim=1)
         loss = -(bank * torch.cat([head.log_softmax(1) for head in heads], dim=1)).sum()
     """
-    sizes = _check_logits(logits, head_sizes, exact=False)
-    temperature = _temperature(temperature, logits, check_inputs)
-    _check_bank(bank, logits, sizes)
+    sizes = checks.logits(logits, head_sizes, exact=False)
+    temperature = checks.scalar("temperature", temperature, logits.device, True, check_inputs)
+    checks.bank(bank, logits, sizes)
     return torch.ops.bld_ext.distillation_loss(logits, bank, sizes, temperature)[0]
 
 
@@ -257,9 +129,9 @@ def warm_up_loss(
         loss = F.cross_entropy(logits[:, C_old:].float(), labels, reduction="sum")
         bank = head_softmax(logits.detach(), head_sizes[:-1], temperature)
     """
-    sizes = _check_logits(logits, head_sizes, exact=True)
-    temperature = _temperature(temperature, logits, check_inputs)
-    _check_labels(labels, logits, sizes[-1], check_inputs)
+    sizes = checks.logits(logits, head_sizes, exact=True)
+    temperature = checks.scalar("temperature", temperature, logits.device, True, check_inputs)
+    checks.labels(labels, logits, sizes[-1], check_inputs)
     loss, bank, _ = torch.ops.bld_ext.warm_up_loss(logits, labels, sizes, temperature)
     return loss, bank
 
@@ -294,14 +166,35 @@ def joint_loss(
         new = F.cross_entropy(logits[:, C_old:].float(), labels, reduction="sum")
         old = distillation_loss(logits, bank, head_sizes[:-1], temperature)
     """
-    sizes = _check_logits(logits, head_sizes, exact=True)
-    temperature = _temperature(temperature, logits, check_inputs)
-    _check_labels(labels, logits, sizes[-1], check_inputs)
-    _check_bank(bank, logits, sizes[:-1])
+    sizes = checks.logits(logits, head_sizes, exact=True)
+    temperature = checks.scalar("temperature", temperature, logits.device, True, check_inputs)
+    checks.labels(labels, logits, sizes[-1], check_inputs)
+    checks.bank(bank, logits, sizes[:-1])
     return torch.ops.bld_ext.joint_loss(logits, labels, bank, sizes, temperature)[:2]
 
 
 # ---- per-layer norms, balance and update ----
+
+
+def _on_layers(name: str, *arguments):
+    """Call an op. Its kernels check their lists, in less time than Python takes to look at them;
+    only once one has refused does Python look for the argument that was wrong.
+    """
+    op = getattr(torch.ops.bld_ext, name)
+    if torch.compiler.is_compiling():
+        return op(*arguments)
+    try:
+        return op(*arguments)
+    except (RuntimeError, TypeError) as error:
+        getattr(checks, name)(*arguments)
+        text = re.sub(r"^\w+, [^,]*:\d+, ", "", str(error))  # without the place in the C++ source
+        raise ValueError(text.partition("\nException raised from")[0]) from error
+
+
+def _mark_written(tensors: Sequence[Tensor]) -> None:
+    """Tell autograd, which would otherwise use what it saved before, that these have changed."""
+    if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
+        torch.autograd.graph.increment_version(tensors)
 
 
 def layer_norms(
@@ -325,9 +218,9 @@ def layer_norms(
                  for l in range(L)]
     """
     if num_layers is None:
+        checks.sequence("layers", layers)
         num_layers = max(layers, default=-1) + 1
-    _check_layers("tensors", tensors, layers, num_layers)
-    return torch.ops.bld_ext.layer_norms(tensors, layers, num_layers)
+    return _on_layers("layer_norms", tensors, layers, num_layers)
 
 
 def balance_layers_(
@@ -346,7 +239,8 @@ def balance_layers_(
         grads: the gradients G_d, changed in place; any shapes and float dtypes, on one device.
         layers: the layer index of each gradient.
         reference_norms: ‖G_w‖, `[L]`, on the same device.
-        balance: λ, a number or a scalar tensor on the device.
+        balance: λ ≥ 0, a number, or a scalar tensor on the device, which a captured graph reads
+            anew at each replay (float64 is taken as it is, others are converted first).
 
     Returns:
         (factors, norms): what each layer was multiplied by, and ‖G_d‖ before it, `[L]` each.
@@ -358,10 +252,11 @@ def balance_layers_(
         norms = layer_norms(grads, layers, L)
         for g, l in zip(grads, layers): g *= balance * reference_norms[l] / norms[l]
     """
-    _check_reference_norms(reference_norms, grads or [reference_norms])
-    _check_layers("grads", grads, layers, len(reference_norms))
-    balance = _scalar("balance", balance, reference_norms.device)
-    return torch.ops.bld_ext.balance_layers_(grads, layers, reference_norms, balance)
+    checks.tensor("reference_norms", reference_norms)
+    balance = checks.scalar("balance", balance, reference_norms.device)
+    result = _on_layers("balance_layers_", grads, layers, reference_norms, balance)
+    _mark_written(grads)
+    return result
 
 
 def balanced_sgd_(
@@ -382,7 +277,7 @@ def balanced_sgd_(
         distill_grads, new_grads: G_d and G_t, shaped like the parameters; only read.
         layers: the layer index of each parameter.
         reference_norms: ‖G_w‖, `[L]`, on the same device.
-        balance, lr: λ and α, numbers or scalar tensors on the device.
+        balance, lr: λ ≥ 0 and α ≥ 0, as in `balance_layers_`.
 
     Returns:
         (factors, norms) as `balance_layers_`.
@@ -394,15 +289,13 @@ def balanced_sgd_(
         balance_layers_(distill_grads, layers, reference_norms, balance)
         for p, d, n in zip(params, distill_grads, new_grads): p -= lr * (d + n)
     """
-    _check_reference_norms(reference_norms, params or [reference_norms])
-    _check_layers("params", params, layers, len(reference_norms))
-    _check_same_shapes("distill_grads", distill_grads, params)
-    _check_same_shapes("new_grads", new_grads, params)
-    device = reference_norms.device
-    balance, lr = _scalar("balance", balance, device), _scalar("lr", lr, device)
-    return torch.ops.bld_ext.balanced_sgd_(
-        params, distill_grads, new_grads, layers, reference_norms, balance, lr
-    )
+    checks.tensor("reference_norms", reference_norms)
+    balance = checks.scalar("balance", balance, reference_norms.device)
+    lr = checks.scalar("lr", lr, reference_norms.device)
+    lists = (params, distill_grads, new_grads)
+    result = _on_layers("balanced_sgd_", *lists, layers, reference_norms, balance, lr)
+    _mark_written(params)
+    return result
 
 
 # ---- seeded augmentation ----
@@ -449,18 +342,9 @@ def augment(
         parameters = view_parameters(policy, seed, step, views, indices)
         # torchvision.transforms.v2.functional: crop(pad), hflip, affine, adjust_*, normalize
     """
-    uint8_or_float = images.dtype == torch.uint8 or images.dtype in FLOATS
-    _require(uint8_or_float, "images", "uint8 or a floating-point dtype", images.dtype)
-    _require(images.dim() == 4, "images", "shape [N, C, H, W]", tuple(images.shape))
-    _require(dtype in FLOATS, "dtype", "a floating-point dtype", dtype)
-    channels = len(policy.mean)
-    matches = channels in (0, images.shape[1])
-    _require(matches, "policy.mean", f"{images.shape[1]} values, one a channel", channels)
-    if policy.contrast or policy.saturation or policy.hue:
-        known = images.shape[1] in (1, 3)
-        _require(known, "images", "1 or 3 channels for colour jitter", tuple(images.shape))
-    views = _check_views(views)
-    seed, step, indices = _counter(seed, step, indices, images)
+    checks.images(images, policy, dtype)
+    views = checks.views(views)
+    seed, step, indices = checks.counter(seed, step, indices, images)
     return torch.ops.bld_ext.augment(
         images, policy.pack(), seed, step, views, indices, dtype, channels_last
     )
@@ -474,39 +358,6 @@ def view_parameters(
     indices: Tensor,
 ) -> ViewParameters:
     """The parameters `augment` draws, without drawing a picture: each field `[V, N]`."""
-    views = _check_views(views)
-    seed, step, indices = _counter(seed, step, indices, indices)
+    views = checks.views(views)
+    seed, step, indices = checks.counter(seed, step, indices, indices)
     return reference.view_parameters(policy, seed, step, views, indices)
-
-
-def _check_views(views: Sequence[int]) -> list[int]:
-    expected = f"whole numbers, 0 to {2**32 - 1}"
-    _require(isinstance(views, Sequence), "views", expected, views)
-    views = list(views)
-    whole = all(isinstance(v, int) and 0 <= v < 2**32 for v in views)
-    _require(whole, "views", expected, views)
-    return views
-
-
-def _counter(seed, step, indices, images):
-    device = images.device
-    for name, value, limit in (("seed", seed, 2**63), ("step", step, 2**32)):
-        if isinstance(value, Tensor):
-            scalar = value.dtype == torch.int64 and value.dim() == 0
-            got = f"{value.dtype} {tuple(value.shape)}"
-            _require(scalar, name, "a whole number or an int64 scalar", got)
-        else:
-            whole = isinstance(value, int) and 0 <= value < limit
-            _require(whole, name, f"0 to {limit - 1}", value)
-    if indices is None:
-        indices = torch.arange(images.shape[0], device=device)
-    _require(isinstance(indices, Tensor), "indices", "a tensor", indices)
-    _require(indices.dtype == torch.int64, "indices", "torch.int64", indices.dtype)
-    expected = (images.shape[0],)
-    shape = tuple(indices.shape)
-    _require(shape == expected, "indices", f"shape {expected}", shape)
-    if device.type == "cpu" and indices.numel() and not torch.compiler.is_compiling():
-        low, high = indices.min().item(), indices.max().item()
-        _require(low >= 0 and high < 2**32, "indices", f"0 to {2**32 - 1}", f"{low} to {high}")
-    seed, step = (x if isinstance(x, Tensor) else indices.new_full((), x) for x in (seed, step))
-    return seed, step, indices

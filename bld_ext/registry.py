@@ -10,7 +10,7 @@ import warnings
 
 import torch
 
-from bld_ext import reference
+from bld_ext import checks, reference
 from bld_ext.reference import compute_dtype
 
 try:
@@ -83,8 +83,23 @@ def backend(name: str, device: str = "cpu") -> str:
 
 # ---- default kernels, and Triton's ----
 
+
+def _checked(kernel):
+    """As the compiled kernels do: refuse lists of tensors before any of them is changed."""
+    check = getattr(checks, kernel.__name__)
+
+    def checked(*args):
+        check(*args)
+        return kernel(*args)
+
+    return checked
+
+
+ON_LAYERS = ("layer_norms", "balance_layers_", "balanced_sgd_")
 for _name in SCHEMAS:
-    torch.library.impl(f"bld_ext::{_name}", "default", getattr(reference, _name))
+    _kernel = getattr(reference, _name)
+    _kernel = _checked(_kernel) if _name in ON_LAYERS else _kernel
+    torch.library.impl(f"bld_ext::{_name}", "default", _kernel)
 
 
 def _triton_kernel(name):
@@ -133,6 +148,7 @@ def _(logits, labels, bank, head_sizes, temperature):
 
 @torch.library.register_fake("bld_ext::layer_norms")
 def _(tensors, layers, num_layers):
+    checks.layer_norms(tensors, layers, num_layers)
     return tensors[0].new_empty(num_layers, dtype=compute_dtype(tensors[0].dtype))
 
 
@@ -143,11 +159,14 @@ def _fake_norms(grads, reference_norms):
 
 @torch.library.register_fake("bld_ext::balance_layers_")
 def _(grads, layers, reference_norms, balance):
+    checks.balance_layers_(grads, layers, reference_norms, balance)
     return _fake_norms(grads, reference_norms)
 
 
 @torch.library.register_fake("bld_ext::balanced_sgd_")
 def _(params, distill_grads, new_grads, layers, reference_norms, balance, lr):
+    lists = (params, distill_grads, new_grads)
+    checks.balanced_sgd_(*lists, layers, reference_norms, balance, lr)
     return _fake_norms(distill_grads, reference_norms)
 
 

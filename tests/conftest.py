@@ -1,6 +1,8 @@
 """Small networks and streams that the tests share."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -24,6 +26,38 @@ def poison():
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def outputs_by_registers():
+    """outputs_by_registers(code): what the Python code prints with SSE2, AVX2 and AVX-512."""
+
+    def run(code):
+        printed = []
+        for capability in ("default", "avx2", "avx512"):
+            env = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+            command = [sys.executable, "-c", code]
+            done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+            printed.append(done.stdout)
+        return printed
+
+    return run
+
+
+@pytest.fixture
+def with_threads():
+    """with_threads(function): its results with 1, 2 and 3 threads."""
+    threads = torch.get_num_threads()
+
+    def run(function):
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(function())
+        return results
+
+    yield run
+    torch.set_num_threads(threads)
 
 
 def small_backbone(dropout: float = 0.0) -> nn.Module:

@@ -1,10 +1,12 @@
 """layer_norms, balance_layers_ and balanced_sgd_ against straight float64 arithmetic."""
 
+import re
+
 import pytest
 import torch
 from torch.library import opcheck
 
-from bld_ext import ops
+from bld_ext import backend, ops, reference
 from bld_ext.reference import compute_dtype
 
 # weight and bias, a layer of nothing, single numbers, no layer 3, a strided pair, no layer 5
@@ -186,6 +188,15 @@ def test_balanced_sgd_is_balance_and_step():
         assert ((f - p).abs() <= 2 * eps(f) * size).all()
 
 
+@pytest.mark.parametrize("value", [-1.0, torch.nan, torch.inf, -torch.inf])
+def test_a_balance_nobody_looked_at_makes_nan(value):
+    """As on a GPU, where looking would wait."""
+    grads = [torch.ones(3), torch.zeros(2)]
+    balance = torch.tensor(value, dtype=f64)
+    factors, _ = reference.balance_layers_(grads, [0, 1], torch.tensor([1.0, 0.0]), balance)
+    assert factors.isnan().all() and torch.cat(grads).isnan().all()
+
+
 def test_balance_zero_is_plain_sgd():
     params, zeros = make_tensors(), [torch.zeros_like(t) for t in make_tensors()]
     with_old, without = clones(params), clones(params)
@@ -203,19 +214,186 @@ def test_parameters_know_that_they_changed():
     assert all(param._version > 0 for param in params)
 
 
-def test_same_bits_in_any_run():
-    grads = [torch.cat([tensor.flatten()] * 50) for tensor in make_tensors()]
-    runs = []
-    for _ in range(3):
-        changed = clones(grads)
-        diagnostics = ops.balance_layers_(changed, LAYERS, REFERENCE)
-        runs.append([*changed, *diagnostics, ops.layer_norms(grads, LAYERS)])
-    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+@pytest.fixture
+def chunks_of():
+    """chunks_of(n): the kernels' unit of work becomes n elements."""
+    if backend("layer_norms") != "compiled":
+        pytest.skip("bld_ext._C was not built")
+    from bld_ext import _C
+
+    before = _C.set_chunk_size(8192)
+    yield _C.set_chunk_size
+    _C.set_chunk_size(before)
+
+
+def three_ops(dtypes, repeat=1):
+    """All results of the three ops on tensors `repeat` times as long."""
+
+    def long(**options):
+        return [torch.cat([t.flatten()] * repeat) for t in make_tensors(dtypes, **options)]
+
+    params, old, new = (long(seed=seed) for seed in range(3))
+    norms = ops.layer_norms(old, LAYERS, L)
+    updated = ops.balanced_sgd_(params, old, new, LAYERS, REFERENCE, 2.0, 0.1)
+    balanced = ops.balance_layers_(old, LAYERS, REFERENCE)
+    return [norms, *updated, *balanced, *params, *old]
+
+
+@dtypes
+def test_same_bits_in_any_run_and_thread_count(dtypes, with_threads):
+    expected = three_ops(dtypes, repeat=50)
+    for found in with_threads(lambda: three_ops(dtypes, repeat=50)):
+        assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000, 2**20])
+def test_chunk_size_changes_a_norm_by_one_ulp_at_most(chunks_of, size):
+    tensors = [torch.cat([t.flatten()] * 20) for t in make_tensors()]
+    expected = ops.layer_norms(tensors, LAYERS, L)
+    chunks_of(size)
+    found = ops.layer_norms(tensors, LAYERS, L)
+    assert ((found - expected).abs() <= eps(expected) * expected).all()
+
+
+BITS = """
+import hashlib, sys
+from tests.test_layers import DTYPES, three_ops
+digest = hashlib.sha256()
+for dtypes in DTYPES.values():
+    for tensor in three_ops(dtypes, repeat=9):
+        digest.update(tensor.double().numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_same_bits_whatever_the_vector_registers(outputs_by_registers):
+    assert len(set(outputs_by_registers(BITS))) == 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 60, 2000])
+def test_lists_of_any_length(count):
+    generator = torch.Generator().manual_seed(0)
+    layers = [(7 * i) % (count // 2 + 1) for i in range(count)]  # in no order
+    num_layers = count // 2 + 1
+    params, old, new = (
+        [torch.randn(i % 37, generator=generator) for i in range(count)] for _ in range(3)
+    )
+    expected = [[t.double() for t in tensors] for tensors in (params, old, new)]
+    norms = torch.rand(num_layers, generator=generator)
+    lam, lr = (torch.tensor(value, dtype=f64) for value in (2.0, 0.1))
+    factors, _ = ops.balanced_sgd_(params, old, new, layers, norms)
+    exact, _ = reference.balanced_sgd_(*expected, layers, norms.double(), lam, lr * 1e-3)
+    torch.testing.assert_close(factors.double(), exact, rtol=4 * eps(factors), atol=0)
+    for found, value in zip(params, expected[0], strict=True):
+        torch.testing.assert_close(found.double(), value, rtol=1e-6, atol=1e-6)
+
+
+def test_layers_larger_than_a_cache():
+    """Chunks, groups and threads of the real size."""
+    generator = torch.Generator().manual_seed(0)
+    grads = [torch.randn(size, generator=generator) for size in (5_000_001, 3, 700_000, 8192)]
+    before = clones(grads)
+    factors, norms = ops.balance_layers_(grads, [1, 0, 1, 2], torch.tensor([1.0, 2.0, 3.0]), 1.0)
+    exact = exact_norms(before, [1, 0, 1, 2], 3)
+    assert_rounded(norms, exact)
+    for grad, old, l in zip(grads, before, [1, 0, 1, 2], strict=True):
+        assert torch.equal(grad, old * factors[l])
+
+
+def columns(tensor):
+    """The same numbers with gaps between them."""
+    wide = torch.zeros(*tensor.shape, 2, dtype=tensor.dtype)
+    wide[..., 0] = tensor
+    return wide[..., 0]
+
+
+def shifted(tensor):
+    """The same numbers, one element after an aligned address."""
+    return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
+
+
+def transposed(tensor):
+    """The same numbers in another order in memory."""
+    return tensor.mT.clone(memory_format=torch.contiguous_format).mT
+
+
+@dtypes
+@pytest.mark.parametrize("view", [columns, shifted, transposed])
+@pytest.mark.parametrize("which", range(3), ids=["params", "distill_grads", "new_grads"])
+def test_views_of_any_layout(which, view, dtypes):
+    plain = [[t.reshape(-1, 1) for t in make_tensors(dtypes, seed=seed)] for seed in range(3)]
+    plain = [[t.reshape(2, -1) if len(t) % 2 == 0 else t for t in tensors] for tensors in plain]
+    viewed = [[view(t) if i == which else t.clone() for t in ts] for i, ts in enumerate(plain)]
+    for lists in (plain, viewed):
+        lists.append(ops.balanced_sgd_(*lists, LAYERS, REFERENCE, 2.0, 0.1))
+        lists.append(ops.balance_layers_(lists[which], LAYERS, REFERENCE, 0.5))
+    for found, expected in zip(viewed, plain, strict=True):
+        if view is not transposed:
+            assert all(map(torch.equal, found, expected))
+        for one, other in zip(found, expected, strict=True):  # summed in memory's order
+            torch.testing.assert_close(one, other, rtol=4 * eps(one), atol=smallest(one))
+
+
+@pytest.mark.parametrize("dtype", [f32, f64, bf16, f16], ids=str)
+@pytest.mark.parametrize("size", [0, 1, 15, 16, 17, 511, 512, 513, 8191, 8192, 8193, 20_000])
+def test_nothing_outside_a_tensor_is_touched(size, dtype):
+    generator = torch.Generator().manual_seed(0)
+
+    def guarded():
+        whole = torch.randn(size + 64, generator=generator).to(dtype)
+        whole[:32] = whole[32 + size :] = torch.nan
+        return whole, whole[32 : 32 + size]
+
+    (whole_p, p), (whole_d, d), (whole_n, n) = (guarded() for _ in range(3))
+    before = p.clone()
+    factors, norms = ops.balanced_sgd_([p], [d], [n], [0], torch.ones(1), 1.0, 0.1)
+    ops.balance_layers_([d], [0], torch.ones(1), 1.0)
+    for whole in (whole_p, whole_d, whole_n):
+        assert whole[:32].isnan().all() and whole[32 + size :].isnan().all()
+        assert not whole[32 : 32 + size].isnan().any()
+    assert size == 0 or (p != before).any()
+
+
+# ---- the table of chunks ----
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 8192])
+def test_chunks_cover_each_tensor_once_and_in_order(chunks_of, chunk_size):
+    from bld_ext import _C
+
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.randint(0, 40, (30,), generator=generator).tolist()
+    layers = torch.randint(0, 12, (30,), generator=generator).tolist()
+    chunks, first = _C.make_chunks(sizes, layers, 14, chunk_size)
+    assert len(first) == 15 and first[0] == 0 and first[-1] == len(chunks)
+    found = []
+    for l in range(14):
+        mine = chunks[first[l] : first[l + 1]]
+        assert mine  # a layer without elements still has one to report its norm
+        assert [t for t, _, size in mine if size] == sorted(t for t, _, size in mine if size)
+        assert all(layers[t] == l and size <= chunk_size for t, _, size in mine if size)
+        found += [(t, start + i) for t, start, size in mine for i in range(size)]
+    assert sorted(found) == [(t, i) for t, size in enumerate(sizes) for i in range(size)]
+
+
+def test_chunks_of_tensors_beyond_int32(chunks_of):
+    from bld_ext import _C
+
+    size = 2**33 + 5
+    chunks, first = _C.make_chunks([size, 1], [1, 0], 2, 2**30)
+    assert chunks[0] == (1, 0, 1) and first == [0, 1, 10]
+    assert chunks[1:] == [(0, k * 2**30, 2**30) for k in range(8)] + [(0, 2**33, 5)]
+
+
+@pytest.mark.parametrize("size", [0, -1, 2**31])
+def test_bad_chunk_size(chunks_of, size):
+    with pytest.raises(ValueError, match="size: expected 1 to 2"):
+        chunks_of(size)
 
 
 @dtypes
 def test_opcheck(dtypes):
-    library, one = torch.ops.bld_ext, torch.tensor(1.0)
+    library, one = torch.ops.bld_ext, torch.tensor(1.0, dtype=f64)
     params, old, new = (make_tensors(dtypes, seed=seed) for seed in range(3))
     opcheck(library.layer_norms.default, (params, LAYERS, L))
     opcheck(library.balance_layers_.default, (old, LAYERS, REFERENCE, one))
@@ -238,39 +416,87 @@ def test_compiles_into_one_graph():
 
 T, NORM = [torch.ones(3), torch.ones(2)], torch.ones(2)
 FLOAT = "a floating-point dtype, got torch.int64"
+LIST = "a list, got Tensor"
+NUMBER = "a finite number, at least 0, got "
 
 
 @pytest.mark.parametrize(
     "argument, value, message",
     [
         ("params", [], "at least one tensor, got none"),
-        ("params", [T[0], T[1].long()], FLOAT),
-        ("params", [T[0], T[1].to("meta")], "device cpu, got meta"),
+        ("params", torch.ones(2, 2), LIST),
+        ("params[1]", [T[0], None], "a tensor, got NoneType"),
+        ("params[1]", [T[0], torch.eye(2).to_sparse()], "a dense tensor: .*, got torch.sparse_coo"),
+        ("params[1]", [T[0], T[1].long()], FLOAT),
+        ("params[1]", [T[0], T[1].to("meta")], "device cpu, got meta"),
         ("distill_grads", T[:1], "2 tensors, got 1"),
-        ("distill_grads", [T[0], T[1].to("meta")], "device cpu, got meta"),
-        ("new_grads", T[::-1], r"shape \(3,\), got \(2,\)"),
-        ("new_grads", [T[0], T[1].long()], FLOAT),
+        ("distill_grads[1]", [T[0], None], "a tensor, got NoneType"),
+        ("distill_grads[1]", [T[0], T[1].to("meta")], "device cpu, got meta"),
+        ("new_grads[0]", T[::-1], r"shape \(3,\), got \(2,\)"),
+        ("new_grads[1]", [T[0], T[1].long()], FLOAT),
+        ("new_grads[1]", [T[0], torch.ones(2).to_sparse()], "a dense tensor: .*torch.sparse_coo"),
         ("layers", [0], "2 indices, got 1"),
-        ("layers", [0, 2], r"indices from 0 to 1, got \[0, 2\]"),
-        ("layers", [-1, 0], r"indices from 0 to 1, got \[-1, 0\]"),
+        ("layers", torch.tensor([0, 1]), LIST),
+        ("layers[1]", [0, 1.5], "a whole number, got 1.5"),
+        ("layers[1]", [0, 2], "an index from 0 to 1, got 2"),
+        ("layers[0]", [-1, 0], "an index from 0 to 1, got -1"),
+        ("reference_norms", None, "a tensor, got NoneType"),
         ("reference_norms", NORM[0], r"one norm a layer, \[L\], got \(\)"),
-        ("reference_norms", NORM.long(), "floats, got torch.int64"),
+        ("reference_norms", NORM.long(), FLOAT),
         ("reference_norms", NORM.to("meta"), "device cpu, got meta"),
-        ("balance", NORM, ".*scalar.*, got .*"),
-        ("lr", NORM, ".*scalar.*, got .*"),
+        ("balance", NORM, r"a number or a scalar tensor, got \(2,\)"),
+        ("balance", "2", "a number or a scalar tensor, got str"),
+        ("balance", torch.tensor(2), FLOAT),
+        *(("balance", value, NUMBER + str(value)) for value in (-1, torch.nan, torch.inf)),
+        ("balance", torch.tensor(-1.0), NUMBER + "-1.0"),
+        ("lr", NORM, r"a number or a scalar tensor, got \(2,\)"),
+        ("lr", -1, NUMBER + "-1"),
     ],
 )
 def test_bad_argument(argument, value, message):
-    arguments = {"params": clones(T), "distill_grads": T, "new_grads": T, "layers": [0, 1]}
-    arguments |= {"reference_norms": NORM, argument: value}
-    match = rf"^{argument}(\[[01]\])?: expected {message}$"
-    with pytest.raises(ValueError, match=match):
+    arguments = {"params": clones(T), "distill_grads": clones(T), "new_grads": T, "layers": [0, 1]}
+    arguments |= {"reference_norms": NORM, argument.partition("[")[0]: value}
+    match = rf"^{re.escape(argument)}: expected {message}$"
+    with pytest.raises((ValueError, TypeError), match=match):
         ops.balanced_sgd_(**arguments)
-    if argument in ("layers", "reference_norms", "balance"):
-        for name in ("params", "distill_grads", "new_grads"):
-            del arguments[name]
-        with pytest.raises(ValueError, match=match):
-            ops.balance_layers_(clones(T), **arguments)
+    lists = [arguments.pop(name) for name in ("params", "distill_grads", "new_grads")]
+    for tensor, before in zip(lists[0], T, strict=False):
+        assert (
+            tensor is None
+            or tensor.layout != torch.strided
+            or tensor.device.type == "meta"
+            or (tensor.dtype != f32 or tensor is before or (tensor == 1).all())
+        )
+    if argument.partition("[")[0] in ("layers", "reference_norms", "balance"):
+        with pytest.raises((ValueError, TypeError), match=match):
+            ops.balance_layers_(lists[0], **arguments)
+        assert all(map(torch.equal, lists[0], T))
+    if argument.startswith("params"):
+        match = match.replace("params", "grads")
+        with pytest.raises((ValueError, TypeError), match=match):
+            ops.balance_layers_(value, [0, 1], NORM)
+
+
+def test_tensors_that_share_memory():
+    whole = torch.ones(10)
+    with pytest.raises(
+        ValueError, match=r"^grads\[1\]: expected a tensor of its own; clone\(\) it"
+    ):
+        ops.balance_layers_([whole, whole], [0, 1], NORM)
+    with pytest.raises(
+        ValueError, match=r"^grads\[1\]: expected memory of its own, got some that "
+    ):
+        ops.balance_layers_([whole[:6], whole[5:]], [0, 1], NORM)
+    with pytest.raises(ValueError, match=r"_grads\[0\]: expected memory of its own, .*params\[0\]"):
+        ops.balanced_sgd_([whole], [whole], [torch.ones(10)], [0], NORM)
+    with pytest.raises(
+        ValueError, match=r"^grads\[1\]: expected a tensor whose elements do not sh"
+    ):
+        ops.balance_layers_([whole, torch.ones(1).expand(3)], [0, 1], NORM)
+    assert torch.equal(whole, torch.ones(10))
+    ops.balance_layers_([whole[:5], whole[5:]], [0, 1], NORM)
+    ops.balanced_sgd_([torch.ones(10)], [whole], [whole], [0], NORM)
+    assert ops.layer_norms([whole, whole[:3], torch.ones(1).expand(3)], [0, 0, 1]).isfinite().all()
 
 
 @pytest.mark.parametrize("num_layers", [None, 3])
@@ -281,5 +507,7 @@ def test_bad_arguments_of_layer_norms(num_layers):
         ops.layer_norms([T[0], T[1].bool()], [0, 1], num_layers)
     with pytest.raises(ValueError, match="^layers: expected 2 indices, got 1$"):
         ops.layer_norms(T, [0], num_layers)
-    with pytest.raises(ValueError, match=r"^layers: expected indices from 0 to 2, got \[0, 3\]$"):
+    with pytest.raises(ValueError, match=r"^layers\[1\]: expected an index from 0 to 2, got 3$"):
         ops.layer_norms(T, [0, 3], 3)
+    with pytest.raises(TypeError, match="^num_layers: expected a whole number, got str$"):
+        ops.layer_norms(T, [0, 1], "2")

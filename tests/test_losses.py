@@ -1,9 +1,5 @@
 """The three losses: values and gradients against float64 autograd, and what is exactly zero."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch.library import opcheck
@@ -371,20 +367,15 @@ def test_finite_for_extreme_logits(dtype, temperature):
 
 
 @pytest.mark.parametrize("spatial", [(), (3, 50)], ids=["flat", "dense"])
-def test_same_bits_in_any_run_and_thread_count(spatial):
+def test_same_bits_in_any_run_and_thread_count(spatial, with_threads):
     logits, labels, bank = make_inputs(*spatial, N=300)
 
     def results():
         found = ops.joint_loss(logits, labels, bank, SIZES, TEMPERATURE)
         return [*found, *(grad_of(loss, logits) for loss in found)]
 
-    expected, threads = results(), torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            assert all(map(torch.equal, results(), expected))
-    finally:
-        torch.set_num_threads(threads)
+    expected = results()
+    assert all(all(map(torch.equal, found, expected)) for found in with_threads(results))
 
 
 BITS = """
@@ -407,14 +398,8 @@ print(digest.hexdigest())
 
 
 @pytest.mark.skipif(bld_ext.build_info() is None, reason="bld_ext._C is not built")
-def test_same_bits_whatever_the_vector_registers():
-    digests = set()
-    for capability in ("default", "avx2", "avx512"):
-        env = os.environ | {"ATEN_CPU_CAPABILITY": capability}
-        command = [sys.executable, "-c", BITS]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-        digests.add(done.stdout)
-    assert len(digests) == 1
+def test_same_bits_whatever_the_vector_registers(outputs_by_registers):
+    assert len(set(outputs_by_registers(BITS))) == 1
 
 
 @pytest.mark.parametrize("spatial", [(), (2,)], ids=["flat", "dense"])

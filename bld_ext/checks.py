@@ -1,0 +1,232 @@
+"""What the ops ask of their arguments: errors that name the argument, its value, what was expected
+and the remedy, before anything is computed.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from bld_ext.reference import Policy, compute_dtype
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def require(condition: bool, argument: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"{argument}: expected {expected}, got {got}")
+
+
+def logits(logits: Tensor, head_sizes: Sequence[int], exact: bool) -> list[int]:
+    tensor("logits", logits)
+    require(logits.dtype in FLOATS, "logits", "a floating-point dtype", logits.dtype)
+    require(logits.dim() >= 2, "logits", "shape [N, C, *]", tuple(logits.shape))
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(logits).tangent is not None:
+        raise NotImplementedError(
+            "logits: expected a plain tensor, got a dual tensor of forward-mode differentiation, "
+            "which the ops do not have; use reverse mode (backward, torch.autograd.grad)"
+        )
+    sizes = list(head_sizes)
+    require(all(s >= 1 for s in sizes), "head_sizes", "sizes of at least 1", sizes)
+    total, classes = sum(sizes), logits.shape[1]
+    if exact:
+        require(bool(sizes), "head_sizes", "at least one head: add one first", sizes)
+        require(total == classes, "head_sizes", f"a sum of {classes}, logits' classes", sizes)
+    else:
+        require(total <= classes, "head_sizes", f"a sum of at most {classes}, from logits", sizes)
+    return sizes
+
+
+def scalar(
+    argument: str,
+    value: float | Tensor,
+    device: torch.device,
+    positive: bool = False,
+    check_inputs: bool = False,
+) -> Tensor:
+    """A number as the float64 scalar that kernels read, on `device` or, passed by value, a CPU."""
+    expected = "a positive finite number" if positive else "a finite number, at least 0"
+    if not isinstance(value, Tensor):
+        if not isinstance(value, (int, float)):
+            kind = type(value).__name__
+            raise TypeError(f"{argument}: expected a number or a scalar tensor, got {kind}")
+        require(
+            (0 < value if positive else 0 <= value) and value < math.inf, argument, expected, value
+        )
+        return torch.full((), value, dtype=torch.float64, device="cpu")
+    require(value.dim() == 0, argument, "a number or a scalar tensor", tuple(value.shape))
+    require(value.dtype in FLOATS, argument, "a floating-point dtype", value.dtype)
+    require(not value.requires_grad, argument, "a constant: detach it", "requires_grad=True")
+    devices = dict.fromkeys(("cpu", str(device)))
+    require(str(value.device) in devices, argument, f"device {' or '.join(devices)}", value.device)
+    if may_look(value, check_inputs):
+        valid = bool(value > 0 if positive else value >= 0) and bool(value.isfinite())
+        require(valid, argument, expected, value.item())
+    return value.double()
+
+
+def may_look(tensor: Tensor, check_inputs: bool) -> bool:
+    """Values are free to look at on a CPU; elsewhere looking waits for the device."""
+    if torch.compiler.is_compiling():
+        remedy = "False: torch.compile cannot look at values. Check them before the compiled call"
+        require(not check_inputs, "check_inputs", remedy, check_inputs)
+        return False
+    return tensor.device.type == "cpu" or check_inputs
+
+
+def tensor(argument: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{argument}: expected a tensor, got {type(value).__name__}")
+
+
+def sequence(argument: str, value: Sequence) -> None:
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{argument}: expected a list, got {type(value).__name__}")
+
+
+def bank(bank: Tensor, logits: Tensor, head_sizes: Sequence[int]) -> None:
+    tensor("bank", bank)
+    shape = (logits.shape[0], sum(head_sizes), *logits.shape[2:])
+    require(tuple(bank.shape) == shape, "bank", f"shape {shape}", tuple(bank.shape))
+    dtype = compute_dtype(logits.dtype)
+    require(bank.dtype == dtype, "bank", f"{dtype} for {logits.dtype} logits", bank.dtype)
+    require(bank.device == logits.device, "bank", f"device {logits.device}", bank.device)
+
+
+def labels(labels: Tensor, logits: Tensor, classes: int, check_inputs: bool) -> None:
+    tensor("labels", labels)
+    shape = (logits.shape[0], *logits.shape[2:])
+    require(tuple(labels.shape) == shape, "labels", f"shape {shape}", tuple(labels.shape))
+    require(labels.dtype == torch.int64, "labels", "torch.int64", labels.dtype)
+    require(labels.device == logits.device, "labels", f"device {logits.device}", labels.device)
+    if labels.numel() and may_look(labels, check_inputs):
+        low, high = labels.min().item(), labels.max().item()
+        require(
+            low >= 0 and high < classes,
+            "labels",
+            f"class indices of the newest head, 0 to {classes - 1}",
+            f"{low} to {high}. Number each task's classes from 0",
+        )
+
+
+# ---- lists of tensors that belong to layers ----
+
+
+def layer_norms(tensors: Sequence[Tensor], layers: Sequence[int], num_layers: int) -> None:
+    _tensor_lists({"tensors": tensors}, layers, num_layers)
+
+
+def balance_layers_(
+    grads: Sequence[Tensor],
+    layers: Sequence[int],
+    reference_norms: Tensor,
+    balance: Tensor,
+) -> None:
+    _reference_norms(reference_norms, grads)
+    _tensor_lists({"grads": grads}, layers, len(reference_norms))
+
+
+def balanced_sgd_(
+    params: Sequence[Tensor],
+    distill_grads: Sequence[Tensor],
+    new_grads: Sequence[Tensor],
+    layers: Sequence[int],
+    reference_norms: Tensor,
+    balance: Tensor,
+    lr: Tensor,
+) -> None:
+    _reference_norms(reference_norms, params)
+    lists = {"params": params, "distill_grads": distill_grads, "new_grads": new_grads}
+    _tensor_lists(lists, layers, len(reference_norms))
+
+
+def _reference_norms(reference_norms: Tensor, tensors: Sequence[Tensor]) -> None:
+    tensor("reference_norms", reference_norms)
+    shape, dtype = tuple(reference_norms.shape), reference_norms.dtype
+    require(len(shape) == 1, "reference_norms", "one norm a layer, [L]", shape)
+    require(dtype in FLOATS, "reference_norms", "a floating-point dtype", dtype)
+    if len(tensors) and isinstance(tensors[0], Tensor):
+        device, found = tensors[0].device, reference_norms.device
+        require(found == device, "reference_norms", f"device {device}", found)
+
+
+def _tensor_lists(lists: dict[str, Sequence[Tensor]], layers: Sequence[int], L: int) -> None:
+    """Lists of equal length and shapes; the first one of an op that writes is what it writes."""
+    for name, value in {**lists, "layers": layers}.items():
+        sequence(name, value)
+    if not isinstance(L, int):
+        raise TypeError(f"num_layers: expected a whole number, got {type(L).__name__}")
+    (first_name, first), *_ = lists.items()
+    written = () if first_name == "tensors" else first
+    require(len(first) >= 1, first_name, "at least one tensor", "none")
+    require(len(layers) == len(first), "layers", f"{len(first)} indices", len(layers))
+    for i, l in enumerate(layers):
+        require(isinstance(l, int), f"layers[{i}]", "a whole number", l)
+        require(0 <= l < L, f"layers[{i}]", f"an index from 0 to {L - 1}", l)
+    for name, tensors in lists.items():
+        require(len(tensors) == len(first), name, f"{len(first)} tensors", len(tensors))
+        for i, (t, like) in enumerate(zip(tensors, first, strict=True)):
+            where = f"{name}[{i}]"
+            tensor(where, t)
+            layout, device, dtype, shape = t.layout, t.device, t.dtype, tuple(t.shape)
+            require(layout == torch.strided, where, "a dense tensor: call to_dense()", layout)
+            require(dtype in FLOATS, where, "a floating-point dtype", dtype)
+            require(device == first[0].device, where, f"device {first[0].device}", device)
+            require(shape == tuple(like.shape), where, f"shape {tuple(like.shape)}", shape)
+    before = {id(t): i for i, t in reversed(list(enumerate(written)))}
+    for i, t in enumerate(written):
+        expected = "a tensor of its own; clone() it"
+        require(
+            before[id(t)] == i, f"{first_name}[{i}]", expected, f"{first_name}[{before[id(t)]}]"
+        )
+
+
+# ---- seeded augmentation ----
+
+
+def images(images: Tensor, policy: Policy, dtype: torch.dtype) -> None:
+    uint8_or_float = images.dtype == torch.uint8 or images.dtype in FLOATS
+    require(uint8_or_float, "images", "uint8 or a floating-point dtype", images.dtype)
+    require(images.dim() == 4, "images", "shape [N, C, H, W]", tuple(images.shape))
+    require(dtype in FLOATS, "dtype", "a floating-point dtype", dtype)
+    channels = len(policy.mean)
+    matches = channels in (0, images.shape[1])
+    require(matches, "policy.mean", f"{images.shape[1]} values, one a channel", channels)
+    if policy.contrast or policy.saturation or policy.hue:
+        known = images.shape[1] in (1, 3)
+        require(known, "images", "1 or 3 channels for colour jitter", tuple(images.shape))
+
+
+def views(views: Sequence[int]) -> list[int]:
+    expected = f"whole numbers, 0 to {2**32 - 1}"
+    require(isinstance(views, Sequence), "views", expected, views)
+    views = list(views)
+    whole = all(isinstance(v, int) and 0 <= v < 2**32 for v in views)
+    require(whole, "views", expected, views)
+    return views
+
+
+def counter(seed, step, indices, images):
+    device = images.device
+    for name, value, limit in (("seed", seed, 2**63), ("step", step, 2**32)):
+        if isinstance(value, Tensor):
+            scalar = value.dtype == torch.int64 and value.dim() == 0
+            got = f"{value.dtype} {tuple(value.shape)}"
+            require(scalar, name, "a whole number or an int64 scalar", got)
+        else:
+            whole = isinstance(value, int) and 0 <= value < limit
+            require(whole, name, f"0 to {limit - 1}", value)
+    if indices is None:
+        indices = torch.arange(images.shape[0], device=device)
+    require(isinstance(indices, Tensor), "indices", "a tensor", indices)
+    require(indices.dtype == torch.int64, "indices", "torch.int64", indices.dtype)
+    expected = (images.shape[0],)
+    shape = tuple(indices.shape)
+    require(shape == expected, "indices", f"shape {expected}", shape)
+    if device.type == "cpu" and indices.numel() and not torch.compiler.is_compiling():
+        low, high = indices.min().item(), indices.max().item()
+        require(low >= 0 and high < 2**32, "indices", f"0 to {2**32 - 1}", f"{low} to {high}")
+    seed, step = (x if isinstance(x, Tensor) else indices.new_full((), x) for x in (seed, step))
+    return seed, step, indices
