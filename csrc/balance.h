@@ -12,6 +12,9 @@
 
 namespace bld_ext {
 
+using std::isfinite; // of the host; nvcc finds CUDA's own
+using std::isinf;
+
 enum class Dtype : int32_t { f32, f64, bf16, f16 };
 
 struct Operand {
@@ -22,18 +25,17 @@ struct Operand {
 // Tensor i of each list; what an op does not have is null.
 struct Item {
   Operand old_grad, new_grad, param; // G_d, which is measured; G_t; θ
-  int32_t layer;
 };
 
 // λ‖G_w‖ / ‖G_d‖; 0 where finite norms have no finite ratio, as for ‖G_d‖ = 0. A λ that is negative
 // or not finite makes nan. acc_t is the dtype of the result.
 template <typename acc_t>
 BLD_EXT_BOTH acc_t balance_factor(acc_t norm, double reference_norm, double balance) {
-  if (!(balance >= 0) || std::isinf(balance))
-    return static_cast<acc_t>(std::nan(""));
+  if (!(balance >= 0) || isinf(balance))
+    return static_cast<acc_t>(NAN);
   const acc_t factor = static_cast<acc_t>(balance * reference_norm / static_cast<double>(norm));
-  const bool finite_norms = std::isfinite(reference_norm) && std::isfinite(norm);
-  return finite_norms && !std::isfinite(factor) ? acc_t(0) : factor;
+  const bool finite_norms = isfinite(reference_norm) && isfinite(norm);
+  return finite_norms && !isfinite(factor) ? acc_t(0) : factor;
 }
 
 } // namespace bld_ext

@@ -12,7 +12,7 @@ namespace bld_ext {
 
 struct Chunk { // elements [start, start + size) of a tensor
   int64_t start;
-  int32_t tensor, size;
+  int32_t tensor, layer, size;
 };
 
 struct ChunkTable {
@@ -37,13 +37,16 @@ inline ChunkTable make_chunks(const std::vector<int64_t> &sizes, const std::vect
 
   ChunkTable table;
   for (int64_t l = 0; l < num_layers; ++l) {
+    const int32_t layer = static_cast<int32_t>(l);
     table.first_chunk.push_back(static_cast<int64_t>(table.chunks.size()));
-    for (int64_t k = first[l]; k < first[l + 1]; ++k)
-      for (int64_t start = 0; start < sizes[order[k]]; start += chunk)
-        table.chunks.push_back({start, static_cast<int32_t>(order[k]),
-                                static_cast<int32_t>(std::min(chunk, sizes[order[k]] - start))});
+    for (int64_t k = first[l]; k < first[l + 1]; ++k) {
+      const int32_t tensor = static_cast<int32_t>(order[k]);
+      for (int64_t start = 0; start < sizes[tensor]; start += chunk)
+        table.chunks.push_back(
+            {start, tensor, layer, static_cast<int32_t>(std::min(chunk, sizes[tensor] - start))});
+    }
     if (table.first_chunk.back() == static_cast<int64_t>(table.chunks.size()))
-      table.chunks.push_back({0, 0, 0});
+      table.chunks.push_back({0, 0, layer, 0});
   }
   table.first_chunk.push_back(static_cast<int64_t>(table.chunks.size()));
   return table;

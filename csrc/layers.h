@@ -204,7 +204,6 @@ inline void fill_table(LayerTable &table, std::vector<int64_t> key,
   table.items.clear();
   for (size_t i = 0; i < sizes.size(); ++i) {
     Item item{};
-    item.layer = static_cast<int32_t>(layers[i]);
     for (const TensorList *list : lists) {
       const Operand operand{const_cast<void *>(list->tensors[i].const_data_ptr()),
                             dtype_of(list->name, list->tensors[i])};

@@ -279,8 +279,8 @@ void walk(const LayerTable &table, bool changes, double lr, const Finish &finish
     const auto work = [&](int64_t begin, int64_t end) {
       if (before) // backwards: what was measured last is in the cache first
         for (int64_t c = before->bounds[end]; c-- > before->bounds[begin];) {
-          const Item &item = table.items[table.chunks[c].tensor];
-          run.change(item, table.chunks[c], {factors[item.layer], lr});
+          const Chunk &chunk = table.chunks[c];
+          run.change(table.items[chunk.tensor], chunk, {factors[chunk.layer], lr});
         }
       if (now)
         for (int64_t c = now->bounds[begin]; c < now->bounds[end]; ++c)
