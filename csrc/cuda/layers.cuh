@@ -126,12 +126,11 @@ __device__ __forceinline__ void for_groups(int size, bool aligned, F f) {
     f(first, aligned && position(first, N - 1) + WIDTH <= size);
 }
 
-// Σ of one value a thread, in thread 0.
+// Σ of one value a thread, in thread 0. A barrier has to stand between two sums.
 __device__ inline double block_sum(double value) {
   __shared__ double warps[THREADS / 32];
   for (int step = 16; step > 0; step /= 2)
     value += __shfl_down_sync(0xffffffffu, value, step);
-  __syncthreads(); // a sum before this one has been read
   if (threadIdx.x % 32 == 0)
     warps[threadIdx.x / 32] = value;
   __syncthreads();
