@@ -181,14 +181,15 @@ def _on_layers(name: str, *arguments):
     only once one has refused does Python look for the argument that was wrong.
     """
     op = getattr(torch.ops.bld_ext, name)
-    if torch.compiler.is_compiling():
-        return op(*arguments)
-    try:
-        return op(*arguments)
-    except (RuntimeError, TypeError) as error:
-        getattr(checks, name)(*arguments)
-        text = re.sub(r"^\w+, [^,]*:\d+, ", "", str(error))  # without the place in the C++ source
-        raise ValueError(text.partition("\nException raised from")[0]) from error
+    with torch.no_grad():
+        if torch.compiler.is_compiling():
+            return op(*arguments)
+        try:
+            return op(*arguments)
+        except (RuntimeError, TypeError) as error:
+            getattr(checks, name)(*arguments)
+            text = re.sub(r"^\w+, [^,]*:\d+, ", "", str(error))  # without the place in the source
+            raise ValueError(text.partition("\nException raised from")[0]) from error
 
 
 def _mark_written(tensors: Sequence[Tensor]) -> None:
@@ -200,7 +201,7 @@ def _mark_written(tensors: Sequence[Tensor]) -> None:
 def layer_norms(
     tensors: Sequence[Tensor], layers: Sequence[int], num_layers: int | None = None
 ) -> Tensor:
-    """L2 norm of each layer over all its tensors: sqrt(Σ_{i in l} ‖t_i‖²).
+    """L2 norm of each layer over all its tensors: sqrt(Σ_{i in l} ‖t_i‖²). Not differentiable.
 
     Args:
         tensors: any shapes and float dtypes, on one device.
@@ -233,10 +234,12 @@ def balance_layers_(
 
     G_d[l] ← λ ‖G_w[l]‖ / ‖G_d[l]‖ · G_d[l], Algorithm 2 of Fini et al., ECCV 2020, per layer. The
     factor is 0 where finite norms have no finite ratio, as for ‖G_d[l]‖ = 0; a norm that is not
-    finite makes the gradient nan, so that it stays visible.
+    finite stays visible as a factor or gradient that is not finite either, and so does a λ that is
+    negative or not finite in a tensor on a GPU, where looking would wait. Not differentiable.
 
     Args:
-        grads: the gradients G_d, changed in place; any shapes and float dtypes, on one device.
+        grads: the gradients G_d, changed in place; any shapes, layouts and float dtypes, on one
+            device, each with memory of its own.
         layers: the layer index of each gradient.
         reference_norms: ‖G_w‖, `[L]`, on the same device.
         balance: λ ≥ 0, a number, or a scalar tensor on the device, which a captured graph reads
@@ -270,10 +273,12 @@ def balanced_sgd_(
 ) -> tuple[Tensor, Tensor]:
     """Balance each layer's distillation gradient and take the SGD step.
 
-    θ ← θ - α (λ‖G_w‖/‖G_d‖ · G_d + G_t), the end of Algorithm 2 of Fini et al., ECCV 2020.
+    θ ← θ - α (λ‖G_w‖/‖G_d‖ · G_d + G_t), the end of Algorithm 2 of Fini et al., ECCV 2020, with the
+    bits of `balance_layers_`, an addition and torch.optim.SGD (as it rounds where the processor has
+    fused multiply-add). Not differentiable.
 
     Args:
-        params: θ, changed in place.
+        params: θ, changed in place; any layouts and float dtypes, each with memory of its own.
         distill_grads, new_grads: G_d and G_t, shaped like the parameters; only read.
         layers: the layer index of each parameter.
         reference_norms: ‖G_w‖, `[L]`, on the same device.

@@ -18,6 +18,15 @@ def choice(name: str, value: str, choices: Iterable[str]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
+def apart(name: str, value: str, unlike: str, **switch: bool) -> None:
+    """A choice that does not go with a switch."""
+    ((other, is_on),) = switch.items()
+    if not isinstance(is_on, bool):
+        raise ValueError(f"{other}: expected True or False, got {is_on!r}")
+    if value == unlike and is_on:
+        raise ValueError(f"{other}: expected False with {name}={unlike!r}, got {is_on!r}")
+
+
 def at_least(name: str, value: int, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")

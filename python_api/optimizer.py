@@ -8,7 +8,7 @@ their gradients.
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from bld_ext import ops
 from bld_ext.api import checks
 from bld_ext.api.batch_norm import ViewBatchNorm, convert_view_batchnorm, view_statistics
+from bld_ext.api.gradients import Gradients
+from bld_ext.api.in_backward import complete_layers
 from bld_ext.api.memory import tensor_bytes
 from bld_ext.api.passes import distillation_pass, new_task_pass, shared_pass, warm_up_pass
 from bld_ext.api.precision import exact_float32
 from bld_ext.api.views import Views
 
 LAYERS = ("module", "tensor", "network")
-SCHEDULES = ("two_forward", "shared_forward")
+SCHEDULES = ("two_forward", "shared_forward", "in_backward")
 STATISTICS = {"once": ("pool", "keep"), "every_pass": ("every_pass", "every_pass")}
 
 
@@ -94,7 +96,17 @@ class BLDOptimizer(torch.optim.Optimizer):
             A tensor without a gradient but for rounding, such as a bias in front of BatchNorm, is
             scaled up to full size where it is a layer of its own.
         schedule: "two_forward" holds one gradient and the bank, and runs two forward passes a view
-            in each joint repetition; "shared_forward" runs one and holds a second gradient.
+            in each joint repetition; "shared_forward" runs one and holds a second gradient;
+            "in_backward" is two_forward that updates each layer as soon as its gradient is
+            complete, and then releases it. Where all views go through the network in one pass, the
+            warm-up, and the joint stage while there is nothing to distil, never hold a whole
+            gradient; while distilling, the joint stage holds one. An error amid the backward pass
+            leaves the layers behind it updated, unless `check_finite` is set.
+        balance_in_backward: rescale each layer's G_d as soon as it is complete, during backward,
+            instead of all after it; the same bits. Always so with "in_backward"; not with
+            "shared_forward", which does not accumulate G_d by itself.
+        keep_gradients: hold the gradients' memory from step to step, zeroed: addresses stay, and
+            nothing of its size is allocated after the first step. Not with "in_backward".
         statistics: when BatchNorm's running statistics move: "once" a batch, from all views of the
             warm-up pooled, or at "every_pass", which is PyTorch's way.
         base: the optimizer class that makes the updates, called as `base(params, lr=lr)`; options
@@ -133,6 +145,8 @@ class BLDOptimizer(torch.optim.Optimizer):
         augment: Callable[..., Tensor] | None = None,
         layer: str = "module",
         schedule: str = "two_forward",
+        balance_in_backward: bool = False,
+        keep_gradients: bool = False,
         statistics: str = "once",
         base: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
         check_finite: bool = False,
@@ -144,6 +158,10 @@ class BLDOptimizer(torch.optim.Optimizer):
         checks.choice("layer", layer, LAYERS)
         checks.choice("schedule", schedule, SCHEDULES)
         checks.choice("statistics", statistics, STATISTICS)
+        checks.apart(
+            "schedule", schedule, "shared_forward", balance_in_backward=balance_in_backward
+        )
+        checks.apart("schedule", schedule, "in_backward", keep_gradients=keep_gradients)
         checks.at_least("views", views, 1)
         checks.at_least("views_per_pass", views_per_pass, 1)
         checks.at_least("joint_steps", joint_steps, 0)
@@ -169,12 +187,14 @@ class BLDOptimizer(torch.optim.Optimizer):
         self.augment = augment
         self.layer = layer
         self.schedule = schedule
+        self.balance_in_backward = balance_in_backward
         self.statistics = statistics
         self.check_finite = check_finite
         self.seed = int(seed)
         self.batches = 0  # learned so far; the step word of the views' random numbers
         self.last: StepReport | None = None
         self._batch: _Batch | None = None
+        self._gradients = Gradients(keep_gradients)
         self._warned_of_state = False
         self._share_with_base()
 
@@ -212,19 +232,27 @@ class BLDOptimizer(torch.optim.Optimizer):
         self._follow_model()
         self.release()
         names, layers = self._layers()
+        self._gradients.begin(layers)
+        norms = next(iter(layers)).new_zeros(len(names))
+        last, held = nullcontext(), []
         with self._stage(STATISTICS[self.statistics][0]):
+            if self.schedule == "in_backward":
+                last = self._updating("warm-up", self.warmup_ratio, layers, norms, held)
             views = self._views(images, labels, sizes, self.batches)
-            loss, bank = warm_up_pass(views, self.temperature, fill_bank=self.balance != 0)
-            norms = self._norms(layers)
+            loss, bank = warm_up_pass(views, self.temperature, self.balance != 0, last)
+            if self.schedule != "in_backward":
+                norms = self._norms(layers)
+                held.append(tensor_bytes(p.grad for p in self._gradients.arrived(layers)))
             self._require_finite("warm-up", loss, norms)
         memory = {
             "bank": tensor_bytes([bank]),
             "layer_norms": tensor_bytes([norms]) if self.balance else 0,
             "seed": 16,  # the seed and the batch's number
-            "gradients": tensor_bytes(p.grad for p in layers if p.grad is not None),
+            "gradients": max(held),
         }
         self.last = StepReport(loss, names, norms, memory=memory)
-        self._update("warm-up", self.warmup_ratio)
+        if self.schedule != "in_backward":
+            self._update("warm-up", self.warmup_ratio)
         self._batch = _Batch(bank, layers, norms, self.batches, tuple(images.shape))
         self.batches += 1
         return loss
@@ -246,35 +274,37 @@ class BLDOptimizer(torch.optim.Optimizer):
                 f"{batch.bank.shape[1]} old classes, got {tuple(images.shape)} with {old_classes}; "
                 "call warm_up(images, labels) first"
             )
-        self.zero_grad()
+        self._gradients.begin(batch.layers)
         views = self._views(images, labels, sizes, batch.number)
+        last, held, updated = nullcontext(), [], False
         with self._stage(STATISTICS[self.statistics][1]):
+            if self.schedule == "in_backward":
+                last, updated = self._updating("joint", 1.0, batch.layers, None, held), True
             if not distil:
-                loss = new_task_pass(views, self.temperature)
-            elif self.schedule == "two_forward":
-                old_loss = distillation_pass(views, batch.bank, self.temperature)
-                self.last.distillation_loss.append(old_loss)
-                self._balance({p: p.grad for p in batch.layers if p.grad is not None})
-                loss = new_task_pass(views, self.temperature)
+                loss = new_task_pass(views, self.temperature, last)
+            elif self.schedule == "shared_forward":
+                loss, updated = self._shared_joint(views)
             else:
-                params = [p for p in batch.layers if p.requires_grad]
-                loss, old_loss, grads = shared_pass(views, batch.bank, self.temperature, params)
+                in_backward = self.balance_in_backward or self.schedule == "in_backward"
+                after = self._balancing() if in_backward else nullcontext()
+                old_loss = distillation_pass(views, batch.bank, self.temperature, after)
                 self.last.distillation_loss.append(old_loss)
-                self.last.memory["second_gradients"] = tensor_bytes(grads.values())
-                self._balance(grads)
-                for param, grad in grads.items():
-                    param.grad = grad if param.grad is None else param.grad.add_(grad)
+                if not in_backward:
+                    self._balance({p: p.grad for p in self._gradients.arrived(batch.layers)})
+                loss = new_task_pass(views, self.temperature, last)
             self._require_finite("joint", loss, *self.last.distillation_loss[-1:])
-            if self.check_finite:
+            if self.check_finite and not updated:
                 self._require_finite("joint", self._norms(batch.layers))
+        self.last.memory["gradients"] = max(self.last.memory["gradients"], *held, 0)
         self.last.new_loss.append(loss)
-        self._update("joint", 1.0)
+        if not updated:
+            self._update("joint", 1.0)
         return loss
 
     def release(self) -> None:
         """Drop the bank, the norms and the gradients, as before the next batch arrives."""
         self._batch = None
-        self.zero_grad()
+        self._gradients.release(self._parameters())
 
     # ---- passes over the views ----
 
@@ -302,34 +332,124 @@ class BLDOptimizer(torch.optim.Optimizer):
         return tuple(names), layers
 
     def _norms(self, layers: dict[Tensor, int]) -> Tensor:
-        held = [p for p in layers if p.grad is not None]
+        held = self._gradients.arrived(layers)
         if not held:
             raise RuntimeError("model: no parameter received a gradient; are all of them frozen?")
         count = max(layers.values()) + 1
         return ops.layer_norms([p.grad for p in held], [layers[p] for p in held], count)
 
     def _balance(self, grads: dict[Tensor, Tensor]) -> None:
+        self._report_balance(*self._balanced(grads))
+
+    def _balanced(self, grads: dict[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         index = [self._batch.layers[p] for p in grads]
-        factors, norms = ops.balance_layers_(
-            list(grads.values()), index, self._batch.reference_norms, self.balance
-        )
+        reference_norms = self._batch.reference_norms
+        return ops.balance_layers_(list(grads.values()), index, reference_norms, self.balance)
+
+    def _report_balance(self, factors: Tensor, norms: Tensor) -> None:
         self.last.factors.append(factors)
         self.last.distillation_norms.append(norms)
         self._require_finite("joint", norms)
 
-    def _update(self, stage: str, ratio: float) -> None:
+    @contextmanager
+    def _balancing(self) -> Iterator[None]:
+        """Around the last backward pass of L_d: rescale each layer once it is complete."""
+        factors = norms = None
+
+        def act(params: list[Tensor]) -> None:
+            nonlocal factors, norms
+            some, here = self._balanced({p: p.grad for p in params})
+            # layers that are not here have norm 0, and the factor that belongs to it
+            factors = some if factors is None else torch.where(here != 0, some, factors)
+            norms = here if norms is None else norms + here
+
+        with complete_layers(self._batch.layers, act):
+            yield
+        self._report_balance(factors, norms)
+
+    def _updating(
+        self,
+        stage: str,
+        ratio: float,
+        layers: dict[Tensor, int],
+        norms: Tensor | None,
+        held: list[int],
+    ) -> AbstractContextManager:
+        """Around the last backward pass: update each layer once it is complete, then release it.
+
+        Adds the layers' norms to `norms`, and to `held` the bytes of gradients held at a time.
+        """
+
+        def act(params: list[Tensor]) -> None:
+            held.append(tensor_bytes(p.grad for p in layers if p.grad is not None))
+            if norms is not None or self.check_finite:
+                index = [layers[p] for p in params]
+                found = ops.layer_norms([p.grad for p in params], index, max(layers.values()) + 1)
+                self._require_finite(stage, found)
+                if norms is not None:
+                    norms.add_(found)
+            self._update(stage, ratio, params)
+
+        return complete_layers(layers, act)
+
+    def _shared_joint(self, views: Views) -> tuple[Tensor, bool]:
+        """Both losses from one forward pass a view; returns L_t, and whether θ is updated."""
+        batch = self._batch
+        params = [p for p in batch.layers if p.requires_grad]
+        loss, old_loss, grads = shared_pass(
+            views, batch.bank, self.temperature, params, self._gradients.apart
+        )
+        self._gradients.hold_apart(grads)
+        self.last.distillation_loss.append(old_loss)
+        self.last.memory["second_gradients"] = tensor_bytes(grads.values())
+        lr = self._plain_sgd_rate()
+        came = self._gradients.arrived(batch.layers)
+        if lr is not None and not self.check_finite and set(came) == set(grads):
+            factors, norms = ops.balanced_sgd_(
+                came,
+                [grads[p] for p in came],
+                [p.grad for p in came],
+                [batch.layers[p] for p in came],
+                batch.reference_norms,
+                self.balance,
+                lr,
+            )
+            self._report_balance(factors, norms)
+            self._gradients.settle(batch.layers)
+            self._gradients.release(batch.layers)
+            return loss, True
+        self._balance(grads)
+        for param, grad in grads.items():
+            param.grad = grad.clone() if param.grad is None else param.grad.add_(grad)
+        return loss, False
+
+    def _plain_sgd_rate(self) -> float | Tensor | None:
+        """The learning rate where the base does nothing but θ - lr · G, which has a kernel."""
+        plain = type(self.base) is torch.optim.SGD
+        hooked = self.base._optimizer_step_pre_hooks or self.base._optimizer_step_post_hooks
+        rates = {group["lr"] for group in self.param_groups}
+        options = ("momentum", "weight_decay", "maximize", "differentiable")
+        if any(group.get(name) for group in self.param_groups for name in options):
+            plain = False
+        return rates.pop() if plain and not hooked and len(rates) == 1 else None
+
+    def _update(self, stage: str, ratio: float, params: list[Tensor] | None = None) -> None:
         """One update of the base optimizer at `ratio` times each group's learning rate."""
-        rates = [group["lr"] for group in self.param_groups]
+        params = self._parameters() if params is None else params
+        self._gradients.settle(params)
+        before = [(group["lr"], group["params"]) for group in self.param_groups]
+        chosen = set(params)
         try:
             for group in self.param_groups:
                 group["lr"] = group["lr"] * ratio
+                group["params"] = [p for p in group["params"] if p in chosen]
             self.base.step()
         finally:
-            for group, rate in zip(self.param_groups, rates, strict=True):
-                group["lr"] = rate
-        self.zero_grad()
+            for group, (rate, members) in zip(self.param_groups, before, strict=True):
+                group["lr"], group["params"] = rate, members
+        self._gradients.release(params)
         if self.check_finite:
-            self._require_finite(stage, *(p.detach() for p in self._parameters()))
+            self._require_finite(stage, *(p.detach() for p in params))
         if not self._warned_of_state and any(self.state.values()):
             self._warned_of_state = True
             warnings.warn(
@@ -349,7 +469,7 @@ class BLDOptimizer(torch.optim.Optimizer):
             try:
                 yield
             except BaseException:
-                self.zero_grad()
+                self._gradients.release(self._parameters())
                 raise
 
     @contextmanager
@@ -411,6 +531,7 @@ class BLDOptimizer(torch.optim.Optimizer):
         known = {*kept, *(param for group in others for param in group["params"])}
         first["params"] = kept + [param for param in named if param not in known]
         first["param_names"] = [named[param] for param in first["params"]]
+        self._gradients.forget(self._parameters())
 
     def _share_with_base(self) -> None:
         """One list of groups and one state for both, so schedulers and state_dict see it all."""

@@ -1,8 +1,11 @@
 """One pass of a stage over all views: losses, and gradients accumulated where they belong.
 
 Losses are summed over the batch by the ops and averaged over the views here; the gradient of each
-pass is added as soon as it is there, so no more than one pass of activations is ever held.
+pass is added as soon as it is there, so no more than one pass of activations is ever held. `last`
+is entered around the last backward pass, the one that completes the gradients.
 """
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -11,7 +14,15 @@ from bld_ext import ops
 from bld_ext.api.views import Views
 
 
-def warm_up_pass(views: Views, temperature: float, fill_bank: bool) -> tuple[Tensor, Tensor]:
+def _backward(loss: Tensor, views: Views, rows: slice, last: AbstractContextManager) -> None:
+    is_last = rows.stop == views.count * len(views.images)
+    with last if is_last else nullcontext():
+        (loss / views.count).backward()
+
+
+def warm_up_pass(
+    views: Views, temperature: float, fill_bank: bool, last: AbstractContextManager
+) -> tuple[Tensor, Tensor]:
     """G_w into .grad; returns L_t and the bank, `[V·B, C_old, *]`, or one without classes."""
     bank, losses = None, []
     for rows, logits, labels in views:
@@ -20,35 +31,44 @@ def warm_up_pass(views: Views, temperature: float, fill_bank: bool) -> tuple[Ten
         if bank is None:
             bank = targets.new_empty(views.count * len(views.images), *targets.shape[1:])
         bank[rows] = targets
-        (loss / views.count).backward()
+        _backward(loss, views, rows, last)
         losses.append(loss.detach())
     return torch.stack(losses).sum() / views.count, bank
 
 
-def new_task_pass(views: Views, temperature: float) -> Tensor:
+def new_task_pass(views: Views, temperature: float, last: AbstractContextManager) -> Tensor:
     """Add dL_t/dθ to .grad; returns L_t."""
     losses = []
-    for _, logits, labels in views:
+    for rows, logits, labels in views:
         loss, _ = ops.warm_up_loss(logits, labels, views.sizes, temperature)
-        (loss / views.count).backward()
+        _backward(loss, views, rows, last)
         losses.append(loss.detach())
     return torch.stack(losses).sum() / views.count
 
 
-def distillation_pass(views: Views, bank: Tensor, temperature: float) -> Tensor:
+def distillation_pass(
+    views: Views, bank: Tensor, temperature: float, last: AbstractContextManager
+) -> Tensor:
     """G_d into .grad; returns L_d."""
     losses = []
     for rows, logits, _ in views:
         loss = ops.distillation_loss(logits, bank[rows], views.sizes[:-1], temperature)
-        (loss / views.count).backward()
+        _backward(loss, views, rows, last)
         losses.append(loss.detach())
     return torch.stack(losses).sum() / views.count
 
 
 def shared_pass(
-    views: Views, bank: Tensor, temperature: float, params: list[Tensor]
+    views: Views,
+    bank: Tensor,
+    temperature: float,
+    params: list[Tensor],
+    buffers: dict[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor, dict[Tensor, Tensor]]:
-    """dL_t/dθ into .grad and G_d apart, from the same forward passes; returns L_t, L_d and G_d."""
+    """dL_t/dθ into .grad and G_d apart, from the same forward passes; returns L_t, L_d and G_d.
+
+    G_d is held in `buffers` where it has one for a parameter.
+    """
     new_losses, old_losses = [], []
     distilled: dict[Tensor, Tensor] = {}
     for rows, logits, labels in views:
@@ -57,6 +77,8 @@ def shared_pass(
         for param, grad in zip(params, grads, strict=True):
             if grad is not None and param in distilled:
                 distilled[param].add_(grad)
+            elif grad is not None and param in buffers:
+                distilled[param] = buffers[param].copy_(grad)
             elif grad is not None:
                 distilled[param] = grad.clone()  # autograd may return one tensor for two parameters
         (new / views.count).backward()

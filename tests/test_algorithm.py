@@ -106,7 +106,7 @@ class StraightLine:
 
 
 @pytest.mark.parametrize("layer", ["module", "tensor", "network"])
-@pytest.mark.parametrize("schedule", ["two_forward", "shared_forward"])
+@pytest.mark.parametrize("schedule", ["two_forward", "shared_forward", "in_backward"])
 @pytest.mark.parametrize("views_per_pass", [1, 3, 4], ids="{}_views_a_pass".format)
 def test_equals_the_paper_s_algorithms(schedule, layer, views_per_pass, make_model, make_batch):
     # a mask is drawn for a whole pass, so it agrees with the straight line only for single views

@@ -334,6 +334,7 @@ PASSES = {
     "two_forward": {0: "warm-up", 1: "warm-up", 2: "joint", 5: "joint", 7: "joint", 9: "joint"},
     "shared_forward": {0: "warm-up", 1: "warm-up", 2: "joint", 5: "joint"},
 }
+PASSES["in_backward"] = PASSES["two_forward"]
 
 
 @pytest.mark.parametrize("statistics", ["once", "every_pass"])

@@ -12,7 +12,7 @@ from torch.utils import cpp_extension
 ROOT = Path(__file__).parents[1]
 ARCHITECTURES = (80, 90, 120)
 # What fits on a multiprocessor decides how many loads are in flight: see benchmarks/README.md.
-REGISTERS = {"measure_kernel": 64, "rescale_kernel": 56, "update_kernel": 80}
+REGISTERS = {"measure_kernel": 64, "rescale_kernel": 48, "update_kernel": 80}
 
 
 def find_nvcc():
@@ -36,8 +36,8 @@ def test_layers(tmp_path):
     assert done.returncode == 0, done.stderr
     report = done.stdout + done.stderr
     kernels = re.findall(
-        r"entry function '_ZN7bld_ext\d+(\w+?_kernel)\w*' for 'sm_(\d+)'.*?(\d+) bytes spill stores,"
-        r" (\d+) bytes spill loads.*?Used (\d+) registers",
+        r"entry function '_ZN7bld_ext\d+(\w+?_kernel)\w*' for 'sm_(\d+)'"
+        r".*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
         report,
         re.DOTALL,
     )

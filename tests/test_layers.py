@@ -176,16 +176,23 @@ def test_balanced_sgd(kind, lr, gradient_scale, dtypes):
         assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
 
 
-def test_balanced_sgd_is_balance_and_step():
-    fused, params = make_tensors(), make_tensors()
-    old, new = make_tensors(seed=1), make_tensors(seed=2)
-    fused_diagnostics = ops.balanced_sgd_(fused, old, new, LAYERS, REFERENCE, 2.0, 0.1)
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
+    reason="torch's SGD rounds twice without fused multiply-add",
+)
+@pytest.mark.parametrize("lr", [0.1, 1e-4])
+@pytest.mark.parametrize("dtype", [f32, f64], ids=str)
+def test_balanced_sgd_is_balance_and_sgd_bit_for_bit(dtype, lr):
+    fused, plain = ([t.to(dtype) for t in make_tensors()] for _ in range(2))
+    old, new = ([t.to(dtype) for t in make_tensors(seed=seed)] for seed in (1, 2))
+    fused_diagnostics = ops.balanced_sgd_(fused, old, new, LAYERS, REFERENCE, 2.0, lr)
     diagnostics = ops.balance_layers_(old, LAYERS, REFERENCE, 2.0)
     assert all(map(torch.equal, fused_diagnostics, diagnostics))
-    for f, p, d, n in zip(fused, params, old, new, strict=True):
-        size = p.abs() + 0.1 * (d.abs() + n.abs())
-        p -= 0.1 * (d + n)
-        assert ((f - p).abs() <= 2 * eps(f) * size).all()
+    params = [torch.nn.Parameter(t) for t in plain]
+    for param, d, n in zip(params, old, new, strict=True):
+        param.grad = n + d
+    torch.optim.SGD(params, lr=lr, foreach=False).step()
+    assert all(map(torch.equal, fused, params))
 
 
 @pytest.mark.parametrize("value", [-1.0, torch.nan, torch.inf, -torch.inf])

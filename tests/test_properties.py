@@ -10,7 +10,7 @@ from torch import nn
 from bld_ext import BLDOptimizer, MultiHead, SeededAugment, bank_bytes, ops, tensor_bytes
 
 AUGMENT = SeededAugment(crop_padding=1, rotation=15, jitter=0.2)
-SCHEDULES = pytest.mark.parametrize("schedule", ["two_forward", "shared_forward"])
+SCHEDULES = pytest.mark.parametrize("schedule", ["two_forward", "shared_forward", "in_backward"])
 
 
 def make_optimizer(model, **options):

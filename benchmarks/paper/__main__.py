@@ -99,7 +99,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--temperature", type=float, help="τ of the softened predictions")
     add("--statistics", choices=["once", "every_pass"], help="when running statistics move")
     add("--momentum", type=fraction, help="BatchNorm's momentum")
-    add("--schedule", choices=["two_forward", "shared_forward"], help="see BLDOptimizer")
+    add(
+        "--schedule",
+        choices=["two_forward", "shared_forward", "in_backward"],
+        help="see BLDOptimizer",
+    )
     add("--views-per-pass", type=positive, help="views that go through the network at once")
     add("--jobs", type=positive, help="runs at a time (default: one a core, or one on a GPU)")
     add("--threads", type=positive, default=1, help="CPU threads of each run (default: 1)")

@@ -92,7 +92,7 @@ inline Registers registers() {
     if (wanted != "default" && wanted != "avx2" && __builtin_cpu_supports("avx512f") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
       return Registers::avx512;
-    if (wanted != "default" && __builtin_cpu_supports("avx2"))
+    if (wanted != "default" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
       return Registers::avx2;
     return Registers::baseline;
   }();

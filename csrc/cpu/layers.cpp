@@ -111,7 +111,11 @@ BLD_EXT_INLINE void rescale(const Item &item, const Chunk &chunk, acc_t factor) 
   }
 }
 
-// θ ← θ - α (f · G_d + G_t)
+BLD_EXT_INLINE float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+BLD_EXT_INLINE double fused(double a, double b, double c) { return __builtin_fma(a, b, c); }
+
+// θ ← θ - α (f · G_d + G_t), the last product and sum rounded once: the bits of rescaling, adding
+// and torch's SGD one after the other.
 template <typename acc_t>
 BLD_EXT_INLINE void update(const Item &item, const Chunk &chunk, acc_t factor, acc_t lr) {
   alignas(64) acc_t buffers[3][BLOCK];
@@ -127,11 +131,16 @@ BLD_EXT_INLINE void update(const Item &item, const Chunk &chunk, acc_t factor, a
       std::memcpy(&p, param + i, sizeof p);
       std::memcpy(&d, old_grad + i, sizeof d);
       std::memcpy(&g, new_grad + i, sizeof g);
-      p -= lr * (factor * d + g);
-      std::memcpy(param + i, &p, sizeof p);
+      d = factor * d + g;
+      acc_t before[LINE<acc_t>], total[LINE<acc_t>];
+      std::memcpy(before, &p, sizeof p);
+      std::memcpy(total, &d, sizeof d);
+      for (int64_t k = 0; k < LINE<acc_t>; ++k)
+        before[k] = fused(-lr, total[k], before[k]);
+      std::memcpy(param + i, before, sizeof p);
     }
     for (; i < n; ++i)
-      param[i] -= lr * (factor * old_grad[i] + new_grad[i]);
+      param[i] = fused(-lr, factor * old_grad[i] + new_grad[i], param[i]);
     write(item.param, start, n, param);
   }
 }
@@ -168,11 +177,11 @@ void change_baseline(const Item &item, const Chunk &chunk, const Change &by) {
   change(item, chunk, by);
 }
 #if defined(__x86_64__)
-[[gnu::target("avx2,f16c")]] double measure_avx2(const Item &item, const Chunk &chunk) {
+[[gnu::target("avx2,fma")]] double measure_avx2(const Item &item, const Chunk &chunk) {
   return measure<4>(item, chunk);
 }
-[[gnu::target("avx2,f16c")]] void change_avx2(const Item &item, const Chunk &chunk,
-                                              const Change &by) {
+[[gnu::target("avx2,fma")]] void change_avx2(const Item &item, const Chunk &chunk,
+                                             const Change &by) {
   change(item, chunk, by);
 }
 [[gnu::target("avx512f,avx512dq,avx512vl,avx512bw")]] double measure_avx512(const Item &item,

@@ -236,16 +236,14 @@ __global__ void __launch_bounds__(THREADS) rescale_kernel(Walk walk, Result resu
   });
 }
 
-// θ - α (f · G_d + G_t), each operation rounded by itself, as on a CPU.
+// θ - α (f · G_d + G_t), the last product and sum rounded once, as on a CPU.
 __device__ __forceinline__ float step(float param, float old_grad, float new_grad, float factor,
                                       float lr) {
-  const float total = __fadd_rn(__fmul_rn(factor, old_grad), new_grad);
-  return __fsub_rn(param, __fmul_rn(lr, total));
+  return __fmaf_rn(-lr, __fadd_rn(__fmul_rn(factor, old_grad), new_grad), param);
 }
 __device__ __forceinline__ double step(double param, double old_grad, double new_grad,
                                        double factor, double lr) {
-  const double total = __dadd_rn(__dmul_rn(factor, old_grad), new_grad);
-  return __dsub_rn(param, __dmul_rn(lr, total));
+  return __fma_rn(-lr, __dadd_rn(__dmul_rn(factor, old_grad), new_grad), param);
 }
 
 template <typename acc_t, typename T>
