@@ -99,9 +99,13 @@ def peak_extra_bytes(call: Callable[[], object]) -> int:
 
 
 @functools.cache
-def copy_bandwidth() -> float:
-    """Bytes read and written a second by a copy far larger than the caches: the ceiling."""
-    n = 2**28 if DEVICE.type == "cuda" else 2**26
+def copy_bandwidth(n: int | None = None) -> float:
+    """Bytes read and written a second by a copy: the ceiling.
+
+    Of n floats on a CPU, where they may stay in a cache between calls; else far larger than that.
+    """
+    if n is None or DEVICE.type == "cuda":
+        n = 2**28 if DEVICE.type == "cuda" else 2**26
     source = torch.ones(n, device=DEVICE)
     target = torch.empty_like(source)
     times = []
@@ -115,12 +119,36 @@ def copy_bandwidth() -> float:
     return 8 * n / statistics.median(times[2:])
 
 
-def record(benchmark, seconds: float | None, nbytes: int, call: Callable[[], object]) -> None:
-    """What the table shows of a row, into pytest-benchmark's JSON."""
+def host_seconds(call: Callable[[], object]) -> float | None:
+    """What the CPU needs to issue one call to the GPU."""
+    if DEVICE.type == "cpu":
+        return None
+    times = []
+    for _ in range(50):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    torch.cuda.synchronize()
+    return statistics.median(times)
+
+
+def record(
+    benchmark,
+    seconds: float | None,
+    nbytes: int,
+    call: Callable[[], object],
+    copied: int | None = None,
+) -> None:
+    """What the table shows of a row, into pytest-benchmark's JSON.
+
+    `copied`: the floats of the copy it is compared with, see `copy_bandwidth`.
+    """
     if seconds is None:
         return
     info = dict(us=seconds * 1e6, bytes=nbytes, gb_per_s=nbytes / seconds / 1e9)
-    info["copy_gb_per_s"] = copy_bandwidth() / 1e9
+    info["copy_gb_per_s"] = copy_bandwidth(copied) / 1e9
+    info["host_us"] = None if (host := host_seconds(call)) is None else host * 1e6
     info["peak_extra_bytes"] = peak_extra_bytes(call)
     info["launches"] = launches(call)
     info["device"] = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"

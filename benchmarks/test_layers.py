@@ -1,0 +1,194 @@
+"""Per-layer norms, rescaling and update against what one writes without them.
+
+`pytest benchmarks/test_layers.py --benchmark-enable`. A case is the parameters of a network, one
+layer a module, or a list of small tensors. `balance` measures each layer of G_d and rescales it;
+`update` also adds G_t and takes the SGD step. Each implementation is checked against float64 before
+it is timed.
+"""
+
+import functools
+
+import pytest
+import torch
+import torchvision
+
+from benchmarks import measure
+from bld_ext import ops, reference
+
+BALANCE, LR = 2.0, 1e-6
+CASES = {
+    "tiny": [(8,)] * 62,  # what a call costs beside the work, for as many tensors as ResNet18 has
+    "list-2000": [(1 + 37 * i % 4096,) for i in range(2000)],
+    "resnet18": torchvision.models.resnet18,
+    "resnet50": torchvision.models.resnet50,
+    "vit_b_16": torchvision.models.vit_b_16,
+}
+# Bytes that have to be moved for a float32 element: G_d read and written; θ, G_d, G_t read and θ
+# written. A gradient that does not stay in a cache is read once more.
+BYTES = {"balance": 8, "update": 16}
+
+
+@functools.cache
+def shapes_and_layers(case):
+    if isinstance(CASES[case], list):
+        return CASES[case], list(range(len(CASES[case])))
+    with torch.device("meta"):
+        named = list(CASES[case]().named_parameters())
+    index = {}
+    for name, _ in named:
+        index.setdefault(name.rpartition(".")[0], len(index))
+    return [p.shape for _, p in named], [index[name.rpartition(".")[0]] for name, _ in named]
+
+
+# ---- norm and rescale: (G_d, layers, ‖G_w‖) -> nothing; changes G_d ----
+
+
+def loop_balance(grads, layers, reference_norms):
+    """As the paper reads: layer by layer."""
+    members = {}
+    for grad, l in zip(grads, layers, strict=True):
+        members.setdefault(l, []).append(grad)
+    for l, own in members.items():
+        norm = torch.stack([grad.norm() for grad in own]).norm()
+        factor = torch.where(norm > 0, BALANCE * reference_norms[l] / norm, 0)
+        for grad in own:
+            grad.mul_(factor)
+
+
+def foreach_factors(grads, layers, reference_norms):
+    """A zero-dim factor for each tensor."""
+    index = index_on(grads[0].device, tuple(layers))
+    squares = torch.stack(torch._foreach_norm(grads)).square()
+    norms = torch.zeros_like(reference_norms).index_add_(0, index, squares).sqrt()
+    factors = torch.where(norms > 0, BALANCE * reference_norms / norms, 0)
+    return list(factors[index].unbind())
+
+
+@functools.cache
+def index_on(device, layers):
+    return torch.tensor(layers, device=device)
+
+
+def foreach_balance(grads, layers, reference_norms):
+    torch._foreach_mul_(grads, foreach_factors(grads, layers, reference_norms))
+
+
+def ours_balance(grads, layers, reference_norms):
+    ops.balance_layers_(grads, layers, reference_norms, BALANCE)
+
+
+def apex_norms(grads):
+    import amp_C
+    from apex.multi_tensor_apply import multi_tensor_applier
+
+    zero = torch.zeros(1, dtype=torch.int, device=grads[0].device)
+    return multi_tensor_applier(amp_C.multi_tensor_l2norm, zero, [grads], True)[1]
+
+
+def apex_balance(grads, layers, reference_norms):
+    index = index_on(grads[0].device, tuple(layers))
+    squares = apex_norms(grads).square()
+    norms = torch.zeros_like(reference_norms).index_add_(0, index, squares).sqrt()
+    factors = torch.where(norms > 0, BALANCE * reference_norms / norms, 0)
+    torch._foreach_mul_(grads, list(factors[index].unbind()))
+
+
+# ---- the same and the update: (θ, G_d, G_t, layers, ‖G_w‖) -> nothing; changes θ, perhaps G_d ----
+
+
+def loop_update(params, old, new, layers, reference_norms):
+    loop_balance(old, layers, reference_norms)
+    for param, d, n in zip(params, old, new, strict=True):
+        param.sub_(LR * (d + n))
+
+
+def foreach_update(params, old, new, layers, reference_norms):
+    """Norm, scale, add, and what torch.optim.SGD(foreach=True) does."""
+    foreach_balance(old, layers, reference_norms)
+    torch._foreach_add_(old, new)
+    torch._foreach_add_(params, old, alpha=-LR)
+
+
+def addcmul_update(params, old, new, layers, reference_norms):
+    """G_d is only read; fast from torch 2.13 on."""
+    factors = foreach_factors(old, layers, reference_norms)
+    torch._foreach_addcmul_(params, old, factors, value=-LR)
+    torch._foreach_add_(params, new, alpha=-LR)
+
+
+def ours_update(params, old, new, layers, reference_norms):
+    ops.balanced_sgd_(params, old, new, layers, reference_norms, BALANCE, LR)
+
+
+IMPLEMENTATIONS = {
+    "balance": {
+        "loop": loop_balance,
+        "foreach": foreach_balance,
+        "compile-loop": loop_balance,
+        "compile-foreach": foreach_balance,
+        "apex": apex_balance,
+        "ours": ours_balance,
+    },
+    "update": {
+        "loop": loop_update,
+        "foreach": foreach_update,
+        "addcmul": addcmul_update,
+        "compile-foreach": foreach_update,
+        "compile-addcmul": addcmul_update,
+        "ours": ours_update,
+    },
+}
+
+
+# ---- inputs, the answer, the measurement ----
+
+
+def make_inputs(op, case, seed):
+    """The lists that the op works on, and the reference norms."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes, layers = shapes_and_layers(case)
+    lists = [
+        [torch.randn(shape, generator=generator).to(measure.DEVICE) for shape in shapes]
+        for _ in range(1 if op == "balance" else 3)
+    ]
+    norms = 1 + torch.rand(max(layers) + 1, generator=generator)
+    return [*lists, layers, norms.to(measure.DEVICE)]
+
+
+def check(op, run, inputs):
+    """What was written, against float64; the inputs are those of one call afterwards."""
+    *lists, layers, norms = inputs
+    exact = [[tensor.double() for tensor in tensors] for tensors in lists]
+    scalars = [torch.tensor(value, dtype=torch.float64) for value in (BALANCE, LR)]
+    if op == "balance":
+        reference.balance_layers_(*exact, layers, norms.double(), scalars[0])
+    else:
+        reference.balanced_sgd_(*exact, layers, norms.double(), *scalars)
+    run(*inputs)
+    for found, expected in zip(lists[0], exact[0], strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "op, name", [(op, name) for op, names in IMPLEMENTATIONS.items() for name in names]
+)
+def test_op(benchmark, case, op, name):
+    run = IMPLEMENTATIONS[op][name]
+    if not benchmark.enabled and (name.startswith("compile") or case in ("resnet50", "vit_b_16")):
+        pytest.skip("takes seconds, and is timed only")
+    if name == "compile-loop" and case in ("list-2000", "resnet50", "vit_b_16"):
+        pytest.skip("torch.compile takes minutes for as many separate norms")
+    if name == "apex":
+        pytest.importorskip("amp_C")
+    if name.startswith("compile"):
+        torch._dynamo.reset()
+        run = torch.compile(run, fullgraph=True)
+    elements = sum(torch.Size(shape).numel() for shape in shapes_and_layers(case)[0])
+    nbytes = BYTES[op] * elements
+    sets = [make_inputs(op, case, seed) for seed in range(measure.copies(nbytes))]
+    check(op, run, sets[0])
+
+    benchmark.group = f"{op} {case}"
+    seconds = measure.time_calls(benchmark, [lambda s=s: run(*s) for s in sets], nbytes)
+    measure.record(benchmark, seconds, nbytes, lambda: run(*sets[0]), copied=elements)
