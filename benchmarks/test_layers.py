@@ -103,10 +103,18 @@ def loop_update(params, old, new, layers, reference_norms):
 
 
 def foreach_update(params, old, new, layers, reference_norms):
-    """Norm, scale, add, and what torch.optim.SGD(foreach=True) does."""
     foreach_balance(old, layers, reference_norms)
     torch._foreach_add_(old, new)
     torch._foreach_add_(params, old, alpha=-LR)
+
+
+def sgd_update(params, old, new, layers, reference_norms):
+    """The same with the optimizer that one has."""
+    foreach_balance(old, layers, reference_norms)
+    torch._foreach_add_(old, new)
+    for param, grad in zip(params, old, strict=True):
+        param.grad = grad
+    torch.optim.SGD(params, lr=LR, foreach=True).step()
 
 
 def addcmul_update(params, old, new, layers, reference_norms):
@@ -132,6 +140,7 @@ IMPLEMENTATIONS = {
     "update": {
         "loop": loop_update,
         "foreach": foreach_update,
+        "foreach-SGD": sgd_update,
         "addcmul": addcmul_update,
         "compile-foreach": foreach_update,
         "compile-addcmul": addcmul_update,

@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>
-#include <limits>
 #include <tuple>
 
 #include "../layers.h"
@@ -14,8 +13,10 @@
 namespace bld_ext {
 namespace {
 
-constexpr int64_t BLOCK = 512;             // elements converted at a time
-constexpr int64_t GROUP_BYTES = 1 << 20;   // of float gradients, for each thread
+constexpr int64_t BLOCK = 512; // elements converted at a time
+// Of float gradients, for each thread: what stays in its cache while a group is changed. An update
+// lets two more tensors through.
+constexpr int64_t RESCALE_BYTES = 1 << 20, UPDATE_BYTES = 1 << 19;
 constexpr int64_t FETCH_BYTES = 4096;      // that the processor is told ahead of
 constexpr int64_t SERIAL_ELEMENTS = 16384; // where waking a thread takes longer than the work
 
@@ -151,15 +152,19 @@ template <int64_t D> BLD_EXT_INLINE double measure(const Item &item, const Chunk
                                            : sum_squares<float, D>(item, chunk);
 }
 
+// What follows once a layer is measured.
+enum class After { nothing, rescale, update };
+
 struct Change {
+  After after;
   double factor, lr; // lr is of the update
 };
 
 BLD_EXT_INLINE void change(const Item &item, const Chunk &chunk, const Change &by) {
   const float factor = static_cast<float>(by.factor), lr = static_cast<float>(by.lr);
-  if (item.param.data && item.param.dtype == Dtype::f64)
+  if (by.after == After::update && item.param.dtype == Dtype::f64)
     update<double>(item, chunk, by.factor, by.lr);
-  else if (item.param.data)
+  else if (by.after == After::update)
     update<float>(item, chunk, factor, lr);
   else if (item.old_grad.dtype == Dtype::f64)
     rescale<double>(item, chunk, by.factor);
@@ -272,14 +277,17 @@ std::vector<Group> groups_of(const LayerTable &table, int64_t group_bytes) {
   return groups;
 }
 
-// Every group is measured, then changed if `changes`. Calls finish(l, Σ x²), which returns the
+// Every group is measured; then its layers are changed. Calls finish(l, Σ x²), which returns the
 // layer's factor, in between. The threads meet once a group: while one is changed, the next is
 // measured.
 template <typename Finish>
-void walk(const LayerTable &table, bool changes, double lr, const Finish &finish) {
+void walk(const LayerTable &table, After after, double lr, const Finish &finish) {
   const Kernels run = kernels();
-  const std::vector<Group> groups =
-      groups_of(table, changes ? GROUP_BYTES : std::numeric_limits<int64_t>::max() / 4096);
+  const bool changes = after != After::nothing;
+  const int64_t bytes = after == After::update    ? UPDATE_BYTES
+                        : after == After::rescale ? RESCALE_BYTES
+                                                  : int64_t(1) << 40;
+  const std::vector<Group> groups = groups_of(table, bytes);
   const int64_t count = static_cast<int64_t>(groups.size());
   std::vector<double> sums(table.chunks.size()), factors(table.first_chunk.size());
   for (int64_t g = 0; g < count + changes; ++g) {
@@ -289,7 +297,7 @@ void walk(const LayerTable &table, bool changes, double lr, const Finish &finish
       if (before) // backwards: what was measured last is in the cache first
         for (int64_t c = before->bounds[end]; c-- > before->bounds[begin];) {
           const Chunk &chunk = table.chunks[c];
-          run.change(table.items[chunk.tensor], chunk, {factors[chunk.layer], lr});
+          run.change(table.items[chunk.tensor], chunk, {after, factors[chunk.layer], lr});
         }
       if (now)
         for (int64_t c = now->bounds[begin]; c < now->bounds[end]; ++c)
@@ -357,7 +365,7 @@ Tensor layer_norms(std::vector<Tensor> tensors, std::vector<int64_t> layers, int
   align({&list});
   const auto table = find_table({&list}, list, layers, num_layers);
   Tensor norms = new_norms(list, num_layers);
-  walk(*table, false, 0, [&](int64_t l, double sum) {
+  walk(*table, After::nothing, 0, [&](int64_t l, double sum) {
     set(norms, l, std::sqrt(sum));
     return 0;
   });
@@ -368,7 +376,7 @@ Tensor layer_norms(std::vector<Tensor> tensors, std::vector<int64_t> layers, int
 std::tuple<Tensor, Tensor> balance(const std::vector<TensorList *> &lists, TensorList &measured,
                                    const std::vector<int64_t> &layers,
                                    const Tensor &reference_norms, const Tensor &balance_,
-                                   double lr) {
+                                   After after, double lr) {
   STD_TORCH_CHECK(reference_norms.dim() == 1 && reference_norms.is_cpu(),
                   "reference_norms: expected one norm a layer, [L], on the CPU");
   dtype_of("reference_norms", reference_norms);
@@ -380,7 +388,7 @@ std::tuple<Tensor, Tensor> balance(const std::vector<TensorList *> &lists, Tenso
   const auto table = find_table(lists, measured, layers, L);
 
   Tensor factors = new_norms(measured, L), norms = new_norms(measured, L);
-  walk(*table, true, lr, [&](int64_t l, double sum) {
+  walk(*table, after, lr, [&](int64_t l, double sum) {
     set(norms, l, std::sqrt(sum));
     set(factors, l,
         norms.scalar_type() == ScalarType::Double
@@ -396,7 +404,7 @@ std::tuple<Tensor, Tensor> balance(const std::vector<TensorList *> &lists, Tenso
 std::tuple<Tensor, Tensor> balance_layers_(std::vector<Tensor> grads, std::vector<int64_t> layers,
                                            const Tensor &reference_norms, const Tensor &balance_) {
   TensorList list{"grads", std::move(grads), true};
-  return balance({&list}, list, layers, reference_norms, balance_, 0);
+  return balance({&list}, list, layers, reference_norms, balance_, After::rescale, 0);
 }
 
 std::tuple<Tensor, Tensor> balanced_sgd_(std::vector<Tensor> params,
@@ -408,7 +416,7 @@ std::tuple<Tensor, Tensor> balanced_sgd_(std::vector<Tensor> params,
   TensorList old_grad{"distill_grads", std::move(distill_grads), false};
   TensorList new_grad{"new_grads", std::move(new_grads), false};
   return balance({&param, &old_grad, &new_grad}, old_grad, layers, reference_norms, balance_,
-                 scalar("lr", lr));
+                 After::update, scalar("lr", lr));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bld_ext, CPU, m) {
