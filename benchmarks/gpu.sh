@@ -3,20 +3,22 @@
 #
 #     OUT=folder bash benchmarks/gpu.sh [part]...
 #
-# Parts: build tests memcheck racecheck head_softmax distillation warm_up joint table; the four
-# names of ops are benchmarks. Runs those named, or all, in this order; each ends within nine
-# minutes, and one that fails does not keep the others from running. Logs, pytest-benchmark's JSON
-# and a readable table go to $OUT (default: runs/gpu).
+# Parts: build tests memcheck racecheck head_softmax distillation warm_up joint balance update
+# table; the six names of ops are benchmarks. Runs those named, or all, in this order; each ends
+# within nine minutes, and one that fails does not keep the others from running. Logs,
+# pytest-benchmark's JSON and a readable table go to $OUT (default: runs/gpu).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export OUT=${OUT:-runs/gpu}
 export CUBLAS_WORKSPACE_CONFIG=:4096:8 # the tests turn deterministic algorithms on
 mkdir -p "$OUT"
-all=(build tests memcheck racecheck head_softmax distillation warm_up joint table)
+all=(build tests memcheck racecheck head_softmax distillation warm_up joint balance update table)
 limit=(timeout --kill-after=10 530)
 # The ops alone, without graphs and large inputs. Without torch's caching every tensor is an
 # allocation of its own, with bounds that can be overstepped.
-watched=(tests/test_triton.py -k "parity or bit_for_bit or layout or inside or no_class or rows")
+watched=(tests/test_triton.py tests/test_gpu_layers.py
+  -k "parity or bit_for_bit or layout or inside or no_class or rows or agree or views or outside or \
+  any_length")
 sanitizer=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${limit[@]}" compute-sanitizer
   --error-exitcode 9 --print-limit 20)
 
@@ -26,15 +28,19 @@ machine() {
     torch.__version__, 'CUDA', torch.version.cuda, 'Triton', triton.__version__)"
   git rev-parse HEAD
 }
+measure() { # file, op
+  "${limit[@]}" python3 -m pytest -q "$1" -k "[$2-" --benchmark-enable --benchmark-disable-gc \
+    --benchmark-json "$OUT/$2.json"
+}
 run() {
   case $1 in
     build) "${limit[@]}" python3 -m pip install --no-build-isolation --no-deps -e . ;;
-    tests) "${limit[@]}" python3 -m pytest -q tests/test_gpu.py tests/test_triton.py \
-      tests/test_losses.py ;;
+    tests) "${limit[@]}" python3 -m pytest -q tests/test_gpu.py tests/test_gpu_layers.py \
+      tests/test_triton.py tests/test_losses.py ;;
     memcheck | racecheck) "${sanitizer[@]}" --tool "$1" python3 -m pytest -q -x "${watched[@]}" ;;
     table) python3 -m benchmarks.table "$OUT"/*.json | tee "$OUT/table.md" ;;
-    *) "${limit[@]}" python3 -m pytest -q benchmarks/test_distillation.py -k "[$1-" \
-      --benchmark-enable --benchmark-disable-gc --benchmark-json "$OUT/$1.json" ;;
+    balance | update) measure benchmarks/test_layers.py "$1" ;;
+    *) measure benchmarks/test_distillation.py "$1" ;;
   esac
 }
 
