@@ -4,6 +4,8 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
+from bld_ext.api.memory import tensor_bytes
+
 
 class Gradients:
     """The `.grad` of an optimizer's parameters, from the start of a stage to its update.
@@ -59,6 +61,10 @@ class Gradients:
         for buffer in [*used, *self.apart.values()]:
             buffer.zero_()
         self._versions.clear()
+
+    def nbytes(self) -> int:
+        """Bytes of the memory that is kept."""
+        return tensor_bytes([*self._kept.values(), *self.apart.values()])
 
     def forget(self, params: Iterable[Tensor]) -> None:
         """Drop the memory of parameters that are no longer there, all but `params`."""

@@ -8,8 +8,9 @@ their gradients.
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +19,12 @@ from bld_ext import ops
 from bld_ext.api import checks
 from bld_ext.api.batch_norm import ViewBatchNorm, convert_view_batchnorm, view_statistics
 from bld_ext.api.gradients import Gradients
-from bld_ext.api.in_backward import complete_layers
+from bld_ext.api.layers import KINDS, Layers
 from bld_ext.api.memory import tensor_bytes
 from bld_ext.api.passes import distillation_pass, new_task_pass, shared_pass, warm_up_pass
 from bld_ext.api.precision import exact_float32
 from bld_ext.api.views import Views
 
-LAYERS = ("module", "tensor", "network")
 SCHEDULES = ("two_forward", "shared_forward", "in_backward")
 STATISTICS = {"once": ("pool", "keep"), "every_pass": ("every_pass", "every_pass")}
 
@@ -43,7 +43,8 @@ class StepReport:
         distillation_loss: L_d of each; empty while there is no old head.
         distillation_norms: ‖G_d‖ before balancing, `[L]` each. All zero means: no distillation.
         factors: λ‖G_w‖/‖G_d‖, `[L]` each.
-        memory: bytes held while the batch was learned, beside the network and the activations.
+        memory: bytes held while the batch was learned, beside the network and the activations;
+            "kept_gradients" are held between batches too, as zeros.
     """
 
     warm_up_loss: Tensor
@@ -61,7 +62,7 @@ class _Batch:
     """What the warm-up leaves for the joint repetitions; released before the next batch."""
 
     bank: Tensor  # [V·B, C_old, *]
-    layers: dict[Tensor, int]  # the layer index of each parameter
+    layers: Layers
     reference_norms: Tensor  # [L]
     number: int  # of this batch in the stream
     shape: tuple[int, ...]
@@ -155,7 +156,7 @@ class BLDOptimizer(torch.optim.Optimizer):
         if views is None:
             views = 50 if augment else 1
         checks.model(model)
-        checks.choice("layer", layer, LAYERS)
+        checks.choice("layer", layer, KINDS)
         checks.choice("schedule", schedule, SCHEDULES)
         checks.choice("statistics", statistics, STATISTICS)
         checks.apart(
@@ -231,18 +232,26 @@ class BLDOptimizer(torch.optim.Optimizer):
         sizes = self._check(images, labels)
         self._follow_model()
         self.release()
-        names, layers = self._layers()
-        self._gradients.begin(layers)
-        norms = next(iter(layers)).new_zeros(len(names))
+        layers = Layers.of(self.model, self._parameters(), self.layer)
+        self._gradients.begin(layers.index)
+        in_backward = self.schedule == "in_backward"
         last, held = nullcontext(), []
         with self._stage(STATISTICS[self.statistics][0]):
-            if self.schedule == "in_backward":
-                last = self._updating("warm-up", self.warmup_ratio, layers, norms, held)
             views = self._views(images, labels, sizes, self.batches)
+            if in_backward:
+                norms = next(iter(layers.index)).new_zeros(len(layers.names))
+
+                def measured(found: Tensor) -> None:
+                    self._require_finite("warm-up", found)
+                    norms.add_(found)
+
+                update = partial(self._update, "warm-up", self.warmup_ratio)
+                last = layers.updating(update, measured, held)
             loss, bank = warm_up_pass(views, self.temperature, self.balance != 0, last)
-            if self.schedule != "in_backward":
-                norms = self._norms(layers)
-                held.append(tensor_bytes(p.grad for p in self._gradients.arrived(layers)))
+            if not in_backward:
+                came = self._gradients.arrived(layers.index)
+                norms = layers.norms(came)
+                held.append(tensor_bytes(p.grad for p in came))
             self._require_finite("warm-up", loss, norms)
         memory = {
             "bank": tensor_bytes([bank]),
@@ -250,9 +259,9 @@ class BLDOptimizer(torch.optim.Optimizer):
             "seed": 16,  # the seed and the batch's number
             "gradients": max(held),
         }
-        self.last = StepReport(loss, names, norms, memory=memory)
-        if self.schedule != "in_backward":
-            self._update("warm-up", self.warmup_ratio)
+        self.last = StepReport(loss, layers.names, norms, memory=memory)
+        if not in_backward:
+            self._update("warm-up", self.warmup_ratio, self._parameters())
         self._batch = _Batch(bank, layers, norms, self.batches, tuple(images.shape))
         self.batches += 1
         return loss
@@ -274,37 +283,38 @@ class BLDOptimizer(torch.optim.Optimizer):
                 f"{batch.bank.shape[1]} old classes, got {tuple(images.shape)} with {old_classes}; "
                 "call warm_up(images, labels) first"
             )
-        self._gradients.begin(batch.layers)
+        self._gradients.begin(batch.layers.index)
         views = self._views(images, labels, sizes, batch.number)
-        last, held, updated = nullcontext(), [], False
+        in_backward = self.schedule == "in_backward"
+        last, held, updated = nullcontext(), [], in_backward
         with self._stage(STATISTICS[self.statistics][1]):
-            if self.schedule == "in_backward":
-                last, updated = self._updating("joint", 1.0, batch.layers, None, held), True
+            if in_backward:
+                measured = partial(self._require_finite, "joint") if self.check_finite else None
+                update = partial(self._update, "joint", 1.0)
+                last = batch.layers.updating(update, measured, held)
             if not distil:
                 loss = new_task_pass(views, self.temperature, last)
             elif self.schedule == "shared_forward":
                 loss, updated = self._shared_joint(views)
             else:
-                in_backward = self.balance_in_backward or self.schedule == "in_backward"
-                after = self._balancing() if in_backward else nullcontext()
-                old_loss = distillation_pass(views, batch.bank, self.temperature, after)
-                self.last.distillation_loss.append(old_loss)
-                if not in_backward:
-                    self._balance({p: p.grad for p in self._gradients.arrived(batch.layers)})
+                self._distil(views)
                 loss = new_task_pass(views, self.temperature, last)
             self._require_finite("joint", loss, *self.last.distillation_loss[-1:])
             if self.check_finite and not updated:
-                self._require_finite("joint", self._norms(batch.layers))
+                came = self._gradients.arrived(batch.layers.index)
+                self._require_finite("joint", batch.layers.norms(came))
         self.last.memory["gradients"] = max(self.last.memory["gradients"], *held, 0)
         self.last.new_loss.append(loss)
         if not updated:
-            self._update("joint", 1.0)
+            self._update("joint", 1.0, self._parameters())
         return loss
 
     def release(self) -> None:
         """Drop the bank, the norms and the gradients, as before the next batch arrives."""
         self._batch = None
         self._gradients.release(self._parameters())
+        if self._gradients.keep and self.last:
+            self.last.memory["kept_gradients"] = self._gradients.nbytes()
 
     # ---- passes over the views ----
 
@@ -319,83 +329,31 @@ class BLDOptimizer(torch.optim.Optimizer):
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _layers(self) -> tuple[tuple[str, ...], dict[Tensor, int]]:
-        """The layers' names, and the layer index of each parameter."""
-        names: dict[str, int] = {}
-        layers: dict[Tensor, int] = {}
-        owners = {p: name for name, p in self.model.named_parameters()}
-        for i, param in enumerate(self._parameters()):
-            tensor = owners.get(param, f"parameter {i}")
-            module = tensor.rpartition(".")[0] if param in owners else tensor
-            name = {"module": module, "tensor": tensor, "network": "network"}[self.layer]
-            layers[param] = names.setdefault(name, len(names))
-        return tuple(names), layers
-
-    def _norms(self, layers: dict[Tensor, int]) -> Tensor:
-        held = self._gradients.arrived(layers)
-        if not held:
-            raise RuntimeError("model: no parameter received a gradient; are all of them frozen?")
-        count = max(layers.values()) + 1
-        return ops.layer_norms([p.grad for p in held], [layers[p] for p in held], count)
+    def _distil(self, views: Views) -> None:
+        """G_d into .grad, balanced."""
+        batch, after = self._batch, nullcontext()
+        in_backward = self.balance_in_backward or self.schedule == "in_backward"
+        if in_backward:
+            norms = batch.reference_norms
+            after = batch.layers.balancing(norms, self.balance, self._report_balance)
+        loss = distillation_pass(views, batch.bank, self.temperature, after)
+        self.last.distillation_loss.append(loss)
+        if not in_backward:
+            self._balance({p: p.grad for p in self._gradients.arrived(batch.layers.index)})
 
     def _balance(self, grads: dict[Tensor, Tensor]) -> None:
-        self._report_balance(*self._balanced(grads))
-
-    def _balanced(self, grads: dict[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        index = [self._batch.layers[p] for p in grads]
-        reference_norms = self._batch.reference_norms
-        return ops.balance_layers_(list(grads.values()), index, reference_norms, self.balance)
+        batch = self._batch
+        self._report_balance(*batch.layers.balance(grads, batch.reference_norms, self.balance))
 
     def _report_balance(self, factors: Tensor, norms: Tensor) -> None:
         self.last.factors.append(factors)
         self.last.distillation_norms.append(norms)
         self._require_finite("joint", norms)
 
-    @contextmanager
-    def _balancing(self) -> Iterator[None]:
-        """Around the last backward pass of L_d: rescale each layer once it is complete."""
-        factors = norms = None
-
-        def act(params: list[Tensor]) -> None:
-            nonlocal factors, norms
-            some, here = self._balanced({p: p.grad for p in params})
-            # layers that are not here have norm 0, and the factor that belongs to it
-            factors = some if factors is None else torch.where(here != 0, some, factors)
-            norms = here if norms is None else norms + here
-
-        with complete_layers(self._batch.layers, act):
-            yield
-        self._report_balance(factors, norms)
-
-    def _updating(
-        self,
-        stage: str,
-        ratio: float,
-        layers: dict[Tensor, int],
-        norms: Tensor | None,
-        held: list[int],
-    ) -> AbstractContextManager:
-        """Around the last backward pass: update each layer once it is complete, then release it.
-
-        Adds the layers' norms to `norms`, and to `held` the bytes of gradients held at a time.
-        """
-
-        def act(params: list[Tensor]) -> None:
-            held.append(tensor_bytes(p.grad for p in layers if p.grad is not None))
-            if norms is not None or self.check_finite:
-                index = [layers[p] for p in params]
-                found = ops.layer_norms([p.grad for p in params], index, max(layers.values()) + 1)
-                self._require_finite(stage, found)
-                if norms is not None:
-                    norms.add_(found)
-            self._update(stage, ratio, params)
-
-        return complete_layers(layers, act)
-
     def _shared_joint(self, views: Views) -> tuple[Tensor, bool]:
         """Both losses from one forward pass a view; returns L_t, and whether θ is updated."""
-        batch = self._batch
-        params = [p for p in batch.layers if p.requires_grad]
+        batch, index = self._batch, self._batch.layers.index
+        params = [p for p in index if p.requires_grad]
         loss, old_loss, grads = shared_pass(
             views, batch.bank, self.temperature, params, self._gradients.apart
         )
@@ -403,25 +361,18 @@ class BLDOptimizer(torch.optim.Optimizer):
         self.last.distillation_loss.append(old_loss)
         self.last.memory["second_gradients"] = tensor_bytes(grads.values())
         lr = self._plain_sgd_rate()
-        came = self._gradients.arrived(batch.layers)
-        if lr is not None and not self.check_finite and set(came) == set(grads):
-            factors, norms = ops.balanced_sgd_(
-                came,
-                [grads[p] for p in came],
-                [p.grad for p in came],
-                [batch.layers[p] for p in came],
-                batch.reference_norms,
-                self.balance,
-                lr,
-            )
-            self._report_balance(factors, norms)
-            self._gradients.settle(batch.layers)
-            self._gradients.release(batch.layers)
-            return loss, True
-        self._balance(grads)
-        for param, grad in grads.items():
-            param.grad = grad.clone() if param.grad is None else param.grad.add_(grad)
-        return loss, False
+        came = self._gradients.arrived(index)
+        if lr is None or self.check_finite or set(came) != set(grads):
+            self._balance(grads)
+            for param, grad in grads.items():
+                param.grad = grad.clone() if param.grad is None else param.grad.add_(grad)
+            return loss, False
+        lists = (came, [grads[p] for p in came], [p.grad for p in came], [index[p] for p in came])
+        found = ops.balanced_sgd_(*lists, batch.reference_norms, self.balance, lr)
+        self._report_balance(*found)
+        self._gradients.settle(index)
+        self._gradients.release(index)
+        return loss, True
 
     def _plain_sgd_rate(self) -> float | Tensor | None:
         """The learning rate where the base does nothing but θ - lr · G, which has a kernel."""
@@ -433,9 +384,8 @@ class BLDOptimizer(torch.optim.Optimizer):
             plain = False
         return rates.pop() if plain and not hooked and len(rates) == 1 else None
 
-    def _update(self, stage: str, ratio: float, params: list[Tensor] | None = None) -> None:
-        """One update of the base optimizer at `ratio` times each group's learning rate."""
-        params = self._parameters() if params is None else params
+    def _update(self, stage: str, ratio: float, params: list[Tensor]) -> None:
+        """Update these parameters by the base, at `ratio` times each group's learning rate."""
         self._gradients.settle(params)
         before = [(group["lr"], group["params"]) for group in self.param_groups]
         chosen = set(params)

@@ -271,6 +271,8 @@ def test_kept_gradients_stay_where_they_are(schedule, make_model, make_batch):
     assert len(addresses) == 1 and len(buffers) == len(seen[0]) * (1 + (schedule != "two_forward"))
     model.add_head(2)
     optimizer.step(*make_batch(2))
+    held = sum(4 * p.numel() for p in model.parameters()) * (1 + (schedule != "two_forward"))
+    assert optimizer.last.memory["kept_gradients"] == held
     assert len(pickle.dumps(optimizer._gradients)) < 200
     again = copy.deepcopy(optimizer)
     assert again._gradients.keep and not again._gradients._kept

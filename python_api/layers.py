@@ -1,0 +1,94 @@
+"""The layers of a network: a norm for each, and their distillation gradients balanced."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bld_ext import ops
+from bld_ext.api.in_backward import complete_layers
+from bld_ext.api.memory import tensor_bytes
+
+KINDS = ("module", "tensor", "network")
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Which parameter belongs to which of L layers."""
+
+    names: tuple[str, ...]
+    index: dict[Tensor, int]  # the layer of each parameter
+
+    @classmethod
+    def of(cls, model: nn.Module, params: Iterable[Tensor], kind: str) -> "Layers":
+        """A layer is a module that owns parameters, a tensor, or the network."""
+        names: dict[str, int] = {}
+        index: dict[Tensor, int] = {}
+        owners = {p: name for name, p in model.named_parameters()}
+        for i, param in enumerate(params):
+            tensor = owners.get(param, f"parameter {i}")
+            module = tensor.rpartition(".")[0] if param in owners else tensor
+            name = {"module": module, "tensor": tensor, "network": "network"}[kind]
+            index[param] = names.setdefault(name, len(names))
+        return cls(tuple(names), index)
+
+    def norms(self, params: Iterable[Tensor]) -> Tensor:
+        """The norm of these parameters' gradients in each layer, `[L]`."""
+        params = list(params)
+        if not params:
+            raise RuntimeError("model: no parameter received a gradient; are all of them frozen?")
+        index = [self.index[p] for p in params]
+        return ops.layer_norms([p.grad for p in params], index, len(self.names))
+
+    def balance(
+        self, grads: dict[Tensor, Tensor], reference_norms: Tensor, balance: float
+    ) -> tuple[Tensor, Tensor]:
+        """Rescale G_d in place; returns the factors and ‖G_d‖, `[L]` each."""
+        index = [self.index[p] for p in grads]
+        return ops.balance_layers_(list(grads.values()), index, reference_norms, balance)
+
+    @contextmanager
+    def balancing(
+        self,
+        reference_norms: Tensor,
+        balance: float,
+        report: Callable[[Tensor, Tensor], None],
+    ) -> Iterator[None]:
+        """Around the last backward pass of L_d: rescale each layer once it is complete.
+
+        At the end `report(factors, norms)` gets what `balance` would have returned, bit for bit.
+        """
+        factors = norms = None
+
+        def act(params: list[Tensor]) -> None:
+            nonlocal factors, norms
+            some, here = self.balance({p: p.grad for p in params}, reference_norms, balance)
+            # layers that are not here have norm 0, and the factor that belongs to it
+            factors = some if factors is None else torch.where(here != 0, some, factors)
+            norms = here if norms is None else norms + here
+
+        with complete_layers(self.index, act):
+            yield
+        report(factors, norms)
+
+    def updating(
+        self,
+        update: Callable[[list[Tensor]], None],
+        measured: Callable[[Tensor], None] | None,
+        held: list[int],
+    ) -> AbstractContextManager:
+        """Around the last backward pass: `update(params)` for each layer once it is complete.
+
+        Before it, `measured(norms)` gets the norms of these layers among zeros, `[L]`, and `held`
+        the bytes of all gradients there are.
+        """
+
+        def act(params: list[Tensor]) -> None:
+            held.append(tensor_bytes(p.grad for p in self.index if p.grad is not None))
+            if measured is not None:
+                measured(self.norms(params))
+            update(params)
+
+        return complete_layers(self.index, act)
