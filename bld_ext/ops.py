@@ -194,7 +194,7 @@ def _on_layers(name: str, *arguments):
 
 def _mark_written(tensors: Sequence[Tensor]) -> None:
     """Tell autograd, which would otherwise use what it saved before, that these have changed."""
-    if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
+    if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(tensors)
 
 

@@ -151,15 +151,17 @@ inline std::vector<int64_t> table_key(const std::vector<TensorList *> &lists,
                                       const std::vector<int64_t> &layers, int64_t num_layers) {
   const size_t count = layers.size();
   std::vector<int64_t> key;
-  key.reserve(3 + count * (2 + 2 * lists.size()));
+  key.reserve(3 + count + lists.size() * (1 + 2 * count));
   key.insert(key.end(), {num_layers, chunk_size, static_cast<int64_t>(lists.size())});
   key.insert(key.end(), layers.begin(), layers.end());
-  for (const TensorList *list : lists)
+  for (const TensorList *list : lists) {
+    key.push_back(list->written); // what is only read may overlap
     for (size_t i = 0; i < count; ++i) {
       const Tensor &tensor = list->tensors[i];
       key.push_back(reinterpret_cast<int64_t>(tensor.const_data_ptr()));
       key.push_back(tensor.numel() * 4 + static_cast<int64_t>(dtype_of(list->name, tensor)));
     }
+  }
   return key;
 }
 

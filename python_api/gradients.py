@@ -7,6 +7,12 @@ from torch import Tensor
 from bld_ext.api.memory import tensor_bytes
 
 
+def _fits(buffer: Tensor, param: Tensor) -> bool:
+    """Whether it still can be the gradient: the model may have been moved or cast since."""
+    same = buffer.dtype == param.dtype and buffer.device == param.device
+    return same and buffer.shape == param.shape
+
+
 class Gradients:
     """The `.grad` of an optimizer's parameters, from the start of a stage to its update.
 
@@ -17,8 +23,9 @@ class Gradients:
 
     def __init__(self, keep: bool = False):
         self.keep = keep
-        self.apart: dict[Tensor, Tensor] = {}  # G_d, where a schedule holds it apart from .grad
         self._kept: dict[Tensor, Tensor] = {}
+        self._apart: dict[Tensor, Tensor] = {}  # G_d, where a schedule holds it apart from .grad
+        self._apart_used = False
         self._versions: dict[Tensor, int] = {}  # of what was lent to .grad, before anything came
 
     def begin(self, params: Iterable[Tensor]) -> None:
@@ -27,7 +34,7 @@ class Gradients:
         self.release(params)
         for param in params:
             buffer = self._kept.get(param)
-            if buffer is not None and param.requires_grad and buffer.dtype == param.dtype:
+            if buffer is not None and param.requires_grad and _fits(buffer, param):
                 self._versions[param] = buffer._version
                 param.grad = buffer
 
@@ -48,28 +55,34 @@ class Gradients:
                 self._kept[param] = param.grad
                 self._versions.setdefault(param, -1)
 
+    def lend_apart(self) -> dict[Tensor, Tensor]:
+        """Memory for gradients that a schedule holds apart from `.grad`, until `release`."""
+        self._apart_used = True
+        return {param: buffer for param, buffer in self._apart.items() if _fits(buffer, param)}
+
     def hold_apart(self, grads: dict[Tensor, Tensor]) -> None:
         """These gradients may stay where they are."""
         if self.keep:
-            self.apart.update(grads)
+            self._apart.update(grads)
 
     def release(self, params: Iterable[Tensor]) -> None:
         """No parameter has a gradient; memory that is kept holds nothing of it."""
         for param in params:
             param.grad = None
         used = [self._kept[param] for param in self._versions if param in self._kept]
-        for buffer in [*used, *self.apart.values()]:
+        for buffer in [*used, *(self._apart.values() if self._apart_used else ())]:
             buffer.zero_()
         self._versions.clear()
+        self._apart_used = False
 
     def nbytes(self) -> int:
         """Bytes of the memory that is kept."""
-        return tensor_bytes([*self._kept.values(), *self.apart.values()])
+        return tensor_bytes([*self._kept.values(), *self._apart.values()])
 
     def forget(self, params: Iterable[Tensor]) -> None:
         """Drop the memory of parameters that are no longer there, all but `params`."""
         known = set(params)
-        for buffers in (self.apart, self._kept):
+        for buffers in (self._apart, self._kept):
             for param in buffers.keys() - known:
                 del buffers[param]
 

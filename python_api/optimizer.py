@@ -355,7 +355,7 @@ class BLDOptimizer(torch.optim.Optimizer):
         batch, index = self._batch, self._batch.layers.index
         params = [p for p in index if p.requires_grad]
         loss, old_loss, grads = shared_pass(
-            views, batch.bank, self.temperature, params, self._gradients.apart
+            views, batch.bank, self.temperature, params, self._gradients.lend_apart()
         )
         self._gradients.hold_apart(grads)
         self.last.distillation_loss.append(old_loss)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from bld_ext import BLDOptimizer, MultiHead, SeededAugment
+from bld_ext import BLDOptimizer, MultiHead, SeededAugment, ops
 from bld_ext.api import in_backward
 from bld_ext.api.in_backward import complete_layers
 
@@ -264,7 +264,7 @@ def test_kept_gradients_stay_where_they_are(schedule, make_model, make_batch):
     for number in range(3):
         optimizer.step(*make_batch(3, number))
         kept = optimizer._gradients
-        buffers = [*kept._kept.values(), *kept.apart.values()]
+        buffers = [*kept._kept.values(), *kept._apart.values()]
         addresses.add(tuple(b.data_ptr() for b in buffers))
         assert not any(b.any() for b in buffers) and all(p.grad is None for p in model.parameters())
     assert len(seen) >= 3 and all(found == seen[0] for found in seen)
@@ -285,6 +285,40 @@ def test_kept_gradients_of_parameters_that_left_are_dropped(make_model, make_bat
     model.backbone[0] = nn.Conv2d(3, 4, 3, padding=1)
     optimizer.step(*make_batch(3, 1))
     assert set(optimizer._gradients._kept) == set(model.parameters())
+
+
+@pytest.mark.parametrize("schedule", ["two_forward", "shared_forward"])
+def test_kept_gradients_of_a_model_that_was_cast(schedule, make_model, make_batch):
+    states = []
+    for keep in (False, True):
+        model = make_model((2, 3))
+        options = OPTIONS | {"augment": None, "views": 1}
+        optimizer = BLDOptimizer(model, **options, schedule=schedule, keep_gradients=keep)
+        for number, dtype in enumerate((torch.float32, torch.float64)):
+            images, labels = make_batch(3, number)
+            model.to(dtype)
+            optimizer.step(images.to(dtype), labels)
+        states.append(model.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_kept_gradients_after_a_failure(make_model, make_batch, monkeypatch):
+    model = make_model((2, 3))
+    optimizer = BLDOptimizer(model, **OPTIONS, schedule="shared_forward", keep_gradients=True)
+    optimizer.step(*make_batch(3))
+    optimizer.warm_up(*make_batch(3, 1))
+    joint_loss, calls = ops.joint_loss, []
+
+    def fail_at_the_third(*arguments):
+        calls.append(arguments)
+        return joint_loss(*arguments) if len(calls) < 3 else 1 / 0
+
+    monkeypatch.setattr(ops, "joint_loss", fail_at_the_third)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.joint(*make_batch(3, 1))
+    kept = optimizer._gradients
+    assert not any(b.any() for b in (*kept._kept.values(), *kept._apart.values()))
+    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize(

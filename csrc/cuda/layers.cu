@@ -91,7 +91,8 @@ void upload(DeviceTable &table, const Launch &launch) {
 
   const Uncaptured uncaptured;
   if (needed > table.capacity) {
-    STD_CUDA_CHECK(cudaFree(table.memory)); // waits for the launches that read it
+    STD_CUDA_CHECK(cudaStreamSynchronize(launch.stream)); // launches still read the old one
+    STD_CUDA_CHECK(cudaFree(table.memory));
     table.memory = nullptr;
     table.capacity = 0;
     STD_CUDA_CHECK(cudaMalloc(reinterpret_cast<void **>(&table.memory), needed));
