@@ -284,6 +284,8 @@ template <typename Finish>
 void walk(const LayerTable &table, After after, double lr, const Finish &finish) {
   const Kernels run = kernels();
   const bool changes = after != After::nothing;
+  // What was measured last is in the cache first; but three tensors at once are faster forwards.
+  const bool reversed = after == After::rescale;
   const int64_t bytes = after == After::update    ? UPDATE_BYTES
                         : after == After::rescale ? RESCALE_BYTES
                                                   : int64_t(1) << 40;
@@ -294,11 +296,13 @@ void walk(const LayerTable &table, After after, double lr, const Finish &finish)
     const Group *now = g < count ? &groups[g] : nullptr;
     const Group *before = changes && g > 0 ? &groups[g - 1] : nullptr;
     const auto work = [&](int64_t begin, int64_t end) {
-      if (before) // backwards: what was measured last is in the cache first
-        for (int64_t c = before->bounds[end]; c-- > before->bounds[begin];) {
-          const Chunk &chunk = table.chunks[c];
+      if (before) {
+        const int64_t first = before->bounds[begin], last = before->bounds[end];
+        for (int64_t c = first; c < last; ++c) {
+          const Chunk &chunk = table.chunks[reversed ? first + last - 1 - c : c];
           run.change(table.items[chunk.tensor], chunk, {after, factors[chunk.layer], lr});
         }
+      }
       if (now)
         for (int64_t c = now->bounds[begin]; c < now->bounds[end]; ++c)
           sums[c] = run.measure(table.items[table.chunks[c].tensor], table.chunks[c]);
