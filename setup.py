@@ -77,7 +77,8 @@ def extension():
         arch = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
         flags.append("-DUSE_CUDA")
     # Each operation rounded by itself: equal inputs give equal bits in all ops and all registers.
-    cxx = [*flags, "-ffp-contract=off", "-Wno-psabi"]
+    # That nobody reads floating-point flags changes no bit, and lets choices become vector code.
+    cxx = [*flags, "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", "-Wno-psabi"]
     facts = {"TORCH_TARGET": TORCH_TARGET, "TORCH_BUILT_WITH": torch.__version__}
     facts |= {"CUDA": toolkit[1] if gpu else "", "ARCHITECTURES": arch}
     make = cpp_extension.CUDAExtension if gpu else cpp_extension.CppExtension

@@ -10,7 +10,7 @@ from scipy import stats
 from torch.library import opcheck
 from torchvision.transforms.v2 import functional as tv
 
-from bld_ext import SeededAugment, ops
+from bld_ext import SeededAugment, backend, ops, reference
 
 LEVEL = 1 / 255
 FIVE_SIGMA = 2 * stats.norm.sf(5)
@@ -158,6 +158,82 @@ def test_same_bits_from_tensor_coordinates():
     images, augment = make_images(), SeededAugment(**EVERYTHING)
     coordinates = {"seed": torch.tensor(2**40 + 3), "step": torch.tensor(7), "views": VIEWS}
     assert torch.equal(augment(images, **coordinates), augment(images, **COORDINATES))
+
+
+def against_reference(images, dtype=torch.float32, channels_last=False, **settings):
+    """The op's views, and those of its definition."""
+    policy, indices = (
+        SeededAugment(**settings).policy.pack(),
+        torch.arange(len(images)) + 2**32 - 99,
+    )
+    coordinates = (torch.tensor(2**62 + 5), torch.tensor(2**32 - 1), [0, 2**32 - 1, 3], indices)
+    arguments = (images, policy, *coordinates, dtype, channels_last)
+    return torch.ops.bld_ext.augment(*arguments), reference.augment(*arguments)
+
+
+# What needs no sine has the bits of the definition; a sine may differ between libraries by an ulp
+# of float64, which rarely reaches the float32 that is used.
+WITHOUT_SINE = {
+    "crop-flip": dict(crop_padding=3, flip=0.5),
+    "crop-beyond": dict(crop_padding=40, flip=0.5),
+    "scale": dict(crop_padding=2, flip=0.5, scale=(0.3, 3)),
+    "far-away": dict(crop_padding=2**20, scale=(1e-3, 1e3)),
+    "color": dict(jitter=1.0, hue=0.5),
+    "contrast": dict(contrast=0.7),
+    "normalised": dict(crop_padding=1, jitter=0.4, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25)),
+}
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 5), (32, 32), (3, 67)], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
+)
+@pytest.mark.parametrize("settings", WITHOUT_SINE.values(), ids=WITHOUT_SINE)
+def test_kernel_has_the_bits_of_the_definition(settings, dtype, size):
+    found, expected = against_reference(make_images(4, 3, *size, dtype), **settings)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels-last"])
+def test_kernel_writes_any_dtype_and_layout(dtype, channels, channels_last):
+    images = make_images(C=channels)
+    found, expected = against_reference(
+        images, dtype, channels_last, crop_padding=3, flip=0.5, brightness=0.5
+    )
+    assert torch.equal(found, expected)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    assert found.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float64], ids=str)
+def test_kernel_agrees_with_the_definition_on_everything(dtype):
+    settings = EVERYTHING | dict(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25))
+    atol = 1e-12 if dtype == torch.float64 else 1e-5
+    for size in ((11, 8), (32, 32), (61, 97)):
+        images = make_images(9, 3, *size, dtype)
+        found, expected = against_reference(images, torch.float64, **settings)
+        torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+
+
+@pytest.mark.skipif(backend("augment") != "compiled", reason="bld_ext._C was not built")
+def test_same_bits_on_all_registers(outputs_by_registers):
+    digests = outputs_by_registers(SCRIPT + "print(digest)")
+    assert digests[0] and len(set(digests)) == 1
+
+
+def test_same_bits_with_any_number_of_threads(with_threads):
+    augment, images = SeededAugment(**EVERYTHING), make_images(N=40, H=33, W=31)
+    first, *others = with_threads(lambda: augment(images, **COORDINATES))
+    assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_every_element_is_written(poison, dtype):
+    for settings in (dict(crop_padding=40), EVERYTHING):
+        views = SeededAugment(**settings, dtype=dtype)(make_images(), **COORDINATES)
+        assert views.isfinite().all()
 
 
 SCRIPT = """

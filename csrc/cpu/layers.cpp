@@ -22,9 +22,13 @@ constexpr int64_t SERIAL_ELEMENTS = 16384; // where waking a thread takes longer
 
 template <typename acc_t> constexpr int64_t LINE = 64 / sizeof(acc_t); // of a cache
 
-// Asks for what will be read soon: the hardware alone does not look far enough ahead.
+// Asks for what will be read soon: the hardware alone does not look far enough ahead. What is read
+// just once should not push from the caches what is read again.
 template <typename acc_t> BLD_EXT_INLINE void fetch_ahead(const acc_t *now) {
   __builtin_prefetch(reinterpret_cast<const char *>(now) + FETCH_BYTES);
+}
+template <typename acc_t> BLD_EXT_INLINE void fetch_once(const acc_t *now) {
+  __builtin_prefetch(reinterpret_cast<const char *>(now) + FETCH_BYTES, 0, 0);
 }
 
 template <typename T, typename acc_t>
@@ -128,7 +132,7 @@ BLD_EXT_INLINE void update(const Item &item, const Chunk &chunk, acc_t factor, a
     int64_t i = 0;
     for (; i + LINE<acc_t> <= n; i += LINE<acc_t>) {
       Lanes<acc_t, LINE<acc_t>> p, d, g;
-      fetch_ahead(param + i), fetch_ahead(old_grad + i), fetch_ahead(new_grad + i);
+      fetch_once(param + i), fetch_once(new_grad + i), fetch_ahead(old_grad + i);
       std::memcpy(&p, param + i, sizeof p);
       std::memcpy(&d, old_grad + i, sizeof d);
       std::memcpy(&g, new_grad + i, sizeof g);
