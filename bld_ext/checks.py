@@ -114,6 +114,13 @@ def labels(labels: Tensor, logits: Tensor, classes: int, check_inputs: bool) -> 
 # ---- lists of tensors that belong to layers ----
 
 
+def indices(layers: Sequence[int]) -> None:
+    sequence("layers", layers)
+    for i, l in enumerate(layers):
+        whole = isinstance(l, int) and not isinstance(l, bool)
+        require(whole, f"layers[{i}]", "a whole number", repr(l))
+
+
 def layer_norms(tensors: Sequence[Tensor], layers: Sequence[int], num_layers: int) -> None:
     _tensor_lists({"tensors": tensors}, layers, num_layers)
 
@@ -162,8 +169,9 @@ def _tensor_lists(lists: dict[str, Sequence[Tensor]], layers: Sequence[int], L: 
     written = () if first_name == "tensors" else first
     require(len(first) >= 1, first_name, "at least one tensor", "none")
     require(len(layers) == len(first), "layers", f"{len(first)} indices", len(layers))
+    indices(layers)
+    require(L >= 0, "num_layers", "at least 0", L)
     for i, l in enumerate(layers):
-        require(isinstance(l, int), f"layers[{i}]", "a whole number", l)
         require(0 <= l < L, f"layers[{i}]", f"an index from 0 to {L - 1}", l)
     for name, tensors in lists.items():
         require(len(tensors) == len(first), name, f"{len(first)} tensors", len(tensors))

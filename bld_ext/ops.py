@@ -219,7 +219,7 @@ def layer_norms(
                  for l in range(L)]
     """
     if num_layers is None:
-        checks.sequence("layers", layers)
+        checks.indices(layers)
         num_layers = max(layers, default=-1) + 1
     return _on_layers("layer_norms", tensors, layers, num_layers)
 
@@ -233,9 +233,9 @@ def balance_layers_(
     """Rescale each layer's gradient, in place, to `balance` times a reference norm.
 
     G_d[l] ← λ ‖G_w[l]‖ / ‖G_d[l]‖ · G_d[l], Algorithm 2 of Fini et al., ECCV 2020, per layer. The
-    factor is 0 where finite norms have no finite ratio, as for ‖G_d[l]‖ = 0; a norm that is not
-    finite stays visible as a factor or gradient that is not finite either, and so does a λ that is
-    negative or not finite in a tensor on a GPU, where looking would wait. Not differentiable.
+    factor is 0 where finite norms have no finite ratio, as for ‖G_d[l]‖ = 0. It is not finite where
+    a norm is not, overflow of the norm's dtype included, nor where a λ in a tensor on a GPU, where
+    looking would wait, is negative or not finite. Not differentiable.
 
     Args:
         grads: the gradients G_d, changed in place; any shapes, layouts and float dtypes, on one
@@ -275,7 +275,8 @@ def balanced_sgd_(
 
     θ ← θ - α (λ‖G_w‖/‖G_d‖ · G_d + G_t), the end of Algorithm 2 of Fini et al., ECCV 2020, with the
     bits of `balance_layers_`, an addition and torch.optim.SGD (as it rounds where the processor has
-    fused multiply-add). Not differentiable.
+    fused multiply-add) for float32 in lists of one layout; bfloat16 and float16 are computed in
+    float32 and rounded once. Not differentiable.
 
     Args:
         params: θ, changed in place; any layouts and float dtypes, each with memory of its own.

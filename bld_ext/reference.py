@@ -114,13 +114,14 @@ def layer_norms(tensors: Sequence[Tensor], layers: Sequence[int], num_layers: in
 def balance_factors(norms: Tensor, reference_norms: Tensor, balance: Tensor) -> Tensor:
     """λ‖G_w‖ / ‖G_d‖ per layer, [L]; 0 where finite norms have no finite ratio, as for ‖G_d‖ = 0.
 
-    What is not finite before stays visible: it makes the factor, or the gradient times it, nan. So
-    does a λ that is negative or not finite.
+    A norm that is not finite stays visible: the factor is not finite either. A λ that is negative
+    or not finite makes it nan.
     """
     balance = torch.where((balance >= 0) & balance.isfinite(), balance.double(), torch.nan)
     factors = (balance * reference_norms.double() / norms.double()).to(norms.dtype)
-    finite = reference_norms.isfinite() & norms.isfinite() & balance.isfinite()
-    return torch.where(finite & ~factors.isfinite(), 0, factors)
+    finite = reference_norms.isfinite() & balance.isfinite()
+    factors = torch.where(finite & ~factors.isfinite(), 0, factors)
+    return torch.where(norms.isfinite(), factors, torch.nan)
 
 
 def balance_layers_(

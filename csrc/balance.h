@@ -27,15 +27,15 @@ struct Item {
   Operand old_grad, new_grad, param; // G_d, which is measured; G_t; θ
 };
 
-// λ‖G_w‖ / ‖G_d‖; 0 where finite norms have no finite ratio, as for ‖G_d‖ = 0. A λ that is negative
-// or not finite makes nan. acc_t is the dtype of the result.
+// λ‖G_w‖ / ‖G_d‖; 0 where finite norms have no finite ratio, as for ‖G_d‖ = 0. A ‖G_d‖ that is not
+// finite makes nan, and so does a λ that is negative or not finite. acc_t is the dtype of the
+// result.
 template <typename acc_t>
 BLD_EXT_BOTH acc_t balance_factor(acc_t norm, double reference_norm, double balance) {
-  if (!(balance >= 0) || isinf(balance))
+  if (!(balance >= 0) || isinf(balance) || !isfinite(norm))
     return static_cast<acc_t>(NAN);
   const acc_t factor = static_cast<acc_t>(balance * reference_norm / static_cast<double>(norm));
-  const bool finite_norms = isfinite(reference_norm) && isfinite(norm);
-  return finite_norms && !isfinite(factor) ? acc_t(0) : factor;
+  return isfinite(reference_norm) && !isfinite(factor) ? acc_t(0) : factor;
 }
 
 } // namespace bld_ext

@@ -10,23 +10,29 @@ from bld_ext.api.memory import tensor_bytes
 BUCKET_BYTES = 8 * 2**20  # of gradients that wait for each other, so that one call serves many
 
 
+def with_gradient(params: list[Tensor]) -> list[Tensor]:
+    return [p for p in params if p.grad is not None]
+
+
 @contextmanager
 def complete_layers(
     layers: dict[Tensor, int],
     act: Callable[[list[Tensor]], None],
     bucket_bytes: int | None = None,
+    arrived: Callable[[list[Tensor]], list[Tensor]] = with_gradient,
 ) -> Iterator[None]:
     """Around the backward pass that completes the gradients: `act(params)`, once for each layer.
 
     A layer is complete when all its parameters that require a gradient have accumulated theirs in
     this pass, or when the pass ends. `act` gets the parameters of one or more complete layers, as
-    far as they hold a gradient, layer by layer in the order of `layers`; it may change the
+    far as their gradient has arrived, layer by layer in the order of `layers`; it may change the
     gradients, update the parameters and release the gradients.
 
     Args:
         layers: the layer index of each parameter.
         act: called inside backward; on a GPU in its stream.
         bucket_bytes: bytes of complete gradients that wait before `act` is called, default 8 MiB.
+        arrived: those of some parameters whose gradient has come, in this pass or an earlier one.
 
     Raises:
         RuntimeError: a parameter gets a gradient again after its layer was complete, as under
@@ -47,7 +53,7 @@ def complete_layers(
 
     def complete(l: int) -> None:
         del missing[l]
-        bucket.extend(p for p in members[l] if p.grad is not None)
+        bucket.extend(arrived(members[l]))
         if tensor_bytes(p.grad for p in bucket) >= limit:
             flush()
 

@@ -1,7 +1,7 @@
 """The layers of a network: a norm for each, and their distillation gradients balanced."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,11 @@ from bld_ext.api.in_backward import complete_layers
 from bld_ext.api.memory import tensor_bytes
 
 KINDS = ("module", "tensor", "network")
+
+
+def require_gradient(came: Sized) -> None:
+    if not came:
+        raise RuntimeError("model: no parameter received a gradient; are all of them frozen?")
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,7 @@ class Layers:
     def norms(self, params: Iterable[Tensor]) -> Tensor:
         """The norm of these parameters' gradients in each layer, `[L]`."""
         params = list(params)
-        if not params:
-            raise RuntimeError("model: no parameter received a gradient; are all of them frozen?")
+        require_gradient(params)
         index = [self.index[p] for p in params]
         return ops.layer_norms([p.grad for p in params], index, len(self.names))
 
@@ -55,10 +59,12 @@ class Layers:
         reference_norms: Tensor,
         balance: float,
         report: Callable[[Tensor, Tensor], None],
+        arrived: Callable[[list[Tensor]], list[Tensor]],
     ) -> Iterator[None]:
         """Around the last backward pass of L_d: rescale each layer once it is complete.
 
         At the end `report(factors, norms)` gets what `balance` would have returned, bit for bit.
+        `arrived` tells whose gradient has come: memory that is kept is there before it.
         """
         factors = norms = None
 
@@ -69,16 +75,17 @@ class Layers:
             factors = some if factors is None else torch.where(here != 0, some, factors)
             norms = here if norms is None else norms + here
 
-        with complete_layers(self.index, act):
+        with complete_layers(self.index, act, arrived=arrived):
             yield
         report(factors, norms)
 
+    @contextmanager
     def updating(
         self,
         update: Callable[[list[Tensor]], None],
         measured: Callable[[Tensor], None] | None,
         held: list[int],
-    ) -> AbstractContextManager:
+    ) -> Iterator[None]:
         """Around the last backward pass: `update(params)` for each layer once it is complete.
 
         Before it, `measured(norms)` gets the norms of these layers among zeros, `[L]`, and `held`
@@ -91,4 +98,6 @@ class Layers:
                 measured(self.norms(params))
             update(params)
 
-        return complete_layers(self.index, act)
+        with complete_layers(self.index, act):
+            yield
+        require_gradient(held)

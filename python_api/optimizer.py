@@ -335,7 +335,9 @@ class BLDOptimizer(torch.optim.Optimizer):
         in_backward = self.balance_in_backward or self.schedule == "in_backward"
         if in_backward:
             norms = batch.reference_norms
-            after = batch.layers.balancing(norms, self.balance, self._report_balance)
+            after = batch.layers.balancing(
+                norms, self.balance, self._report_balance, self._gradients.arrived
+            )
         loss = distillation_pass(views, batch.bank, self.temperature, after)
         self.last.distillation_loss.append(loss)
         if not in_backward:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -114,6 +115,56 @@ def test_odd_modules(bucket, way, base, make_batch):
     for name in ("unused.weight", "half_used.weight", "frozen.weight"):
         assert torch.equal(found[0]["backbone." + name], start["backbone." + name])
     assert not torch.equal(found[0]["backbone.half_used.bias"], start["backbone.half_used.bias"])
+
+
+class Sometimes(nn.Module):
+    """A module that some batches leave out."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.use = nn.Linear(192, 6), nn.Linear(6, 6), True
+
+    def forward(self, images):
+        x = self.first(images.flatten(1)).tanh()
+        return self.second(x).tanh() if self.use else x
+
+
+@ways
+@pytest.mark.parametrize("option", ["weight_decay", "momentum"])
+@pytest.mark.filterwarnings("ignore:BLDOptimizer. SGD keeps state")
+def test_what_a_batch_leaves_out_stays(bucket, way, option, make_batch):
+    torch.manual_seed(1)
+    model = MultiHead(Sometimes(), 6)
+    model.add_head(2)
+    model.add_head(3)
+    base = partial(torch.optim.SGD, **{option: 0.5})
+    optimizer = BLDOptimizer(model, **OPTIONS, base=base, **way)
+    optimizer.step(*make_batch(3, 0))
+    model.backbone.use, before = False, model.backbone.second.weight.clone()
+    optimizer.step(*make_batch(3, 1))
+    assert torch.equal(model.backbone.second.weight, before)
+
+
+@pytest.mark.parametrize("way", [{}, *WAYS.values()], ids=["plain", *WAYS])
+def test_no_parameter_received_a_gradient(way, make_batch):
+    model = MultiHead(Sometimes(), 6)
+    model.add_head(2)
+    images, labels = make_batch(2)
+    head = [*model.parameters()][-2:]
+    model.requires_grad_(False)
+    model.backbone.second.requires_grad_()
+    model.backbone.use = False
+    assert not any(p.requires_grad for p in head)
+    optimizer = BLDOptimizer(
+        model,
+        0.1,
+        views=2,
+        augment=lambda x, **_: x.repeat(2, 1, 1, 1).requires_grad_(),
+        views_per_pass=2,
+        **way,
+    )
+    with pytest.raises(RuntimeError, match="^model: no parameter received a gradient"):
+        optimizer.step(images, labels)
 
 
 @ways

@@ -195,6 +195,13 @@ def test_balanced_sgd_is_balance_and_sgd_bit_for_bit(dtype, lr):
     assert all(map(torch.equal, fused, params))
 
 
+def test_a_norm_that_overflows_makes_nan():
+    grads = [torch.full((100,), 3e38), torch.ones(3)]
+    factors, norms = ops.balance_layers_(grads, [0, 1], torch.ones(2))
+    assert norms[0].isinf() and factors[0].isnan() and grads[0].isnan().all()
+    assert grads[1].isfinite().all() and factors[1].isfinite()
+
+
 @pytest.mark.parametrize("value", [-1.0, torch.nan, torch.inf, -torch.inf])
 def test_a_balance_nobody_looked_at_makes_nan(value):
     """As on a GPU, where looking would wait."""
