@@ -60,10 +60,8 @@ inline bool same(torch::headeronly::IntHeaderOnlyArrayRef a,
   return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin());
 }
 
-// Whether the elements fill a piece of memory, in whatever order, each once.
-inline bool is_dense(const Tensor &tensor) {
-  if (tensor.is_contiguous())
-    return true;
+// The dimensions that have a stride, the nearest neighbours first.
+inline std::vector<int64_t> by_stride(const Tensor &tensor) {
   const auto sizes = tensor.sizes(), strides = tensor.strides();
   std::vector<int64_t> order;
   for (int64_t d = 0; d < tensor.dim(); ++d)
@@ -71,8 +69,29 @@ inline bool is_dense(const Tensor &tensor) {
       order.push_back(d);
   std::sort(order.begin(), order.end(),
             [&](int64_t a, int64_t b) { return strides[a] < strides[b]; });
+  return order;
+}
+
+// Whether a step along a dimension ends among the elements of nearer ones, as in expanded tensors.
+inline bool overlaps_itself(const Tensor &tensor) {
+  if (tensor.is_contiguous() || tensor.numel() == 0)
+    return false;
+  int64_t reach = 1;
+  for (int64_t d : by_stride(tensor)) {
+    if (tensor.stride(d) < reach)
+      return true;
+    reach += (tensor.size(d) - 1) * tensor.stride(d);
+  }
+  return false;
+}
+
+// Whether the elements fill a piece of memory, in whatever order, each once.
+inline bool is_dense(const Tensor &tensor) {
+  if (tensor.is_contiguous())
+    return true;
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
   int64_t expected = 1;
-  for (int64_t d : order) {
+  for (int64_t d : by_stride(tensor)) {
     if (strides[d] != expected)
       return false;
     expected *= sizes[d];
@@ -106,11 +125,9 @@ inline void check_lists(const std::vector<TensorList *> &lists, const std::vecto
       if (list != &first)
         STD_TORCH_CHECK(same(tensor.sizes(), first.tensors[i].sizes()), list->name, "[", i,
                         "]: expected the shape of ", first.name, "[", i, "]");
-      if (list->written && !tensor.is_contiguous())
-        for (int64_t d = 0; d < tensor.dim(); ++d)
-          STD_TORCH_CHECK(tensor.size(d) < 2 || tensor.stride(d) != 0, list->name, "[", i,
-                          "]: expected a tensor whose elements do not share memory, got an "
-                          "expanded one; clone() it");
+      STD_TORCH_CHECK(!list->written || !overlaps_itself(tensor), list->name, "[", i,
+                      "]: expected a tensor whose elements do not share memory, got an "
+                      "expanded one or the like; clone() it");
     }
   }
 }

@@ -195,6 +195,15 @@ def test_balanced_sgd_is_balance_and_sgd_bit_for_bit(dtype, lr):
     assert all(map(torch.equal, fused, params))
 
 
+def test_memory_that_overlaps_itself_is_refused():
+    before = torch.arange(1.0, 9)
+    memory = before.clone()
+    windows = memory.as_strided((3, 3), (1, 1))
+    with pytest.raises(ValueError, match=r"^grads\[1\]: expected a tensor whose elements do not"):
+        ops.balance_layers_([torch.ones(2), windows], [0, 0], torch.ones(1))
+    assert torch.equal(memory, before)
+
+
 def test_a_norm_that_overflows_makes_nan():
     grads = [torch.full((100,), 3e38), torch.ones(3)]
     factors, norms = ops.balance_layers_(grads, [0, 1], torch.ones(2))

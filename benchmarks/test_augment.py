@@ -1,0 +1,118 @@
+"""Views of images against what one writes without `augment`.
+
+`pytest benchmarks/test_augment.py --benchmark-enable`. From uint8 to normalised float32: crop,
+flip, rotation and scale, colour jitter. torchvision's batch draws one set of parameters for all its
+images, which is another and weaker augmentation; image by image it draws one each, as kornia and
+ours do. Only ours makes the same views again.
+"""
+
+import functools
+
+import pytest
+import torch
+from torchvision.transforms import v2
+
+from benchmarks import measure
+from bld_ext import SeededAugment, reference
+
+MEAN, STD = (0.5, 0.45, 0.4), (0.25, 0.2, 0.22)
+JITTER, HUE, ROTATION, SCALE, PADDING = 0.4, 0.1, 15, (0.9, 1.1), 4
+CASES = {"1000x32": (20, 50, 32), "256x224": (256, 1, 224)}  # images, views, pixels of a side
+AUGMENT = SeededAugment(
+    crop_padding=PADDING, flip=0.5, rotation=ROTATION, scale=SCALE,
+    jitter=JITTER, hue=HUE, mean=MEAN, std=STD,
+)  # fmt: skip
+
+
+@functools.cache
+def torchvision_policy(size):
+    return v2.Compose(
+        [
+            v2.RandomCrop(size, padding=PADDING),
+            v2.RandomHorizontalFlip(),
+            v2.RandomAffine(ROTATION, scale=SCALE, interpolation=v2.InterpolationMode.BILINEAR),
+            v2.ColorJitter(JITTER, JITTER, JITTER, HUE),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(MEAN, STD),
+        ]
+    )
+
+
+@functools.cache
+def kornia_policy(size):
+    import kornia.augmentation as K
+
+    return K.AugmentationSequential(
+        K.RandomCrop((size, size), padding=PADDING),
+        K.RandomHorizontalFlip(),
+        K.RandomAffine(ROTATION, scale=SCALE),
+        K.ColorJitter(JITTER, JITTER, JITTER, HUE, p=1.0),
+        K.Normalize(torch.tensor(MEAN), torch.tensor(STD)),
+        data_keys=["input"],
+    ).to(measure.DEVICE)
+
+
+def repeated(images, views):
+    return images.repeat(views, 1, 1, 1)
+
+
+def torchvision_image(images, views):
+    policy = torchvision_policy(images.shape[-1])
+    return torch.stack([policy(image) for image in repeated(images, views)])
+
+
+def torchvision_batch(images, views):
+    return torchvision_policy(images.shape[-1])(repeated(images, views))
+
+
+def kornia(images, views):
+    return kornia_policy(images.shape[-1])(repeated(images, views).float() / 255)
+
+
+def definition(images, views, dtype=torch.float32):
+    seed, step = (torch.tensor(number, device=images.device) for number in (3, 7))
+    indices = torch.arange(len(images), device=images.device)
+    policy = AUGMENT.policy.pack()
+    return reference.augment(images, policy, seed, step, range(views), indices, dtype, False)
+
+
+def ours(images, views):
+    return AUGMENT(images, seed=3, step=7, views=range(views))
+
+
+IMPLEMENTATIONS = {
+    "torchvision-image": torchvision_image,
+    "torchvision-batch": torchvision_batch,
+    "kornia": kornia,
+    "reference": definition,
+    "ours": ours,
+}
+
+
+def check(name, found, images, views):
+    N, size = len(images), images.shape[-1]
+    assert found.shape == (views * N, 3, size, size) and found.dtype == torch.float32
+    assert found.isfinite().all()
+    if name == "ours":
+        torch.testing.assert_close(found, definition(images, views), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("op, name", [("augment", name) for name in IMPLEMENTATIONS])
+def test_op(benchmark, case, op, name):
+    if name == "kornia":
+        pytest.importorskip("kornia")
+    N, views, size = CASES[case]
+    if not benchmark.enabled and (size == 224 or name == "torchvision-image"):
+        pytest.skip("takes seconds, and is timed only")
+    if measure.DEVICE.type == "cuda" and name.startswith(("torchvision", "kornia", "reference")):
+        pytest.skip("waits for the device, so that it cannot be captured")
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (N, 3, size, size), generator=generator, dtype=torch.uint8)
+    images, run = images.to(measure.DEVICE), IMPLEMENTATIONS[name]
+    check(name, run(images, views), images, views)
+    nbytes = images.numel() + 4 * views * images.numel()
+
+    benchmark.group = f"{op} {case}"
+    seconds = measure.time_calls(benchmark, [lambda: run(images, views)], nbytes)
+    measure.record(benchmark, seconds, nbytes, lambda: run(images, views))

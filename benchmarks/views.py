@@ -1,0 +1,101 @@
+"""Images, their views, and the same views made again: `python -m benchmarks.views`.
+
+A contact sheet. Each image stands in front of a row of its views, and of a second row of the same
+views regenerated one at a time, in reversed order. The largest difference is printed; it is 0, or
+the command fails.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import matplotlib
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2.functional import center_crop, resize
+
+from bld_ext import SeededAugment
+
+STEP = 0
+AUGMENT = SeededAugment(crop_padding=4, rotation=15, jitter=0.3)
+
+
+def digits(count: int, size: int) -> Tensor:  # [N, 3, size, size], uint8
+    pixels = torch.from_numpy(load_digits().images[:count]).float() / 16 * 255
+    return resize(pixels.unsqueeze(1).round().byte().repeat(1, 3, 1, 1), [size, size])
+
+
+def folder(path: Path, count: int, size: int) -> Tensor:  # [N, 3, size, size], uint8
+    found = []
+    for file in sorted(path.iterdir()) if path.is_dir() else ():
+        if len(found) < count and file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
+            image = decode_image(str(file), ImageReadMode.RGB)
+            found.append(center_crop(resize(image, [size]), [size, size]))
+    if not found:
+        sys.exit(f"--dataset: expected 'digits' or a folder with .png or .jpg images, got {path}")
+    return torch.stack(found)
+
+
+def views_twice(augment, images: Tensor, seed: int, views: int) -> tuple[Tensor, Tensor]:
+    """[V, N, C, H, W] from one call, and again from V·N calls in reversed order."""
+    made = augment(images, seed=seed, step=STEP, views=range(views)).unflatten(0, (views, -1))
+    again = torch.full_like(made, torch.nan)
+    for v in reversed(range(views)):
+        for n in reversed(range(len(images))):
+            index = torch.tensor([n])
+            again[v, n] = augment(images[index], seed=seed, step=STEP, views=[v], indices=index)[0]
+    return made, again
+
+
+def draw(images: Tensor, made: Tensor, again: Tensor, difference: float, path: Path) -> None:
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    V, N = made.shape[:2]
+    figure, axes = plt.subplots(
+        2 * N, V + 1, figsize=(0.9 * (V + 1), 1.85 * N + 0.5), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for n in range(N):
+        axes[2 * n, 0].imshow(images[n].permute(1, 2, 0))
+        axes[2 * n + 1, 0].text(1, 0.5, "made again", ha="right", va="center", fontsize=8)
+        for v in range(V):
+            axes[2 * n, v + 1].imshow(made[v, n].permute(1, 2, 0))
+            axes[2 * n + 1, v + 1].imshow(again[v, n].permute(1, 2, 0))
+    for v, title in enumerate(["image", *(f"view {v}" for v in range(V))]):
+        axes[0, v].set_title(title, fontsize=8)
+    figure.suptitle(f"maximum difference {difference:g}", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None, augment=AUGMENT) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dataset", default="digits", help="digits, or a folder of images")
+    parser.add_argument("--images", type=int, default=4)
+    parser.add_argument("--views", type=int, default=8)
+    parser.add_argument("--size", type=int, default=32, help="pixels of a side")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/views.png"))
+    options = parser.parse_args(arguments)
+    for name in ("images", "views", "size"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name}: expected at least 1, got {getattr(options, name)}")
+    if options.dataset == "digits":
+        images = digits(options.images, options.size)
+    else:
+        images = folder(Path(options.dataset), options.images, options.size)
+    made, again = views_twice(augment, images, options.seed, options.views)
+    difference = (made - again).abs().max().item()
+    draw(images, made, again, difference, options.out)
+    print(f"{augment}\n{made.shape[0]} views of {made.shape[1]} images: {options.out}")
+    print(f"stored: 0 bytes an image, 16 bytes a batch (seed and step)\n{difference=:g}")
+    return 0 if difference == 0 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
