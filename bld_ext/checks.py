@@ -194,6 +194,31 @@ def _tensor_lists(lists: dict[str, Sequence[Tensor]], layers: Sequence[int], L: 
 # ---- seeded augmentation ----
 
 
+POLICY = {
+    "crop_padding": 2**20,
+    "flip": 1,
+    "rotation": 180,
+    "brightness": 1,
+    "contrast": 1,
+    "saturation": 1,
+    "hue": 0.5,
+}  # what each setting goes up to, from 0
+
+
+def policy(policy: Policy) -> None:
+    for name, high in POLICY.items():
+        value = getattr(policy, name)
+        require(0 <= value <= high, f"policy.{name}", f"0 to {high}", value)
+    scale = (policy.scale_min, policy.scale_max)
+    known = 1e-3 <= scale[0] <= scale[1] <= 1e3
+    require(known, "policy.scale_min, scale_max", "(low, high) within 0.001 to 1000", scale)
+    require(all(map(math.isfinite, policy.mean)), "policy.mean", "finite numbers", policy.mean)
+    known = all(0 < s < math.inf for s in policy.std)
+    require(known, "policy.std", "finite numbers above 0", policy.std)
+    channels = len(policy.mean)
+    require(len(policy.std) == channels, "policy.std", f"{channels} values", len(policy.std))
+
+
 def images(images: Tensor, policy: Policy, dtype: torch.dtype) -> None:
     uint8_or_float = images.dtype == torch.uint8 or images.dtype in FLOATS
     require(uint8_or_float, "images", "uint8 or a floating-point dtype", images.dtype)

@@ -348,6 +348,7 @@ def augment(
         parameters = view_parameters(policy, seed, step, views, indices)
         # torchvision.transforms.v2.functional: crop(pad), hflip, affine, adjust_*, normalize
     """
+    checks.policy(policy)
     checks.images(images, policy, dtype)
     views = checks.views(views)
     seed, step, indices = checks.counter(seed, step, indices, images)

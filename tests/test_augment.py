@@ -437,6 +437,31 @@ def test_bad_argument(argument, value, message):
         ops.augment(**arguments | {argument: value})
 
 
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        (dict(hue=0.7), "hue: expected 0 to 0.5, got 0.7"),
+        (dict(rotation=float("nan")), "rotation: expected 0 to 180, got nan"),
+        (dict(crop_padding=-1), "crop_padding: expected 0 to 1048576, got -1"),
+        (
+            dict(scale_min=2),
+            r"scale_min, scale_max: expected .* within 0.001 to 1000, got \(2, 1\)",
+        ),
+        (
+            dict(mean=(0, 0, float("inf")), std=(1, 1, 1)),
+            "mean: expected finite numbers, got .*inf.*",
+        ),
+        (dict(mean=(0, 0, 0), std=(1, 1, 0)), r"std: expected finite numbers above 0, got .* 0\)"),
+        (dict(mean=(0, 0, 0), std=(1, 1)), "std: expected 3 values, got 2"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_policy(changed, message):
+    policy = SeededAugment().policy._replace(**changed)
+    with pytest.raises(ValueError, match=f"^policy.{message}$"):
+        ops.augment(make_images(), policy, seed=0, step=0, views=[0])
+
+
 def test_mean_of_another_number_of_channels():
     policy = SeededAugment(mean=(0.5,), std=(1,)).policy
     with pytest.raises(ValueError, match="^policy.mean: expected 3 values, one a channel, got 1$"):
