@@ -102,7 +102,9 @@ class BLDOptimizer(torch.optim.Optimizer):
             complete, and then releases it. Where all views go through the network in one pass, the
             warm-up, and the joint stage while there is nothing to distil, never hold a whole
             gradient; while distilling, the joint stage holds one. An error amid the backward pass
-            leaves the layers behind it updated, unless `check_finite` is set.
+            leaves the layers behind it updated, unless `check_finite` is set; torch raises one if
+            a weight is also used detached, as backward still needs it after its update. The base's
+            step, with its hooks, runs once for every 8 MiB of gradients.
         balance_in_backward: rescale each layer's G_d as soon as it is complete, during backward,
             instead of all after it; the same bits. Always so with "in_backward"; not with
             "shared_forward", which does not accumulate G_d by itself.
