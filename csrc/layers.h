@@ -132,17 +132,87 @@ inline void check_lists(const std::vector<TensorList *> &lists, const std::vecto
   }
 }
 
+// Where the elements of a tensor begin, in order.
+inline std::vector<uintptr_t> addresses(const Tensor &tensor) {
+  std::vector<uintptr_t> found{reinterpret_cast<uintptr_t>(tensor.const_data_ptr())};
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    std::vector<uintptr_t> moved;
+    moved.reserve(found.size() * tensor.size(d));
+    for (int64_t k = 0; k < tensor.size(d); ++k)
+      for (uintptr_t at : found)
+        moved.push_back(at + k * tensor.stride(d) * tensor.element_size());
+    found = std::move(moved);
+  }
+  std::sort(found.begin(), found.end());
+  return found;
+}
+
+// Of tensors whose memory reaches into each other's: whether they have a byte in common.
+inline bool share_memory(const Tensor &a, const Tensor &b) {
+  const std::vector<uintptr_t> in_a = addresses(a);
+  for (uintptr_t at : addresses(b)) { // the first element of a that ends behind `at`
+    const auto next = std::upper_bound(in_a.begin(), in_a.end(), at - a.element_size());
+    if (next != in_a.end() && *next < at + b.element_size())
+      return true;
+  }
+  return false;
+}
+
+struct Extent { // of a tensor in memory, gaps included
+  uintptr_t begin, end;
+  const TensorList *list;
+  size_t i;
+
+  Extent(const TensorList *list, size_t i) : list(list), i(i) {
+    const Tensor &tensor = list->tensors[i];
+    begin = end = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+    if (tensor.numel() == 0)
+      return;
+    int64_t elements = 1;
+    for (int64_t d = 0; d < tensor.dim(); ++d)
+      elements += (tensor.size(d) - 1) * tensor.stride(d);
+    end += elements * tensor.element_size();
+  }
+};
+
+// What is written by way of copies has to have memory that is nobody else's. What is written in
+// place is looked at in check_overlap, once for all calls with the same tensors.
+inline void check_apart(const std::vector<TensorList *> &lists, const std::vector<size_t> &copied) {
+  std::vector<Extent> extents;
+  for (const TensorList *list : lists)
+    for (size_t i = 0; i < list->tensors.size(); ++i)
+      extents.emplace_back(list, i);
+  for (const TensorList *list : lists)
+    for (size_t i : copied) {
+      if (!list->written || list->tensors[i].is_contiguous())
+        continue;
+      const Extent own(list, i);
+      for (const Extent &other : extents)
+        STD_TORCH_CHECK(own.end <= other.begin || other.end <= own.begin ||
+                            (other.list == list && other.i == i) ||
+                            !share_memory(list->tensors[i], other.list->tensors[other.i]),
+                        list->name, "[", i,
+                        "]: expected memory of its own, got some that is also in ",
+                        other.list->name, "[", other.i, "]; clone() one of them");
+    }
+}
+
 // Makes tensors i of all lists walk memory in the same order, by copies where they do not.
 inline void align(const std::vector<TensorList *> &lists) {
   const TensorList &first = *lists[0];
+  std::vector<size_t> copied;
   for (size_t i = 0; i < first.tensors.size(); ++i) {
     bool as_they_are = is_dense(first.tensors[i]);
     for (const TensorList *list : lists)
       if (list != &first)
         as_they_are &= same(list->tensors[i].strides(), first.tensors[i].strides()) ||
                        (list->tensors[i].is_contiguous() && first.tensors[i].is_contiguous());
-    if (as_they_are)
-      continue;
+    if (!as_they_are)
+      copied.push_back(i);
+  }
+  if (!copied.empty())
+    check_apart(lists, copied);
+  for (size_t i : copied) {
     for (TensorList *list : lists) {
       Tensor copy = torch::stable::contiguous(list->tensors[i]);
       if (list->written && !list->tensors[i].is_contiguous())

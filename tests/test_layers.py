@@ -204,6 +204,29 @@ def test_memory_that_overlaps_itself_is_refused():
     assert torch.equal(memory, before)
 
 
+def test_strided_memory_that_is_shared_is_refused():
+    memory = torch.arange(1.0, 9)
+    before, square, one = memory.clone(), torch.ones(3, 3), torch.ones(1)
+    for grads in (
+        [memory, memory[::2]],
+        [memory[::2], memory[::2][:]],
+        [memory[1::2], memory[2:4]],
+    ):
+        with pytest.raises(ValueError, match=r"^grads\[\d\]: expected memory of its own"):
+            ops.balance_layers_(grads, [0, 0], one)
+    news = [torch.ones_like(square)] * 2
+    with pytest.raises(ValueError, match=r"^params\[\d\]: expected memory of its own"):
+        ops.balanced_sgd_([square, square.t()], news, news, [0, 0], one)
+    assert torch.equal(memory, before) and torch.equal(square, torch.ones(3, 3))
+
+
+def test_interleaved_views_are_apart():
+    memory = torch.arange(1.0, 9)
+    expected, one = memory * 3 / memory.norm(), torch.ones(1)
+    ops.balance_layers_([memory[::2], memory[1::2]], [0, 0], one, balance=3.0)
+    torch.testing.assert_close(memory, expected)
+
+
 def test_a_norm_that_overflows_makes_nan():
     grads = [torch.full((100,), 3e38), torch.ones(3)]
     factors, norms = ops.balance_layers_(grads, [0, 1], torch.ones(2))
