@@ -215,7 +215,7 @@ def test_ctrl_c_ends_the_job_and_its_workers(tmp_path):
         seen += job.stderr.read() or b""
         time.sleep(0.1)
     os.killpg(job.pid, signal.SIGINT)
-    assert job.wait(timeout=15) == 130
+    assert job.wait(timeout=60) == 130  # seconds for a machine that is busy with something else
     os.set_blocking(job.stderr.fileno(), True)
     seen += job.stderr.read()
     assert b"interrupted" in seen and b"Traceback" not in seen
