@@ -31,7 +31,11 @@ def folder(path: Path, count: int, size: int) -> Tensor:  # [N, 3, size, size], 
     found = []
     for file in sorted(path.iterdir()) if path.is_dir() else ():
         if len(found) < count and file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
-            image = decode_image(str(file), ImageReadMode.RGB)
+            try:
+                image = decode_image(str(file), ImageReadMode.RGB)
+            except RuntimeError as error:
+                print(f"{file} is left out: {str(error).splitlines()[0]}", file=sys.stderr)
+                continue
             found.append(center_crop(resize(image, [size]), [size, size]))
     if not found:
         sys.exit(f"--dataset: expected 'digits' or a folder with .png or .jpg images, got {path}")

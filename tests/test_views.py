@@ -15,13 +15,15 @@ def test_digits(tmp_path, capsys):
     assert "difference=0\n" in capsys.readouterr().out
 
 
-def test_folder(tmp_path):
+def test_folder(tmp_path, capsys):
     for i, shape in enumerate([(3, 20, 31), (1, 40, 25)]):
         write_png(torch.randint(256, shape, dtype=torch.uint8), str(tmp_path / f"{i}.png"))
+    (tmp_path / "broken.png").write_bytes(b"no picture")
     path = tmp_path / "sheet.png"
     options = ["--dataset", str(tmp_path), "--size", "16", "--views", "1", "--out", str(path)]
     assert views.main(options) == 0
     assert path.stat().st_size > 0
+    assert "broken.png is left out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["empty", "missing"])
