@@ -45,7 +45,7 @@ def kornia_policy(size):
     return K.AugmentationSequential(
         K.RandomCrop((size, size), padding=PADDING),
         K.RandomHorizontalFlip(),
-        K.RandomAffine(ROTATION, scale=SCALE),
+        K.RandomAffine(ROTATION, scale=SCALE, p=1.0),
         K.ColorJitter(JITTER, JITTER, JITTER, HUE, p=1.0),
         K.Normalize(torch.tensor(MEAN), torch.tensor(STD)),
         data_keys=["input"],
