@@ -74,8 +74,6 @@ inline std::vector<int64_t> by_stride(const Tensor &tensor) {
 
 // Whether a step along a dimension ends among the elements of nearer ones, as in expanded tensors.
 inline bool overlaps_itself(const Tensor &tensor) {
-  if (tensor.is_contiguous() || tensor.numel() == 0)
-    return false;
   int64_t reach = 1;
   for (int64_t d : by_stride(tensor)) {
     if (tensor.stride(d) < reach)
@@ -125,9 +123,6 @@ inline void check_lists(const std::vector<TensorList *> &lists, const std::vecto
       if (list != &first)
         STD_TORCH_CHECK(same(tensor.sizes(), first.tensors[i].sizes()), list->name, "[", i,
                         "]: expected the shape of ", first.name, "[", i, "]");
-      STD_TORCH_CHECK(!list->written || !overlaps_itself(tensor), list->name, "[", i,
-                      "]: expected a tensor whose elements do not share memory, got an "
-                      "expanded one or the like; clone() it");
     }
   }
 }
@@ -175,25 +170,39 @@ struct Extent { // of a tensor in memory, gaps included
   }
 };
 
-// What is written by way of copies has to have memory that is nobody else's. What is written in
-// place is looked at in check_overlap, once for all calls with the same tensors.
-inline void check_apart(const std::vector<TensorList *> &lists, const std::vector<size_t> &copied) {
+inline void require_apart(bool apart, const Extent &own, const Extent &other) {
+  STD_TORCH_CHECK(apart, own.list->name, "[", own.i,
+                  "]: expected memory of its own, got some that is also in ", other.list->name, "[",
+                  other.i, "]; clone() one of them");
+}
+
+inline std::vector<Extent> extents_of(const std::vector<TensorList *> &lists) {
   std::vector<Extent> extents;
   for (const TensorList *list : lists)
     for (size_t i = 0; i < list->tensors.size(); ++i)
       extents.emplace_back(list, i);
+  return extents;
+}
+
+// What is written by way of copies has to have memory that is nobody else's, nor its own twice.
+// What is written in place is looked at in check_overlap, once for all calls with the same tensors.
+inline void check_copied(const std::vector<TensorList *> &lists,
+                         const std::vector<size_t> &copied) {
+  const std::vector<Extent> extents = extents_of(lists);
   for (const TensorList *list : lists)
     for (size_t i : copied) {
-      if (!list->written || list->tensors[i].is_contiguous())
+      const Tensor &tensor = list->tensors[i];
+      if (!list->written || tensor.is_contiguous())
         continue;
+      STD_TORCH_CHECK(!overlaps_itself(tensor), list->name, "[", i,
+                      "]: expected a tensor whose elements do not share memory, got an "
+                      "expanded one or the like; clone() it");
       const Extent own(list, i);
       for (const Extent &other : extents)
-        STD_TORCH_CHECK(own.end <= other.begin || other.end <= own.begin ||
-                            (other.list == list && other.i == i) ||
-                            !share_memory(list->tensors[i], other.list->tensors[other.i]),
-                        list->name, "[", i,
-                        "]: expected memory of its own, got some that is also in ",
-                        other.list->name, "[", other.i, "]; clone() one of them");
+        require_apart(own.end <= other.begin || other.end <= own.begin ||
+                          (other.list == list && other.i == i) ||
+                          !share_memory(tensor, other.list->tensors[other.i]),
+                      own, other);
     }
 }
 
@@ -211,7 +220,7 @@ inline void align(const std::vector<TensorList *> &lists) {
       copied.push_back(i);
   }
   if (!copied.empty())
-    check_apart(lists, copied);
+    check_copied(lists, copied);
   for (size_t i : copied) {
     for (TensorList *list : lists) {
       Tensor copy = torch::stable::contiguous(list->tensors[i]);
@@ -252,33 +261,21 @@ inline std::vector<int64_t> table_key(const std::vector<TensorList *> &lists,
   return key;
 }
 
-// A kernel that writes a tensor must not have its elements under another name too.
+// A kernel that writes a tensor must not have its elements under another name too. All are dense.
 inline void check_overlap(const std::vector<TensorList *> &lists) {
-  struct Range {
-    uintptr_t begin, end;
-    const TensorList *list;
-    size_t i;
-  };
-  std::vector<Range> ranges;
-  for (const TensorList *list : lists)
-    for (size_t i = 0; i < list->tensors.size(); ++i) {
-      const Tensor &tensor = list->tensors[i];
-      const auto begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
-      if (tensor.numel())
-        ranges.push_back({begin, begin + tensor.numel() * tensor.element_size(), list, i});
-    }
-  std::sort(ranges.begin(), ranges.end(),
-            [](const Range &a, const Range &b) { return a.begin < b.begin; });
-  Range reaching{0, 0, nullptr, 0}, written{0, 0, nullptr, 0}; // furthest so far
-  for (const Range &range : ranges) {
-    const Range &other = range.list->written ? reaching : written;
-    STD_TORCH_CHECK(other.end <= range.begin, range.list->name, "[", range.i,
-                    "]: expected memory of its own, got some that is also in ",
-                    other.list ? other.list->name : "", "[", other.i, "]; clone() one of them");
-    if (range.end > reaching.end)
-      reaching = range;
-    if (range.list->written && range.end > written.end)
-      written = range;
+  std::vector<Extent> extents = extents_of(lists);
+  std::sort(extents.begin(), extents.end(),
+            [](const Extent &a, const Extent &b) { return a.begin < b.begin; });
+  const Extent *reaching = nullptr, *written = nullptr; // furthest so far
+  for (const Extent &extent : extents) {
+    if (extent.begin == extent.end)
+      continue;
+    if (const Extent *other = extent.list->written ? reaching : written)
+      require_apart(other->end <= extent.begin, extent, *other);
+    if (!reaching || extent.end > reaching->end)
+      reaching = &extent;
+    if (extent.list->written && (!written || extent.end > written->end))
+      written = &extent;
   }
 }
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bld_ext import ops
+from bld_ext.checks import POLICY
 from bld_ext.reference import Policy, ViewParameters
 
 
@@ -60,13 +61,9 @@ class SeededAugment:
         color = {"brightness": brightness, "contrast": contrast, "saturation": saturation}
         color = {name: jitter if value is None else value for name, value in color.items()}
         hue = jitter / 4 if hue is None else hue
-        for name, value, high in (
-            ("flip", flip, 1),
-            ("jitter", jitter, 1),
-            ("rotation", rotation, 180),
-            ("hue", hue, 0.5),
-            *((name, value, 1) for name, value in color.items()),
-        ):
+        ranges = {"flip": flip, "jitter": jitter, "rotation": rotation, "hue": hue, **color}
+        for name, value in ranges.items():
+            high = POLICY.get(name, 1)
             if isinstance(value, (tuple, list)) or not 0 <= value <= high:
                 raise ValueError(f"{name}: expected 0 to {high}, got {value}")
         low, high = scale
