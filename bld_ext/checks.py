@@ -4,12 +4,13 @@ and the remedy, before anything is computed.
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from bld_ext.reference import Policy, compute_dtype
+from bld_ext.reference import INTERPOLATIONS, PADDING_MODES, Policy, compute_dtype
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -194,7 +195,7 @@ def _tensor_lists(lists: dict[str, Sequence[Tensor]], layers: Sequence[int], L: 
 # ---- seeded augmentation ----
 
 
-POLICY = {
+MOST = {
     "crop_padding": 2**20,
     "flip": 1,
     "rotation": 180,
@@ -202,27 +203,65 @@ POLICY = {
     "contrast": 1,
     "saturation": 1,
     "hue": 0.5,
+    "erase": 1,
 }  # what each setting goes up to, from 0
+MOST_EACH = {"translate": 1, "shear": 80}  # a number for x and one for y
+RANGES = {
+    "resized_crop": (1e-6, 1),
+    "resized_crop_ratio": (1e-3, 1e3),
+    "scale": (1e-3, 1e3),
+    "erase_area": (1e-6, 1),
+    "erase_ratio": (1e-3, 1e3),
+}  # (low, high) within these
+NAMES = {"interpolation": INTERPOLATIONS, "padding_mode": PADDING_MODES}
 
 
-def policy(policy: Policy) -> None:
-    for name, high in POLICY.items():
-        value = getattr(policy, name)
-        require(0 <= value <= high, f"policy.{name}", f"0 to {high}", value)
-    scale = (policy.scale_min, policy.scale_max)
-    known = 1e-3 <= scale[0] <= scale[1] <= 1e3
-    require(known, "policy.scale_min, scale_max", "(low, high) within 0.001 to 1000", scale)
-    require(all(map(math.isfinite, policy.mean)), "policy.mean", "finite numbers", policy.mean)
-    known = all(0 < s < math.inf for s in policy.std)
-    require(known, "policy.std", "finite numbers above 0", policy.std)
-    channels = len(policy.mean)
-    require(len(policy.std) == channels, "policy.std", f"{channels} values", len(policy.std))
+def policy(policy: Policy, prefix: str = "policy.") -> None:
+    def numbers(value, count=None):
+        values = value if isinstance(value, (tuple, list)) else ()
+        known = all(isinstance(x, Real) and math.isfinite(x) for x in values)
+        return known and len(values) == (len(values) if count is None else count)
+
+    for name, value in policy._asdict().items():
+        if name in MOST:
+            known, expected = numbers((value,)) and 0 <= value <= MOST[name], f"0 to {MOST[name]}"
+        elif name in MOST_EACH:
+            most = MOST_EACH[name]
+            known = numbers(value, 2) and all(0 <= x <= most for x in value)
+            expected = f"(x, y), each 0 to {most}"
+        elif name in RANGES:
+            low, high = RANGES[name]
+            known = numbers(value, 2) and low <= value[0] <= value[1] <= high
+            known = known or name == "resized_crop" and value is None
+            expected = f"(low, high) within {low:g} to {high:g}, low first"
+        elif name in NAMES:
+            known, expected = value in NAMES[name], f"one of {', '.join(NAMES[name])}"
+        else:  # mean, std
+            known = numbers(value) and (name == "mean" or all(x > 0 for x in value))
+            expected = "finite numbers" + ("" if name == "mean" else " above 0")
+            expected += ", one a channel"
+        require(known, prefix + name, expected, repr(value))
+    whole = policy.crop_padding == int(policy.crop_padding)
+    require(whole, f"{prefix}crop_padding", "whole pixels", policy.crop_padding)
+    means, stds = len(policy.mean), len(policy.std)
+    require(means == stds, f"{prefix}std", f"as many values as mean, {means}", stds)
+
+
+def image_size(size: Sequence[int]) -> tuple[int, int]:
+    whole = len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)
+    require(whole, "size", "(height, width) of at least one pixel", tuple(size))
+    small = (size[0] + 4) * (size[1] + 4) < 2**31
+    require(small, "images", "fewer than 2**31 pixels, with a border of 2", tuple(size))
+    return tuple(size)
 
 
 def images(images: Tensor, policy: Policy, dtype: torch.dtype) -> None:
+    tensor("images", images)
     uint8_or_float = images.dtype == torch.uint8 or images.dtype in FLOATS
     require(uint8_or_float, "images", "uint8 or a floating-point dtype", images.dtype)
     require(images.dim() == 4, "images", "shape [N, C, H, W]", tuple(images.shape))
+    require(min(images.shape[1:]) > 0, "images", "at least one pixel", tuple(images.shape))
+    image_size(images.shape[2:])
     require(dtype in FLOATS, "dtype", "a floating-point dtype", dtype)
     channels = len(policy.mean)
     matches = channels in (0, images.shape[1])
@@ -241,25 +280,30 @@ def views(views: Sequence[int]) -> list[int]:
     return views
 
 
-def counter(seed, step, indices, images):
-    device = images.device
+def counter(seed, step, indices, N, device):
+    """Seed and step as int64 scalars, on the device or, passed by value, on the CPU."""
     for name, value, limit in (("seed", seed, 2**63), ("step", step, 2**32)):
         if isinstance(value, Tensor):
             scalar = value.dtype == torch.int64 and value.dim() == 0
             got = f"{value.dtype} {tuple(value.shape)}"
             require(scalar, name, "a whole number or an int64 scalar", got)
-        else:
-            whole = isinstance(value, int) and 0 <= value < limit
-            require(whole, name, f"0 to {limit - 1}", value)
-    if indices is None:
-        indices = torch.arange(images.shape[0], device=device)
-    require(isinstance(indices, Tensor), "indices", "a tensor", indices)
-    require(indices.dtype == torch.int64, "indices", "torch.int64", indices.dtype)
-    expected = (images.shape[0],)
-    shape = tuple(indices.shape)
-    require(shape == expected, "indices", f"shape {expected}", shape)
-    if device.type == "cpu" and indices.numel() and not torch.compiler.is_compiling():
-        low, high = indices.min().item(), indices.max().item()
-        require(low >= 0 and high < 2**32, "indices", f"0 to {2**32 - 1}", f"{low} to {high}")
-    seed, step = (x if isinstance(x, Tensor) else indices.new_full((), x) for x in (seed, step))
-    return seed, step, indices
+            where = f"a scalar on the CPU or on {device}, where the images are"
+            require(value.device in (device, torch.device("cpu")), name, where, value.device)
+            if not may_look(value, check_inputs=False):
+                continue
+            value = value.item()
+        whole = isinstance(value, int) and 0 <= value < limit
+        require(whole, name, f"0 to {limit - 1}", value)
+    if indices is not None:
+        tensor("indices", indices)
+        require(indices.dtype == torch.int64, "indices", "torch.int64", indices.dtype)
+        expected, shape = (N,), tuple(indices.shape)
+        require(shape == expected, "indices", f"shape {expected}", shape)
+        require(indices.device == device, "indices", f"device {device}", indices.device)
+        if device.type == "cpu" and indices.numel() and not torch.compiler.is_compiling():
+            low, high = indices.min().item(), indices.max().item()
+            require(low >= 0 and high < 2**32, "indices", f"0 to {2**32 - 1}", f"{low} to {high}")
+    return tuple(
+        x if isinstance(x, Tensor) else torch.full((), x, dtype=torch.int64, device="cpu")
+        for x in (seed, step)
+    )

@@ -319,20 +319,24 @@ def augment(
 ) -> Tensor:
     """Random views of images, each a pure function of (seed, step, view, image index).
 
-    In this order: crop from the padded image, horizontal flip, rotation and scale about the centre,
-    as one inverse matrix and one bilinear resample, zero outside the image (so a rotation brings
-    back what the crop alone would have cut off); brightness, contrast (against the image's own
-    mean), saturation, hue, each clamped to [0, 1]; normalisation.
+    In this order: crop from the padded image, resized if `resized_crop` is given; horizontal flip;
+    shear, scale, rotation and translation about the centre; all of these as one inverse matrix and
+    one resample, so that a rotation brings back what the crop alone would have cut off. Then
+    brightness, contrast (against the view's own mean), saturation and hue, each clamped to [0, 1],
+    normalisation, and erasing to 0. uint8 images are divided by 255 behind the resample.
 
     Random words are Philox4x32-10 with key = seed and counter = (image index, view, step, op): op 0
-    gives (left, top, flip, angle), op 1 (scale, -, -, -), op 2 (brightness, contrast, saturation,
-    hue).
+    gives (left, top, flip, angle), op 1 (scale, translate x, translate y, shear x), op 2
+    (brightness, contrast, saturation, hue), op 3 (shear y, area and ratio of the crop, whether to
+    erase) and op 4 (area, ratio, left and top of what is erased).
 
     Args:
-        images: `[N, C, H, W]`, uint8, or float in [0, 1]. Saturation and hue act on three channels.
-        policy: what to draw from.
-        seed: 0 to 2**63 - 1, or such an int64 scalar on the images' device.
-        step: 0 to 2**32 - 1, or such an int64 scalar on the images' device.
+        images: `[N, C, H, W]`, uint8, or float in [0, 1]: nothing looks at the values, and the
+            colour operations clamp to that range. Contrast, saturation and hue need one or three
+            channels, and the latter two act on three.
+        policy: what to draw from; `SeededAugment` describes each setting.
+        seed: 0 to 2**63 - 1, or an int64 scalar on the images' device or on the CPU.
+        step: 0 to 2**32 - 1, likewise.
         views: view numbers, V of them.
         indices: `[N]` int64, the images' numbers within the step; default 0 to N - 1.
         dtype: of the result, a float dtype.
@@ -345,13 +349,14 @@ def augment(
         ValueError: an argument's shape, dtype, device or value is not as described.
 
     Equivalent to:
-        parameters = view_parameters(policy, seed, step, views, indices)
-        # torchvision.transforms.v2.functional: crop(pad), hflip, affine, adjust_*, normalize
+        parameters = view_parameters(policy, seed, step, views, indices, size)
+        # torchvision.transforms.v2.functional: pad, crop or resized_crop, hflip, affine, adjust_*,
+        # normalize, erase
     """
     checks.policy(policy)
     checks.images(images, policy, dtype)
     views = checks.views(views)
-    seed, step, indices = checks.counter(seed, step, indices, images)
+    seed, step = checks.counter(seed, step, indices, images.shape[0], images.device)
     return torch.ops.bld_ext.augment(
         images, policy.pack(), seed, step, views, indices, dtype, channels_last
     )
@@ -363,8 +368,14 @@ def view_parameters(
     step: int | Tensor,
     views: Sequence[int],
     indices: Tensor,
+    size: tuple[int, int],
 ) -> ViewParameters:
-    """The parameters `augment` draws, without drawing a picture: each field `[V, N]`."""
+    """The parameters `augment` draws for images of `size` (H, W), without drawing a picture: each
+    field `[V, N]`.
+    """
+    checks.policy(policy)
     views = checks.views(views)
-    seed, step, indices = checks.counter(seed, step, indices, indices)
-    return reference.view_parameters(policy, seed, step, views, indices)
+    checks.tensor("indices", indices)
+    seed, step = checks.counter(seed, step, indices, indices.numel(), indices.device)
+    size = checks.image_size(size)
+    return reference.view_parameters(policy, seed, step, views, indices, size)

@@ -156,33 +156,64 @@ def balanced_sgd_(
 
 # ---- seeded augmentation: images [N, C, H, W] -> views [V·N, C, H, W] ----
 
-GEOMETRY, ZOOM, COLOR = 0, 1, 2  # the op word of the Philox counter
+GEOMETRY, AFFINE, COLOR, SHAPE, ERASE = range(5)  # the op word of the Philox counter
 GRAY = (0.2989, 0.587, 0.114)  # luma of ITU-R BT.601, as torchvision rounds it
 MEAN_SCALE = 2.0**30
+INTERPOLATIONS = ("bilinear", "nearest")
+PADDING_MODES = ("zeros", "reflect", "edge")
 
 
 class Policy(NamedTuple):
     """What `augment` draws from and applies; a flat list of floats in the op's schema."""
 
-    crop_padding: float = 0  # pixels
+    crop_padding: int = 0  # pixels
+    resized_crop: tuple[float, float] | None = None  # least and greatest share of the area
+    resized_crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
     flip: float = 0  # probability
     rotation: float = 0  # ± degrees
-    scale_min: float = 1
-    scale_max: float = 1
+    translate: tuple[float, float] = (0, 0)  # ± shares of width and height
+    scale: tuple[float, float] = (1, 1)
+    shear: tuple[float, float] = (0, 0)  # ± degrees along x and y
     brightness: float = 0  # factors in 1 ± this
     contrast: float = 0
     saturation: float = 0
     hue: float = 0  # ± turns of the colour wheel
     mean: tuple[float, ...] = ()  # normalise: (x - mean) / std per channel
     std: tuple[float, ...] = ()
+    erase: float = 0  # probability
+    erase_area: tuple[float, float] = (0.02, 0.33)  # least and greatest share of the area
+    erase_ratio: tuple[float, float] = (0.3, 3.3)  # width / height
+    interpolation: str = "bilinear"
+    padding_mode: str = "zeros"  # outside of the image
 
     def pack(self) -> list[float]:
-        return [*map(float, self[:9]), *self.mean, *self.std]
+        """24 numbers, then mean and std of each channel."""
+        numbers = [
+            self.crop_padding, *(self.resized_crop or (0, 0)), *self.resized_crop_ratio,
+            self.flip, self.rotation, *self.translate, *self.scale, *self.shear,
+            self.brightness, self.contrast, self.saturation, self.hue,
+            self.erase, *self.erase_area, *self.erase_ratio,
+            INTERPOLATIONS.index(self.interpolation), PADDING_MODES.index(self.padding_mode),
+        ]  # fmt: skip
+        return [*map(float, numbers), *map(float, self.mean), *map(float, self.std)]
 
     @classmethod
     def unpack(cls, values: Sequence[float]) -> "Policy":
-        channels = (len(values) - 9) // 2
-        return cls(*values[:9], tuple(values[9 : 9 + channels]), tuple(values[9 + channels :]))
+        pair = {k: (values[k], values[k + 1]) for k in (1, 3, 7, 9, 11, 18, 20)}
+        channels = (len(values) - 24) // 2
+        return cls(
+            int(values[0]), pair[1] if values[2] else None, pair[3],
+            values[5], values[6], pair[7], pair[9], pair[11],
+            *values[13:17], tuple(values[24 : 24 + channels]), tuple(values[24 + channels :]),
+            values[17], pair[18], pair[20],
+            INTERPOLATIONS[int(values[22])], PADDING_MODES[int(values[23])],
+        )  # fmt: skip
+
+    @property
+    def turns(self) -> bool:
+        """Whether views are more than windows of the image or of its mirror image."""
+        still = self._replace(rotation=0, translate=(0, 0), scale=(1, 1), shear=(0, 0))
+        return self != still._replace(resized_crop=None)
 
 
 class ViewParameters(NamedTuple):
@@ -190,38 +221,117 @@ class ViewParameters(NamedTuple):
 
     left: Tensor  # int64: columns of the padded image left of the crop
     top: Tensor  # int64: rows above it
+    width: Tensor  # int64: of the crop, the image's unless it is resized
+    height: Tensor  # int64
     flip: Tensor  # bool
     angle: Tensor  # degrees, clockwise as displayed
+    translate_x: Tensor  # pixels to the right
+    translate_y: Tensor  # pixels down
     scale: Tensor
+    shear_x: Tensor  # degrees
+    shear_y: Tensor
     brightness: Tensor  # factors
     contrast: Tensor
     saturation: Tensor
     hue: Tensor  # turns
+    erase_left: Tensor  # int64: the erased rectangle of the view
+    erase_top: Tensor
+    erase_width: Tensor  # 0 where nothing is erased
+    erase_height: Tensor
 
 
 def view_parameters(
-    policy: Policy, seed: Tensor, step: Tensor, views: Sequence[int], indices: Tensor
+    policy: Policy,
+    seed: Tensor,
+    step: Tensor,
+    views: Sequence[int],
+    indices: Tensor,
+    size: tuple[int, int],
 ) -> ViewParameters:
-    """The parameters of the views of the images `indices` [N] at one step: a pure function."""
+    """The parameters of the views of the images `indices` [N], H·W pixels `size`, at one step."""
     view = torch.cat([indices.new_empty(0, 1), *(indices.new_full((1, 1), v) for v in views)])
     key = seed_key(seed)
+    H, W = size
 
     def words(op):
         return philox((indices.unsqueeze(0), view, step, op), key)  # four of [V, N]
 
-    shift = 2 * int(policy.crop_padding) + 1
     left, top, flip, angle = words(GEOMETRY)
+    scale, translate_x, translate_y, shear_x = words(AFFINE)
+    shear_y, area, ratio, erase = words(SHAPE)
+    width, height = torch.full_like(left, W), torch.full_like(top, H)
+    if policy.resized_crop:
+        width, height = rectangle(area, ratio, policy.resized_crop, policy.resized_crop_ratio, size)
+    erase_area, erase_ratio, erase_left, erase_top = words(ERASE)
+    box = rectangle(erase_area, erase_ratio, policy.erase_area, policy.erase_ratio, size)
+    erased = uniform(erase) < policy.erase
+    erase_width, erase_height = (torch.where(erased, side, 0) for side in box)
     factors = (policy.brightness, policy.contrast, policy.saturation)
     *color, hue = words(COLOR)
+    (share_x, share_y), (slant_x, slant_y) = policy.translate, policy.shear
     return ViewParameters(
-        below(left, shift),
-        below(top, shift),
+        below(left, 2 * policy.crop_padding + 1 + W - width),
+        below(top, 2 * policy.crop_padding + 1 + H - height),
+        width,
+        height,
         uniform(flip) < policy.flip,
         between(angle, -policy.rotation, policy.rotation),
-        between(words(ZOOM)[0], policy.scale_min, policy.scale_max),
+        (between(translate_x, -share_x, share_x).double() * W).float(),
+        (between(translate_y, -share_y, share_y).double() * H).float(),
+        between(scale, *policy.scale),
+        between(shear_x, -slant_x, slant_x),
+        between(shear_y, -slant_y, slant_y),
         *(between(w, 1 - f, 1 + f) for w, f in zip(color, factors, strict=True)),
         between(hue, -policy.hue, policy.hue),
+        below(erase_left, 1 + W - erase_width) * erased,
+        below(erase_top, 1 + H - erase_height) * erased,
+        erase_width,
+        erase_height,
     )
+
+
+def rectangle(
+    area: Tensor,
+    ratio: Tensor,
+    areas: tuple[float, float],
+    ratios: tuple[float, float],
+    size: tuple[int, int],
+) -> tuple[Tensor, Tensor]:
+    """Width and height in pixels: area and the logarithm of width / height are uniform.
+
+    A rectangle that is wider or higher than the image is cut to it.
+    """
+    H, W = size
+    side = (between(area, *areas).double() * (H * W)).sqrt()
+    root = exp(between(ratio, math.log(ratios[0]), math.log(ratios[1])).double() * 0.5)
+    width, height = (side * root + 0.5).floor().long(), (side / root + 0.5).floor().long()
+    return width.clamp(1, W), height.clamp(1, H)
+
+
+def exp(x: Tensor) -> Tensor:
+    """e^x of doubles within ± 8, in products and sums that every device rounds alike."""
+    x, y = x * 0.0625, torch.ones_like(x)
+    for n in range(13, 0, -1):
+        y = 1 + y * x * (1 / n)
+    for _ in range(4):
+        y = y * y
+    return y
+
+
+def sine(degrees: Tensor) -> tuple[Tensor, Tensor]:
+    """Sine and cosine of doubles, exact at multiples of 90 degrees, likewise."""
+    quarters = (degrees * (1 / 90) + 0.5).floor()
+    x = (degrees - quarters * 90) * (math.pi / 180)  # within ± π/4
+    square = x * x
+    sin, cos = torch.ones_like(x), torch.ones_like(x)
+    for n in range(16, 1, -2):
+        sin = 1 - sin * square * (1 / (n * (n + 1)))
+        cos = 1 - cos * square * (1 / (n * (n - 1)))
+    sin = sin * x
+    quarter = quarters.long() & 3
+    odd, back = quarter & 1 == 1, quarter >= 2
+    sin, cos = torch.where(odd, cos, sin), torch.where(odd, -sin, cos)
+    return torch.where(back, -sin, sin), torch.where(back, -cos, cos)
 
 
 def augment(
@@ -230,57 +340,122 @@ def augment(
     seed: Tensor,
     step: Tensor,
     views: Sequence[int],
-    indices: Tensor,
+    indices: Tensor | None,
     dtype: torch.dtype,
     channels_last: bool,
 ) -> Tensor:
-    """Views of images: crop from the padded image, flip, rotate and scale about the centre as one
-    inverse matrix and one bilinear resample; brightness, contrast, saturation, hue, each clamped to
-    [0, 1]; normalise. View v of image n is row v·N + n.
+    """Views of images: crop from the padded image, flip, affine map about the centre as one inverse
+    matrix and one resample; brightness, contrast, saturation, hue, each clamped to [0, 1];
+    normalise; erase. View v of image n is row v·N + n.
     """
     settings = Policy.unpack(policy)
-    p = view_parameters(settings, seed, step, views, indices)
+    if indices is None:
+        indices = torch.arange(len(images), device=images.device)
+    p = view_parameters(settings, seed, step, views, indices, images.shape[2:])
     p = ViewParameters(*(field.flatten() for field in p))  # [V·N]
-    work = compute_dtype(images.dtype)
-    x = images.to(work) / 255 if images.dtype == torch.uint8 else images.to(work)
-    x = resample(x, p, settings)
-    x = recolor(x, p, settings)
+    x = resample(images.to(compute_dtype(images.dtype)), p, settings)
+    x = recolor(x / 255 if images.dtype == torch.uint8 else x, p, settings)
     if settings.mean:
         channels = zip(x.unbind(1), settings.mean, settings.std, strict=True)
         x = torch.stack([(channel - mean) / std for channel, mean, std in channels], 1)
+    if settings.erase:
+        x = erase(x, p)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return x.to(dtype).contiguous(memory_format=layout)
 
 
+def inverse_matrix(p: ViewParameters, settings: Policy, size: tuple[int, int]) -> list[Tensor]:
+    """a, b, c, d, e, f in double: a view's pixel (x, y), counted from its centre, shows the point
+    (a x + b y + c, d x + e y + f) of the image. The affine map is torchvision's, inverted.
+    """
+    H, W = size
+    angle, shear_x, shear_y = (t.double() for t in (p.angle, p.shear_x, p.shear_y))
+    sin, cos = sine(angle)
+    (sin_x, cos_x), (_, cos_y) = sine(shear_x), sine(shear_y)
+    sin_between, cos_between = sine(angle - shear_y)
+    tan_x, scale = sin_x / cos_x, p.scale.double()
+    across, down = cos_between / cos_y, sin_between / cos_y
+    a, b = (cos - down * tan_x) / scale, (across * tan_x + sin) / scale
+    d, e = -down / scale, across / scale
+    shift_x, shift_y = p.translate_x.double(), p.translate_y.double()
+    c, f = -(a * shift_x + b * shift_y), -(d * shift_x + e * shift_y)
+    # the crop, mirrored, and where its centre is
+    zoom_x = torch.where(p.flip, -1.0, 1.0).double() * (p.width.double() / W)
+    zoom_y = p.height.double() / H
+    middle_x = (p.left - settings.crop_padding).double() + (p.width - 1).double() * 0.5
+    middle_y = (p.top - settings.crop_padding).double() + (p.height - 1).double() * 0.5
+    return [
+        zoom_x * a, zoom_x * b, zoom_x * c + middle_x,
+        zoom_y * d, zoom_y * e, zoom_y * f + middle_y,
+    ]  # fmt: skip
+
+
 def resample(images: Tensor, p: ViewParameters, settings: Policy) -> Tensor:
-    """Bilinear samples of each image at the inverse map of every output pixel, zero outside."""
+    """Each image at the points that its views' pixels show."""
     N, C, H, W = images.shape
     V = len(p.angle) // max(N, 1)
-    if settings[:5] == Policy()[:5]:
+    if not (settings.turns or settings.crop_padding or settings.flip):
         return images.repeat(V, 1, 1, 1)
+    matrix = inverse_matrix(p, settings, (H, W))
+    a, b, c, d, e, f = (t.to(images.dtype).view(-1, 1, 1) for t in matrix)
     x = torch.arange(W, device=images.device, dtype=images.dtype) - (W - 1) / 2  # from the centre
     y = torch.arange(H, device=images.device, dtype=images.dtype).unsqueeze(1) - (H - 1) / 2
-    theta = p.angle.double() * (math.pi / 180)
-    cos, sin = (f(theta) / p.scale.double() for f in (torch.cos, torch.sin))
-    cos, sin = (t.to(images.dtype).view(-1, 1, 1) for t in (cos, sin))
-    mirror = torch.where(p.flip, -1, 1).view(-1, 1, 1)
-    padding = int(settings.crop_padding)
-    source_x = mirror * (cos * x + sin * y) + (W - 1) / 2 + (p.left - padding).view(-1, 1, 1)
-    source_y = cos * y - sin * x + (H - 1) / 2 + (p.top - padding).view(-1, 1, 1)
+    source_x, source_y = a * x + (b * y + c), d * x + (e * y + f)
+    if settings.resized_crop:
+        source_x = snap(source_x, p.left - settings.crop_padding, p.width)
+        source_y = snap(source_y, p.top - settings.crop_padding, p.height)
+    if settings.padding_mode == "reflect":
+        source_x, source_y = reflect(source_x, W), reflect(source_y, H)
+    nearest = settings.interpolation == "nearest"
+    if nearest:
+        source_x, source_y = source_x + 0.5, source_y + 0.5
 
     column, row = source_x.floor(), source_y.floor()
     right, low = source_x - column, source_y - row  # weights of the right and lower neighbours
     column, row = column.long(), row.long()  # [V·N, H, W]
     pixels = images.reshape(N, C, H * W).repeat(V, 1, 1)  # [V·N, C, H·W]
+
+    def tap(xs, ys):
+        inside = (xs >= 0) & (xs < W) & (ys >= 0) & (ys < H)
+        where = (ys.clamp(0, H - 1) * W + xs.clamp(0, W - 1)).flatten(1).unsqueeze(1)
+        value = pixels.gather(2, where.expand(-1, C, -1)).view(-1, C, H, W)
+        if settings.padding_mode == "zeros":
+            value = torch.where(inside.unsqueeze(1), value, 0)
+        return value
+
+    if nearest:
+        return tap(column, row)
     total = 0
     for dy, wy in ((0, 1 - low), (1, low)):
         for dx, wx in ((0, 1 - right), (1, right)):
-            xs, ys = column + dx, row + dy
-            inside = (xs >= 0) & (xs < W) & (ys >= 0) & (ys < H)
-            where = (ys.clamp(0, H - 1) * W + xs.clamp(0, W - 1)).flatten(1).unsqueeze(1)
-            tap = pixels.gather(2, where.expand(-1, C, -1)).view(-1, C, H, W)
-            total = total + tap * torch.where(inside, wx * wy, 0).unsqueeze(1)
+            total = total + tap(column + dx, row + dy) * (wx * wy).unsqueeze(1)
     return total
+
+
+def snap(source: Tensor, first: Tensor, size: Tensor) -> Tensor:
+    """Points on the outer half of a crop's border pixels show the middle of these."""
+    first = first.to(source.dtype).view(-1, 1, 1)
+    last = first + (size - 1).to(source.dtype).view(-1, 1, 1)
+    on = (source >= first - 0.5) & (source <= last + 0.5)
+    return torch.where(on, torch.clamp(source, first, last), source)
+
+
+def reflect(source: Tensor, size: int) -> Tensor:
+    """Points outside of 0 to size - 1 mirrored at the middle of the border pixels."""
+    if size == 1:
+        return torch.zeros_like(source)
+    period = 2 * (size - 1)
+    folded = source - period * (source / period).floor()
+    return torch.minimum(folded, period - folded)
+
+
+def erase(x: Tensor, p: ViewParameters) -> Tensor:
+    """A rectangle of each view set to 0: the mean, where views are normalised."""
+    columns = torch.arange(x.shape[3], device=x.device)
+    rows = torch.arange(x.shape[2], device=x.device).unsqueeze(1)
+    left, top, width, height = (field.view(-1, 1, 1, 1) for field in p[-4:])
+    inside = (columns >= left) & (columns < left + width) & (rows >= top) & (rows < top + height)
+    return torch.where(inside, 0, x)
 
 
 def recolor(x: Tensor, p: ViewParameters, settings: Policy) -> Tensor:

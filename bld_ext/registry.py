@@ -48,7 +48,7 @@ SCHEMAS = {
         " Tensor reference_norms, Tensor balance, Tensor lr) -> (Tensor factors, Tensor norms)"
     ),
     "augment": (
-        "(Tensor images, float[] policy, Tensor seed, Tensor step, int[] views, Tensor indices,"
+        "(Tensor images, float[] policy, Tensor seed, Tensor step, int[] views, Tensor? indices,"
         " ScalarType dtype, bool channels_last) -> Tensor"
     ),
 }

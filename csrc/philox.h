@@ -28,11 +28,18 @@ inline Words philox(Words counter, uint64_t seed) {
 // In [0, 1) with 24 random bits, exact.
 inline double uniform(uint32_t word) { return (word >> 8) * 0x1p-24; }
 
+// The ends of an interval, as float32.
+struct Interval {
+  float low, span, high;
+  Interval(double low_, double high_)
+      : low(static_cast<float>(low_)), span(static_cast<float>(high_ - low_)),
+        high(static_cast<float>(high_)) {}
+  static Interval around(double center, double reach) { return {center - reach, center + reach}; }
+};
+
 // In [low, high]; the product is exact, so fused and separate multiply-add agree.
-inline float between(uint32_t word, double low, double high) {
-  const float low32 = static_cast<float>(low), span32 = static_cast<float>(high - low);
-  const float value = static_cast<float>(low32 + uniform(word) * span32);
-  return std::min(value, static_cast<float>(high));
+inline float between(uint32_t word, const Interval &in) {
+  return std::min(static_cast<float>(in.low + uniform(word) * in.span), in.high);
 }
 
 // 0 to n - 1

@@ -5,21 +5,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bld_ext import ops
-from bld_ext.checks import POLICY
+from bld_ext import checks, ops
 from bld_ext.reference import Policy, ViewParameters
 
 
 class SeededAugment:
     """Views of images as a pure function of (seed, step, view, image index); nothing is stored.
 
-    Order: crop from the zero-padded image, horizontal flip, rotation and scale about the centre
-    (one matrix, one bilinear resample, zeros outside), brightness, contrast, saturation, hue,
-    normalisation. The semantics of each step are torchvision's. Paper: section 3.5 of Fini et al.,
-    ECCV 2020.
+    Crop, flip and affine map are one inverse matrix and one resample; then follow brightness,
+    contrast, saturation, hue, normalisation and erasing. The semantics of each step are
+    torchvision's. Paper: section 3.5 of Fini et al., ECCV 2020.
 
     Args:
-        crop_padding: pixels of zero padding around the image a crop of its size is taken from.
+        crop_padding: pixels around the image; a crop of the image's size is taken from what is then
+            there. In whole pixels, as all crops.
         flip: probability of a horizontal flip, 0 to 1.
         rotation: degrees; the angle is uniform in ± this, 0 to 180.
         scale: a range of zoom factors, such as (0.9, 1.1).
@@ -28,8 +27,22 @@ class SeededAugment:
         brightness, contrast, saturation: the factor is uniform in 1 ± this, 0 to 1.
         hue: turns of the colour wheel, uniform in ± this, 0 to 0.5.
         mean, std: one number a channel of images in [0, 1]; both or none.
+        translate: shares of width and height, such as (0.1, 0.1); uniform in ± these.
+        shear: degrees along x and along y, such as (10, 10); uniform in ± these, 0 to 80.
+        resized_crop: a range of shares of the image's area, such as (0.08, 1): a rectangle of such
+            an area is resized to the size of the image, and what does not fit into it is cut.
+        resized_crop_ratio: a range of its width / height, uniform in the logarithm.
+        erase: probability that a rectangle of the view is set to 0, the mean where it is
+            normalised (random erasing, cutout).
+        erase_area, erase_ratio: ranges of its share of the area and of its width / height.
+        interpolation: "bilinear" or "nearest".
+        padding_mode: what is outside of the image: "zeros", "reflect" (the border pixel once) or
+            "edge".
         dtype: of the views.
         channels_last: memory format of the views.
+
+    Raises:
+        ValueError: a setting is not as described.
 
     Example:
         augment = SeededAugment(crop_padding=4, rotation=15, jitter=0.2)
@@ -51,28 +64,45 @@ class SeededAugment:
         std: Sequence[float] | None = None,
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
+        *,
+        translate: tuple[float, float] = (0, 0),
+        shear: tuple[float, float] = (0, 0),
+        resized_crop: tuple[float, float] | None = None,
+        resized_crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        erase: float = 0,
+        erase_area: tuple[float, float] = (0.02, 0.33),
+        erase_ratio: tuple[float, float] = (0.3, 3.3),
+        interpolation: str = "bilinear",
+        padding_mode: str = "zeros",
     ):
-        if not 0 <= crop_padding <= 2**20 or crop_padding != int(crop_padding):
-            raise ValueError(f"crop_padding: expected whole pixels, 0 or more, got {crop_padding}")
-        if (mean is None) != (std is None) or len(mean or ()) != len(std or ()):
-            raise ValueError(f"mean, std: expected both, one number a channel, got {mean}, {std}")
-        if any(s <= 0 for s in std or ()):
-            raise ValueError(f"std: expected positive numbers, got {std}")
-        color = {"brightness": brightness, "contrast": contrast, "saturation": saturation}
-        color = {name: jitter if value is None else value for name, value in color.items()}
-        hue = jitter / 4 if hue is None else hue
-        ranges = {"flip": flip, "jitter": jitter, "rotation": rotation, "hue": hue, **color}
-        for name, value in ranges.items():
-            high = POLICY.get(name, 1)
-            if isinstance(value, (tuple, list)) or not 0 <= value <= high:
-                raise ValueError(f"{name}: expected 0 to {high}, got {value}")
-        low, high = scale
-        if not 1e-3 <= low <= high <= 1e3:
-            raise ValueError(f"scale: expected (low, high) within 0.001 to 1000, got {scale}")
+        known = isinstance(jitter, (int, float)) and 0 <= jitter <= 1
+        checks.require(known, "jitter", "0 to 1", jitter)
+        checks.require((mean is None) == (std is None), "mean, std", "both or none", (mean, std))
+        checks.require(dtype in checks.FLOATS, "dtype", "a floating-point dtype", dtype)
+
+        def values(setting):
+            return tuple(setting) if isinstance(setting, Sequence | Tensor) else setting
+
         self.policy = Policy(
-            int(crop_padding), flip, rotation, low, high, **color, hue=hue,
-            mean=tuple(mean or ()), std=tuple(std or ()),
-        )  # fmt: skip
+            crop_padding,
+            values(resized_crop),
+            values(resized_crop_ratio),
+            flip,
+            rotation,
+            values(translate),
+            values(scale),
+            values(shear),
+            *(jitter if x is None else x for x in (brightness, contrast, saturation)),
+            jitter / 4 if hue is None else hue,
+            () if mean is None else tuple(map(float, mean)),
+            () if std is None else tuple(map(float, std)),
+            erase,
+            values(erase_area),
+            values(erase_ratio),
+            interpolation,
+            padding_mode,
+        )
+        checks.policy(self.policy, prefix="")
         self.dtype = dtype
         self.channels_last = channels_last
 
@@ -91,17 +121,19 @@ class SeededAugment:
         )
 
     def parameters(
-        self, *, seed: int | Tensor, step: int | Tensor, views: Sequence[int], indices: Tensor
+        self,
+        *,
+        seed: int | Tensor,
+        step: int | Tensor,
+        views: Sequence[int],
+        indices: Tensor,
+        size: tuple[int, int],
     ) -> ViewParameters:
-        """What is drawn for the images `indices` [N] in these views, each field `[V, N]`."""
-        return ops.view_parameters(self.policy, seed, step, views, indices)
+        """What is drawn for the images `indices` [N] of `size` (H, W), each field `[V, N]`."""
+        return ops.view_parameters(self.policy, seed, step, views, indices, size)
 
     def __repr__(self) -> str:
-        given = self.policy._asdict()
-        given["scale"] = (given.pop("scale_min"), given.pop("scale_max"))
-        given |= {"dtype": self.dtype, "channels_last": self.channels_last}
-        default = Policy()._asdict() | {
-            "scale": (1, 1), "dtype": torch.float32, "channels_last": False,
-        }  # fmt: skip
+        given = self.policy._asdict() | {"dtype": self.dtype, "channels_last": self.channels_last}
+        default = Policy()._asdict() | {"dtype": torch.float32, "channels_last": False}
         shown = (f"{k}={v!r}" for k, v in given.items() if v != default[k])
         return f"SeededAugment({', '.join(shown)})"

@@ -1,7 +1,7 @@
 // augment on a CPU. A thread takes image after image, and of each image view after view: parameters
 // from Philox, one resample into planes that stay in its cache, colour in place there, and one
-// write in the dtype and layout of the result. The arithmetic, and so the bits, are the
-// reference's.
+// write in the dtype and layout of the result. Four channels of uint8 lie in one word, so that a
+// neighbour of a point is one load. The arithmetic, and so the bits, are the reference's.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -12,10 +12,11 @@
 
 #include <cmath>
 #include <cstring>
+#include <optional>
 #include <vector>
 
-#include "../philox.h"
 #include "lanes.h"
+#include "view.h"
 
 namespace bld_ext {
 namespace {
@@ -23,51 +24,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t PARALLEL_ELEMENTS = 16384;  // fewer are less work than waking a thread
-enum Op : uint32_t { GEOMETRY, ZOOM, COLOR }; // the last word of the Philox counter
-
-// bld_ext.reference.Policy, as it comes packed: nine numbers, then mean and std a channel.
-struct Policy {
-  int64_t crop_padding;
-  double flip, rotation, scale_min, scale_max, brightness, contrast, saturation, hue;
-  std::vector<double> mean, std;
-
-  explicit Policy(const std::vector<double> &values) {
-    STD_TORCH_CHECK(values.size() >= 9 && values.size() % 2 == 1,
-                    "policy: expected nine numbers, then mean and std of each channel, got ",
-                    values.size(), " numbers; use Policy.pack()");
-    crop_padding = static_cast<int64_t>(values[0]);
-    flip = values[1], rotation = values[2], scale_min = values[3], scale_max = values[4];
-    brightness = values[5], contrast = values[6], saturation = values[7], hue = values[8];
-    STD_TORCH_CHECK(0 <= hue && hue <= 0.5, "policy.hue: expected 0 to 0.5, got ", hue);
-    const auto middle = values.begin() + 9 + (values.size() - 9) / 2;
-    mean.assign(values.begin() + 9, middle);
-    std.assign(middle, values.end());
-  }
-};
-
-// What is drawn for one view of one image: bld_ext.reference.ViewParameters.
-struct View {
-  int64_t left, top;
-  bool flip;
-  float angle, scale, brightness, contrast, saturation, hue;
-
-  View(const Policy &policy, uint64_t seed, uint32_t step, uint32_t view, uint32_t image) {
-    const auto words = [&](Op op) { return philox({image, view, step, op}, seed); };
-    const auto [w_left, w_top, w_flip, w_angle] = words(GEOMETRY);
-    left = below(w_left, 2 * policy.crop_padding + 1);
-    top = below(w_top, 2 * policy.crop_padding + 1);
-    flip = uniform(w_flip) < policy.flip;
-    angle = between(w_angle, -policy.rotation, policy.rotation);
-    scale = between(words(ZOOM)[0], policy.scale_min, policy.scale_max);
-    const Words color = words(COLOR);
-    brightness = between(color[0], 1 - policy.brightness, 1 + policy.brightness);
-    contrast = between(color[1], 1 - policy.contrast, 1 + policy.contrast);
-    saturation = between(color[2], 1 - policy.saturation, 1 + policy.saturation);
-    hue = between(color[3], -policy.hue, policy.hue);
-  }
-};
-
+constexpr int64_t PARALLEL_ELEMENTS = 16384; // fewer are less work than waking a thread
 struct Call {
   const void *images; // [N, C, H, W], contiguous
   ScalarType image_dtype, dtype;
@@ -78,7 +35,7 @@ struct Call {
   uint64_t seed;
   uint32_t step;
   std::vector<int64_t> view_numbers;
-  const int64_t *indices; // [N]
+  const int64_t *indices; // [N], or null for 0 to N - 1
 };
 
 template <typename F>
@@ -99,49 +56,78 @@ BLD_EXT_INLINE void with_dtype(ScalarType dtype, const char *name, const F &f) {
   }
 }
 
-constexpr int64_t BORDER = 2; // zeros around an image, where samples outside of it end up
+constexpr int64_t BORDER = 2; // pixels around an image, where points outside of it end up
 
-// Memory of one thread, all in the dtype that is computed in.
-template <typename acc_t> struct Planes {
-  int64_t stride, plane;    // elements of a row and of a channel of the image, with its border
-  std::vector<acc_t> image; // [C, H + 2 BORDER, W + 2 BORDER] in [0, 1]
-  std::vector<acc_t> view;  // [C, H, W], the same
-  std::vector<acc_t> gray;  // [H, W]
-  // Of a row's samples: the upper left one of four neighbours, and the weights of all.
-  std::vector<int32_t> where;
-  std::vector<acc_t> weights; // [4, W]
+// An image with its border: a plane a channel, or words of four channels each.
+template <typename acc_t, typename Word> struct Image {
+  static constexpr bool packed = std::is_same_v<Word, uint32_t>;
+  static constexpr int64_t PER_WORD = packed ? 4 : 1;
+  int64_t H, W, stride, plane, planes; // stride: words of a row, with its border
+  std::vector<Word> words;             // [planes, H + 2 BORDER, W + 2 BORDER]
 
-  explicit Planes(const Call &call)
-      : stride(call.W + 2 * BORDER), plane((call.H + 2 * BORDER) * stride), image(call.C * plane),
-        view(call.C * call.H * call.W), gray(call.H * call.W), where(call.W), weights(4 * call.W) {}
+  explicit Image(const Call &call)
+      : H(call.H), W(call.W), stride(W + 2 * BORDER), plane((H + 2 * BORDER) * stride),
+        planes((call.C + PER_WORD - 1) / PER_WORD), words(planes * plane) {}
 
-  acc_t *row(int64_t c, int64_t y) { return &image[c * plane + (y + BORDER) * stride + BORDER]; }
+  Word *row(int64_t p, int64_t y) { return &words[p * plane + (y + BORDER) * stride + BORDER]; }
+
+  // The value of channel c in one of its words.
+  BLD_EXT_INLINE static acc_t value(Word word, int64_t c) {
+    if constexpr (packed)
+      return static_cast<acc_t>(static_cast<int32_t>(word >> (8 * (c % 4)) & 255));
+    else
+      return word;
+  }
+
+  void load(const Call &call, int64_t n) {
+    with_dtype(call.image_dtype, "images", [&](auto kind) BLD_EXT_INLINE_LAMBDA {
+      typedef decltype(kind) T;
+      const T *from = static_cast<const T *>(call.images) + n * call.C * H * W;
+      for (int64_t c = 0; c < call.C; ++c)
+        for (int64_t y = 0; y < H; ++y, from += W) {
+          Word *const to = row(c / PER_WORD, y);
+          for (int64_t x = 0; x < W; ++x)
+            if constexpr (!packed)
+              to[x] = static_cast<Word>(from[x]);
+            else if constexpr (std::is_same_v<T, uint8_t>)
+              to[x] = (c % 4 ? to[x] : 0) | uint32_t(from[x]) << (8 * (c % 4));
+        }
+    });
+    if (call.policy.padding_mode != PaddingMode::zeros)
+      for (int64_t p = 0; p < planes; ++p)
+        extend(p);
+  }
+
+  void extend(int64_t p) { // the border pixels outwards
+    for (int64_t y = 0; y < H; ++y) {
+      Word *const line = row(p, y);
+      std::fill(line - BORDER, line, line[0]);
+      std::fill(line + W, line + W + BORDER, line[W - 1]);
+    }
+    for (int64_t k = 1; k <= BORDER; ++k) {
+      std::copy_n(row(p, 0) - BORDER, stride, row(p, -k) - BORDER);
+      std::copy_n(row(p, H - 1) - BORDER, stride, row(p, H - 1 + k) - BORDER);
+    }
+  }
 };
 
-template <typename acc_t>
-BLD_EXT_INLINE void load_image(const Call &call, int64_t n, Planes<acc_t> &planes) {
-  with_dtype(call.image_dtype, "images", [&](auto kind) BLD_EXT_INLINE_LAMBDA {
-    typedef decltype(kind) T;
-    const T *from = static_cast<const T *>(call.images) + n * call.C * call.H * call.W;
-    for (int64_t c = 0; c < call.C; ++c)
-      for (int64_t y = 0; y < call.H; ++y, from += call.W) {
-        acc_t *const to = planes.row(c, y);
-        for (int64_t x = 0; x < call.W; ++x)
-          if constexpr (std::is_same_v<T, uint8_t>)
-            to[x] = static_cast<acc_t>(from[x]) / acc_t(255);
-          else
-            to[x] = static_cast<acc_t>(from[x]);
-      }
-  });
-}
+// Memory of one thread besides.
+template <typename acc_t> struct Planes {
+  std::vector<acc_t> view; // [C, H, W], in levels or in [0, 1]
+  std::vector<acc_t> gray; // [H, W]
+
+  explicit Planes(const Call &call) : view(call.C * call.H * call.W), gray(call.H * call.W) {}
+};
 
 // ---- geometry ----
 
-// A view that is a window of the mirrored or plain image, moved by whole pixels.
-template <typename acc_t>
-BLD_EXT_INLINE void move(const Call &call, const View &view, Planes<acc_t> &planes) {
+// A view that is a window of the mirrored or plain image, moved by whole pixels, zero outside.
+template <typename acc_t, typename Word>
+BLD_EXT_INLINE void move(const Call &call, const View &view, Image<acc_t, Word> &image,
+                         Planes<acc_t> &planes) {
   const int64_t H = call.H, W = call.W;
-  const int64_t dx = view.left - call.policy.crop_padding, dy = view.top - call.policy.crop_padding;
+  const int64_t dx = view.crop.left - call.policy.crop_padding;
+  const int64_t dy = view.crop.top - call.policy.crop_padding;
   // columns [first, last) of the view are inside of the image; column x is read at x + dx, or
   // mirrored at W - 1 - x + dx
   const int64_t first = std::clamp<int64_t>(view.flip ? dx : -dx, 0, W);
@@ -153,13 +139,14 @@ BLD_EXT_INLINE void move(const Call &call, const View &view, Planes<acc_t> &plan
         std::fill_n(to, W, acc_t(0));
         continue;
       }
-      const acc_t *const from = planes.row(c, y + dy) + dx;
+      const Word *const from = image.row(c / image.PER_WORD, y + dy) + dx;
       std::fill_n(to, first, acc_t(0));
       if (view.flip)
         for (int64_t x = first; x < last; ++x)
-          to[x] = from[W - 1 - x];
+          to[x] = image.value(from[W - 1 - x], c);
       else
-        std::copy(from + first, from + last, to + first);
+        for (int64_t x = first; x < last; ++x)
+          to[x] = image.value(from[x], c);
       std::fill(to + last, to + W, acc_t(0));
     }
 }
@@ -170,51 +157,137 @@ template <typename acc_t> BLD_EXT_INLINE acc_t within(acc_t x, acc_t low, acc_t 
   return x > high ? high : x;
 }
 
-// Bilinear samples at the inverse map of every pixel of the view, zero outside of the image.
-template <typename acc_t>
-BLD_EXT_INLINE void resample(const Call &call, const View &view, Planes<acc_t> &planes) {
-  const int32_t H = static_cast<int32_t>(call.H), W = static_cast<int32_t>(call.W);
-  const double theta = view.angle * (M_PI / 180);
-  const acc_t cos = static_cast<acc_t>(std::cos(theta) / view.scale);
-  const acc_t sin = static_cast<acc_t>(std::sin(theta) / view.scale);
-  const acc_t mirror = view.flip ? -1 : 1;
-  const acc_t center_x = static_cast<acc_t>((W - 1) / 2.), center_y = (H - 1) / 2.;
-  const acc_t dx = static_cast<acc_t>(view.left - call.policy.crop_padding);
-  const acc_t dy = static_cast<acc_t>(view.top - call.policy.crop_padding);
-  const int32_t stride = static_cast<int32_t>(planes.stride);
-  int32_t *const where = planes.where.data();
-  acc_t *const weights = planes.weights.data();
-  for (int32_t row = 0; row < H; ++row) {
-    const acc_t y = static_cast<acc_t>(row) - center_y;
-    const acc_t sin_y = sin * y, cos_y = cos * y;
-#pragma GCC ivdep
-    for (int32_t i = 0; i < W; ++i) {
-      const acc_t x = static_cast<acc_t>(i) - center_x;
-      const acc_t source_x = mirror * (cos * x + sin_y) + center_x + dx;
-      const acc_t source_y = cos_y - sin * x + center_y + dy;
+// One coordinate of the points that a view shows.
+template <typename acc_t> struct Axis {
+  acc_t first, last;      // the middles of a resized crop's border pixels
+  acc_t before, after;    // half a pixel beyond them; an empty interval where nothing is resized
+  acc_t period;           // of a reflected image
+  acc_t lowest, greatest; // the range of neighbours that are read
+
+  Axis(const Policy &policy, int64_t start, int64_t length, int64_t size)
+      : first(static_cast<acc_t>(start - policy.crop_padding)),
+        last(first + static_cast<acc_t>(length - 1)), before(first - acc_t(0.5)),
+        after(policy.resized ? last + acc_t(0.5) : before - 1),
+        period(static_cast<acc_t>(2 * (size - 1))), lowest(-BORDER),
+        greatest(static_cast<acc_t>(size)) {}
+
+  BLD_EXT_INLINE acc_t snap(acc_t x) const {
+    return x >= before ? (x <= after ? within<acc_t>(x, first, last) : x) : x;
+  }
+
+  BLD_EXT_INLINE acc_t reflect(acc_t x) const {
+    if (period == 0)
+      return 0;
+    const acc_t folded = x - period * std::floor(x / period), other = period - folded;
+    return folded < other ? folded : other;
+  }
+};
+
+constexpr int64_t BLOCK = 16; // points of a row side by side
+
+// Where the points of a block are, and how much each of four neighbours counts.
+template <typename acc_t> struct Points {
+  int32_t where[BLOCK]; // the upper left neighbour, of the one that is nearest
+  acc_t weights[4][BLOCK];
+
+  template <bool reflects, bool nearest, bool resized>
+  BLD_EXT_INLINE void locate(const Axis<acc_t> &across, const Axis<acc_t> &down, acc_t first_x,
+                             acc_t a, acc_t shift_x, acc_t d, acc_t shift_y, int32_t stride) {
+    for (int32_t i = 0; i < BLOCK; ++i) {
+      const acc_t x = first_x + static_cast<acc_t>(i);
+      acc_t source_x = a * x + shift_x, source_y = d * x + shift_y;
+      if constexpr (resized)
+        source_x = across.snap(source_x), source_y = down.snap(source_y);
+      if constexpr (reflects)
+        source_x = across.reflect(source_x), source_y = down.reflect(source_y);
+      if constexpr (nearest)
+        source_x = source_x + acc_t(0.5), source_y = source_y + acc_t(0.5);
       const acc_t left = std::floor(source_x), upper = std::floor(source_y);
-      const acc_t right = source_x - left, low = source_y - upper;
       // what is far outside is read in the border
-      const acc_t column = within<acc_t>(left, -BORDER, static_cast<acc_t>(W));
-      const acc_t line = within<acc_t>(upper, -BORDER, static_cast<acc_t>(H));
+      const acc_t column = within<acc_t>(left, across.lowest, across.greatest);
+      const acc_t line = within<acc_t>(upper, down.lowest, down.greatest);
       where[i] = static_cast<int32_t>(line) * stride + static_cast<int32_t>(column);
-      weights[i] = (1 - right) * (1 - low);
-      weights[W + i] = right * (1 - low);
-      weights[2 * W + i] = (1 - right) * low;
-      weights[3 * W + i] = right * low;
+      const acc_t right = source_x - left, low = source_y - upper;
+      weights[0][i] = (1 - right) * (1 - low);
+      weights[1][i] = right * (1 - low);
+      weights[2][i] = (1 - right) * low;
+      weights[3][i] = right * low;
     }
-    for (int64_t c = 0; c < call.C; ++c) {
-      const acc_t *const upper = planes.row(c, 0), *const lower = upper + stride;
-      acc_t *const to = planes.view.data() + (c * H + row) * W;
-#pragma GCC ivdep
-      for (int32_t i = 0; i < W; ++i) {
-        acc_t total = upper[where[i]] * weights[i];
-        total = total + upper[where[i] + 1] * weights[W + i];
-        total = total + lower[where[i]] * weights[2 * W + i];
-        to[i] = total + lower[where[i] + 1] * weights[3 * W + i];
+  }
+};
+
+// A view's pixels at the points of the image that they show.
+template <typename acc_t, typename Word, bool reflects, bool nearest, bool resized>
+BLD_EXT_INLINE void resample(const Call &call, const View &view, Image<acc_t, Word> &image,
+                             Planes<acc_t> &planes) {
+  const int64_t H = call.H, W = call.W;
+  const Matrix matrix(view, call.policy, H, W);
+  const acc_t a = acc_t(matrix.a), b = acc_t(matrix.b), c0 = acc_t(matrix.c);
+  const acc_t d = acc_t(matrix.d), e = acc_t(matrix.e), f = acc_t(matrix.f);
+  const Axis<acc_t> across(call.policy, view.crop.left, view.crop.width, W);
+  const Axis<acc_t> down(call.policy, view.crop.top, view.crop.height, H);
+  const int32_t stride = static_cast<int32_t>(image.stride);
+  Points<acc_t> points;
+  for (int64_t row = 0; row < H; ++row) {
+    const acc_t y = static_cast<acc_t>(row) - static_cast<acc_t>((H - 1) / 2.);
+    const acc_t shift_x = b * y + c0, shift_y = e * y + f;
+    for (int64_t first = 0; first < W; first += BLOCK) {
+      const acc_t first_x = static_cast<acc_t>(first) - static_cast<acc_t>((W - 1) / 2.);
+      points.template locate<reflects, nearest, resized>(across, down, first_x, a, shift_x, d,
+                                                         shift_y, stride);
+      Word taps[4][BLOCK];
+      for (int64_t c = 0; c < call.C; ++c) {
+        if (c % image.PER_WORD == 0) {
+          const Word *const upper = image.row(c / image.PER_WORD, 0), *const lower = upper + stride;
+          for (int64_t i = 0; i < BLOCK; ++i) {
+            taps[0][i] = upper[points.where[i]];
+            if constexpr (!nearest) {
+              taps[1][i] = upper[points.where[i] + 1];
+              taps[2][i] = lower[points.where[i]];
+              taps[3][i] = lower[points.where[i] + 1];
+            }
+          }
+        }
+        acc_t values[BLOCK];
+        for (int64_t i = 0; i < BLOCK; ++i) {
+          values[i] = image.value(taps[0][i], c);
+          if constexpr (!nearest) {
+            values[i] = values[i] * points.weights[0][i];
+            values[i] = values[i] + image.value(taps[1][i], c) * points.weights[1][i];
+            values[i] = values[i] + image.value(taps[2][i], c) * points.weights[2][i];
+            values[i] = values[i] + image.value(taps[3][i], c) * points.weights[3][i];
+          }
+        }
+        acc_t *const to = planes.view.data() + (c * H + row) * W + first;
+        if (first + BLOCK <= W)
+          std::memcpy(to, values, sizeof values);
+        else
+          std::copy_n(values, W - first, to);
       }
     }
   }
+}
+
+template <typename acc_t, typename Word>
+BLD_EXT_INLINE void sample(const Call &call, const View &view, Image<acc_t, Word> &image,
+                           Planes<acc_t> &planes) {
+  const Policy &policy = call.policy;
+  const bool reflects = policy.padding_mode == PaddingMode::reflect;
+  if (!policy.turns)
+    move(call, view, image, planes);
+  else if (policy.nearest && reflects)
+    resample<acc_t, Word, true, true, true>(call, view, image, planes);
+  else if (policy.nearest)
+    resample<acc_t, Word, false, true, true>(call, view, image, planes);
+  else if (reflects)
+    resample<acc_t, Word, true, false, true>(call, view, image, planes);
+  else if (policy.resized)
+    resample<acc_t, Word, false, false, true>(call, view, image, planes);
+  else
+    resample<acc_t, Word, false, false, false>(call, view, image, planes);
+  if constexpr (image.packed)
+    for (acc_t &x : planes.view)
+      x = x / 255;
 }
 
 // ---- colour ----
@@ -292,23 +365,26 @@ BLD_EXT_INLINE void recolor(const Call &call, const View &view, Planes<acc_t> &p
   const Policy &policy = call.policy;
   const int64_t size = call.H * call.W;
   acc_t *const x = planes.view.data(), *const gray = planes.gray.data();
-  if (policy.brightness)
+  if (policy.brightens)
     brighten<acc_t>(x, call.C * size, view.brightness);
-  if (policy.contrast) {
+  if (policy.contrasts) {
     luma(x, call.C, size, gray);
     contrast<acc_t>(x, call.C * size, view.contrast, mean_of(gray, size));
   }
-  if (call.C == 3 && policy.saturation) {
+  if (call.C == 3 && policy.saturates) {
     luma(x, call.C, size, gray);
     saturate<acc_t>(x, size, view.saturation, gray);
   }
-  if (call.C == 3 && policy.hue)
+  if (call.C == 3 && policy.shifts_hue)
     shift_hue<acc_t>(x, size, view.hue);
   for (int64_t c = 0; c < static_cast<int64_t>(policy.mean.size()); ++c) {
     const acc_t mean = static_cast<acc_t>(policy.mean[c]), std = static_cast<acc_t>(policy.std[c]);
     for (int64_t i = c * size; i < (c + 1) * size; ++i)
       x[i] = (x[i] - mean) / std;
   }
+  for (int64_t c = 0; c < call.C; ++c)
+    for (int64_t y = view.erased.top; y < view.erased.top + view.erased.height; ++y)
+      std::fill_n(x + c * size + y * call.W + view.erased.left, view.erased.width, acc_t(0));
 }
 
 template <typename acc_t>
@@ -329,22 +405,18 @@ BLD_EXT_INLINE void store_view(const Call &call, int64_t row, const Planes<acc_t
 }
 
 // Views [begin, end) in the order image by image, view by view.
-template <typename acc_t>
+template <typename acc_t, typename Word>
 BLD_EXT_INLINE void make_views(const Call &call, int64_t begin, int64_t end) {
   const int64_t V = static_cast<int64_t>(call.view_numbers.size());
-  const bool turns =
-      call.policy.rotation || call.policy.scale_min != 1 || call.policy.scale_max != 1;
+  Image<acc_t, Word> image(call);
   Planes<acc_t> planes(call);
   for (int64_t k = begin; k < end; ++k) {
     const int64_t n = k / V, v = k % V;
     if (k == begin || v == 0)
-      load_image(call, n, planes);
+      image.load(call, n);
     const View view(call.policy, call.seed, call.step, static_cast<uint32_t>(call.view_numbers[v]),
-                    static_cast<uint32_t>(call.indices[n]));
-    if (turns)
-      resample(call, view, planes);
-    else
-      move(call, view, planes);
+                    static_cast<uint32_t>(call.indices ? call.indices[n] : n), call.H, call.W);
+    sample(call, view, image, planes);
     recolor(call, view, planes);
     store_view(call, v * call.N + n, planes);
   }
@@ -353,10 +425,12 @@ BLD_EXT_INLINE void make_views(const Call &call, int64_t begin, int64_t end) {
 typedef void (*MakeViews)(const Call &, int64_t begin, int64_t end);
 
 BLD_EXT_INLINE void make_any_views(const Call &call, int64_t begin, int64_t end) {
-  if (call.image_dtype == ScalarType::Double)
-    make_views<double>(call, begin, end);
+  if (call.image_dtype == ScalarType::Byte)
+    make_views<float, uint32_t>(call, begin, end);
+  else if (call.image_dtype == ScalarType::Double)
+    make_views<double, double>(call, begin, end);
   else
-    make_views<float>(call, begin, end);
+    make_views<float, float>(call, begin, end);
 }
 
 void make_views_baseline(const Call &call, int64_t begin, int64_t end) {
@@ -390,14 +464,14 @@ int64_t scalar(const char *name, const Tensor &tensor) {
 
 // Its documentation is in bld_ext/ops.py.
 Tensor augment(const Tensor &images_, std::vector<double> policy, const Tensor &seed,
-               const Tensor &step, std::vector<int64_t> views, const Tensor &indices_,
-               ScalarType dtype, bool channels_last) {
+               const Tensor &step, std::vector<int64_t> views,
+               const std::optional<Tensor> &indices_, ScalarType dtype, bool channels_last) {
   STD_TORCH_CHECK(images_.dim() == 4, "images: expected shape [N, C, H, W]");
   const int64_t N = images_.size(0), C = images_.size(1), H = images_.size(2), W = images_.size(3);
   const Tensor images = torch::stable::contiguous(images_);
-  const Tensor indices = torch::stable::contiguous(indices_);
-  STD_TORCH_CHECK(indices.is_cpu() && indices.scalar_type() == ScalarType::Long &&
-                      indices.dim() == 1 && indices.numel() == N,
+  const Tensor indices = torch::stable::contiguous(indices_.value_or(images));
+  STD_TORCH_CHECK(!indices_ || (indices.is_cpu() && indices.scalar_type() == ScalarType::Long &&
+                                indices.dim() == 1 && indices.numel() == N),
                   "indices: expected ", N, " int64 numbers on the CPU, one an image");
   STD_TORCH_CHECK((H + 2 * BORDER) < INT32_MAX / (W + 2 * BORDER),
                   "images: expected fewer than 2^31 pixels with a border of ", BORDER, ", got ", H,
@@ -416,11 +490,11 @@ Tensor augment(const Tensor &images_, std::vector<double> policy, const Tensor &
             static_cast<uint64_t>(scalar("seed", seed)),
             static_cast<uint32_t>(scalar("step", step)),
             std::move(views),
-            static_cast<const int64_t *>(indices.const_data_ptr())};
+            indices_ ? static_cast<const int64_t *>(indices.const_data_ptr()) : nullptr};
   const int64_t channels = static_cast<int64_t>(call.policy.mean.size());
   STD_TORCH_CHECK(channels == 0 || channels == C, "policy.mean: expected ", C,
                   " values, one a channel, got ", channels);
-  const bool jitter = call.policy.contrast || call.policy.saturation || call.policy.hue;
+  const bool jitter = call.policy.contrasts || call.policy.saturates || call.policy.shifts_hue;
   STD_TORCH_CHECK(!jitter || C == 1 || C == 3,
                   "images: expected 1 or 3 channels for colour jitter, got ", C);
   for (const auto &[name, kind] : {std::pair("images", call.image_dtype), {"dtype", dtype}})
