@@ -62,6 +62,7 @@ TRITON = {
     "distillation_loss": "distillation",
     "warm_up_loss": "distillation",
     "joint_loss": "distillation",
+    "augment": "augment",
 }  # op: its file in bld_ext/triton
 if importlib.util.find_spec("triton") is None:
     TRITON = {}
@@ -70,7 +71,7 @@ if importlib.util.find_spec("triton") is None:
 def backend(name: str, device: str = "cpu") -> str:
     """Which kernel of an op runs on a device type: "compiled", "triton" or "reference".
 
-    Triton kernels take float32, bfloat16 and float16; float64 runs on the reference there.
+    Triton kernels take float32, bfloat16, float16, and uint8 images; float64 runs on the reference.
     """
     if name not in SCHEMAS:
         raise ValueError(f"name: expected one of {', '.join(SCHEMAS)}, got {name!r}")

@@ -19,6 +19,55 @@ def _fixed_seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def triton_counts():
+    """Skips where Triton's interpreter cannot count: Triton 3.6 with NumPy 2.4."""
+    triton = pytest.importorskip("triton")
+
+    @triton.jit
+    def loop_over_programs():
+        for _ in range(triton.language.program_id(0), triton.language.num_programs(0)):
+            pass
+
+    try:
+        loop_over_programs[(1,)]()
+    except triton.runtime.errors.InterpreterError as error:
+        pytest.skip(f"Triton's interpreter cannot count: {error}")
+
+
+EVERYTHING = dict(
+    crop_padding=3, flip=0.5, rotation=20, scale=(0.8, 1.25), jitter=0.4,
+    translate=(0.1, 0.2), shear=(10, 15), resized_crop=(0.3, 1), erase=0.5,
+)  # fmt: skip
+NORMALISED = dict(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25))
+AUGMENTS = {
+    "nothing": {},
+    "crop-flip": dict(crop_padding=3, flip=0.5),
+    "crop-beyond": dict(crop_padding=40, flip=0.5),
+    "crop-edge": dict(crop_padding=3, flip=0.5, padding_mode="edge"),
+    "crop-reflect": dict(crop_padding=40, flip=0.5, padding_mode="reflect"),
+    "scale": dict(crop_padding=2, flip=0.5, scale=(0.3, 3)),
+    "far-away": dict(crop_padding=2**20, scale=(1e-3, 1e3)),
+    "affine": dict(rotation=180, scale=(0.5, 2), translate=(0.3, 0.5), shear=(40, 70)),
+    "resized": dict(resized_crop=(0.05, 1), flip=0.5),
+    "nearest": dict(rotation=30, scale=(0.5, 2), interpolation="nearest"),
+    "reflected": dict(rotation=30, scale=(0.1, 1), padding_mode="reflect"),
+    "color": dict(jitter=1.0, hue=0.5),
+    "contrast": dict(contrast=0.7),
+    "normalised": dict(crop_padding=1, jitter=0.4, **NORMALISED),
+    "erased": dict(erase=0.7, **NORMALISED),
+    "everything": EVERYTHING | NORMALISED,
+    "everything-nearest": EVERYTHING | dict(interpolation="nearest", padding_mode="reflect"),
+    "everything-edge": EVERYTHING | dict(padding_mode="edge"),
+}
+
+
+@pytest.fixture(params=AUGMENTS.values(), ids=AUGMENTS)
+def settings(request):
+    """Of a SeededAugment, each of many."""
+    return request.param
+
+
 @pytest.fixture
 def poison():
     """torch.empty, and the new_empty of the C++ kernel, are full of nan."""

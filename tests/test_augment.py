@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import EVERYTHING
 from scipy import stats
 from torch.library import opcheck
 from torchvision.transforms.v2 import functional as tv
@@ -17,10 +18,6 @@ from bld_ext import SeededAugment, backend, ops, reference
 LEVEL = 1 / 255
 FIVE_SIGMA = 2 * stats.norm.sf(5)
 VIEWS = range(6)
-EVERYTHING = dict(
-    crop_padding=3, flip=0.5, rotation=20, scale=(0.8, 1.25), jitter=0.4,
-    translate=(0.1, 0.2), shear=(10, 15), resized_crop=(0.3, 1), erase=0.5,
-)  # fmt: skip
 COORDINATES = dict(seed=2**40 + 3, step=7, views=VIEWS)
 
 
@@ -306,32 +303,10 @@ def against_reference(images, dtype=torch.float32, channels_last=False, **settin
     return torch.ops.bld_ext.augment(*arguments), reference.augment(*arguments)
 
 
-POLICIES = {
-    "crop-flip": dict(crop_padding=3, flip=0.5),
-    "crop-beyond": dict(crop_padding=40, flip=0.5),
-    "crop-edge": dict(crop_padding=3, flip=0.5, padding_mode="edge"),
-    "crop-reflect": dict(crop_padding=40, flip=0.5, padding_mode="reflect"),
-    "scale": dict(crop_padding=2, flip=0.5, scale=(0.3, 3)),
-    "far-away": dict(crop_padding=2**20, scale=(1e-3, 1e3)),
-    "affine": dict(rotation=180, scale=(0.5, 2), translate=(0.3, 0.5), shear=(40, 70)),
-    "resized": dict(resized_crop=(0.05, 1), flip=0.5),
-    "nearest": dict(rotation=30, scale=(0.5, 2), interpolation="nearest"),
-    "reflected": dict(rotation=30, scale=(0.1, 1), padding_mode="reflect"),
-    "color": dict(jitter=1.0, hue=0.5),
-    "contrast": dict(contrast=0.7),
-    "normalised": dict(crop_padding=1, jitter=0.4, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25)),
-    "erased": dict(erase=0.7, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25)),
-    "everything": EVERYTHING,
-    "everything-nearest": EVERYTHING | dict(interpolation="nearest", padding_mode="reflect"),
-    "everything-edge": EVERYTHING | dict(padding_mode="edge"),
-}
-
-
 @pytest.mark.parametrize("size", [(1, 1), (7, 5), (32, 32), (3, 67)], ids=str)
 @pytest.mark.parametrize(
     "dtype", [torch.uint8, torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
 )
-@pytest.mark.parametrize("settings", POLICIES.values(), ids=POLICIES)
 def test_kernel_has_the_bits_of_the_definition(settings, dtype, size):
     found, expected = against_reference(make_images(4, 3, *size, dtype), **settings)
     assert torch.equal(found, expected)
@@ -690,7 +665,6 @@ def test_a_packed_policy_of_another_length_is_refused():
         torch.ops.bld_ext.augment(*arguments, torch.float32, False)
 
 
-@pytest.mark.parametrize("settings", POLICIES.values(), ids=POLICIES)
 def test_a_packed_policy_is_the_policy_again(settings):
     policy = SeededAugment(**settings).policy
     assert reference.Policy.unpack(policy.pack()) == policy

@@ -5,7 +5,7 @@ import torch
 
 from bld_ext import reference
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 from bld_ext.triton import device_data  # noqa: E402
 from bld_ext.triton import distillation as kernels  # noqa: E402
 
@@ -13,17 +13,6 @@ INTERPRETED = not torch.cuda.is_available()
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
-
-@triton.jit
-def loop_over_programs():
-    for _ in range(triton.language.program_id(0), triton.language.num_programs(0)):
-        pass
-
-
-try:
-    loop_over_programs[(1,)]()
-except triton.runtime.errors.InterpreterError as error:  # Triton 3.6 with NumPy 2.4
-    pytest.skip(f"Triton's interpreter cannot count: {error}", allow_module_level=True)
 
 HEADS = {  # the last one is the new head
     "first-task": [3],
@@ -36,7 +25,7 @@ HEADS = {  # the last one is the new head
 }
 SPATIAL = {"flat": (), "2d": (3, 5), "3d": (2, 1, 3)}
 pytestmark = [
-    pytest.mark.usefixtures("poison"),
+    pytest.mark.usefixtures("triton_counts", "poison"),
     # numpy warns of what masks throw away
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),

@@ -1,6 +1,7 @@
 """Small data that stays on a device from launch to launch, on any stream and in CUDA graphs."""
 
 import threading
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
@@ -32,6 +33,24 @@ class OnDevice:
                 stream.wait_event(self.copied)
                 self.seen_by.add(stream.cuda_stream)
         return self.data
+
+
+_kept: dict[tuple, OnDevice] = {}
+
+
+def kept(key: Hashable, device: torch.device, argument: str, make: Callable[[], Tensor]) -> Tensor:
+    """What `make` returns, on the device, for good: made and copied once for a key.
+
+    `argument` is the name of what it is made from, for the error while a graph is captured.
+    """
+    if (key, device) not in _kept:
+        if capturing(device):
+            raise RuntimeError(
+                f"{argument}: expected what the device knows, got a new one, {key}, while a CUDA "
+                "graph is captured. Run the op with it once before."
+            )
+        _kept[key, device] = OnDevice(make(), device)
+    return _kept[key, device].get()
 
 
 class Tickets:

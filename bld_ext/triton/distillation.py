@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bld_ext import reference
-from bld_ext.triton.device_data import OnDevice, capturing, ticket
+from bld_ext.triton.device_data import kept, ticket
 
 TILE = 1024  # elements of a tile of narrow heads
 WARPS = 4
@@ -207,21 +207,14 @@ def heads_kernel(
                 tl.store(new_loss_ptr, tl.sum(parts.to(tl.float64)))
 
 
-_offsets: dict[tuple, OnDevice] = {}
-
-
 def offsets(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     """Where each head begins, and where the last one ends, on the device."""
-    key = sizes, device
-    if key not in _offsets:
-        if capturing(device):
-            raise RuntimeError(
-                f"head_sizes: expected heads that the device knows, got {list(sizes)} for the "
-                "first time while a CUDA graph is captured. Run the op with them once before."
-            )
-        begins = torch.tensor([0, *accumulate(sizes)], dtype=torch.int32)
-        _offsets[key] = OnDevice(begins, device)
-    return _offsets[key].get()
+    return kept(
+        sizes,
+        device,
+        "head_sizes",
+        lambda: torch.tensor([0, *accumulate(sizes)], dtype=torch.int32),
+    )
 
 
 def tile_shape(sizes: Sequence[int]) -> tuple[int, int]:
