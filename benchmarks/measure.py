@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CACHE_BYTES = 200e6  # more than any second-level cache
@@ -28,9 +30,23 @@ def copies(nbytes: int) -> int:
     return min(calls_in_a_graph(nbytes), 1 + int(3 * CACHE_BYTES // max(1, nbytes)))
 
 
-def time_calls(benchmark, calls: Sequence[Callable[[], object]], nbytes: int) -> float | None:
-    """Seconds a call: the median; None where benchmarks are disabled and everything runs once."""
-    if DEVICE.type == "cpu":
+def time_calls(
+    benchmark, calls: Sequence[Callable[[], object]], nbytes: int, rounds: int | None = None
+) -> float | None:
+    """Seconds a call: the median; None where benchmarks are disabled and everything runs once.
+
+    `rounds` is for calls that take seconds, or that wait for the device and fit into no graph.
+    """
+    if rounds is not None:
+
+        def finished():
+            calls[0]()
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+
+        benchmark.pedantic(finished, rounds=rounds, warmup_rounds=1)
+        per_round = 1
+    elif DEVICE.type == "cpu":
         benchmark(calls[0])
         per_round = 1
     else:
@@ -96,6 +112,28 @@ def peak_extra_bytes(call: Callable[[], object]) -> int:
         now += nbytes
         peak = max(peak, now)
     return peak
+
+
+class Dispatched(TorchDispatchMode):
+    """Counts what a call asks of PyTorch: operators, those that wait for a GPU, and bytes of
+    tensors in and out of them. Views cost nothing and are left out.
+    """
+
+    WAITS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.ops = self.waits = self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            name = func.overloadpacket.__name__
+            self.ops += 1
+            self.waits += name in self.WAITS
+            tensors = tree_flatten((args, kwargs, result))[0]
+            self.bytes += sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
+        return result
 
 
 @functools.cache

@@ -8,6 +8,13 @@ import argparse
 import json
 from collections import defaultdict
 
+MORE = {
+    "operators": "ops",
+    "waits": "waits",
+    "bytes a pixel": "bytes_a_pixel",
+    "stored bytes": "stored_bytes",
+}  # columns of rows that have them
+
 
 def rows(benchmarks: list[dict]) -> dict[str, list[dict]]:
     """{group: its rows, slowest first}, from the benchmarks of a run."""
@@ -21,14 +28,15 @@ def rows(benchmarks: list[dict]) -> dict[str, list[dict]]:
 def table(benchmarks: list[dict]) -> str:
     lines = []
     for group, found in rows(benchmarks).items():
+        more = {name: key for name, key in MORE.items() if key in found[0]}
         ours = next((row["us"] for row in found if row["name"] == "ours"), None)
         lines += [
             f"**{group}**, {found[0]['bytes']:,} bytes; "
             f"a copy runs at {found[0]['copy_gb_per_s']:.1f} GB/s",
             "",
             "| implementation | µs | against ours | GB/s | of a copy | extra memory "
-            "| launches | CPU µs |",
-            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+            "| launches | CPU µs |" + "".join(f" {name} |" for name in more),
+            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |" + " ---: |" * len(more),
         ]
         for row in found:
             ratio = f"{row['us'] / ours:.2f} ×" if ours else ""
@@ -38,6 +46,7 @@ def table(benchmarks: list[dict]) -> str:
             lines.append(
                 f"| {row['name']} | {row['us']:.1f} | {ratio} | {row['gb_per_s']:.1f} | {share} "
                 f"| {row['peak_extra_bytes']:,} B | {launches} | {host} |"
+                + "".join(f" {row[key]:,.4g} |" for key in more.values())
             )
         lines.append("")
     return "\n".join(lines)

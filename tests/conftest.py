@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported; its kernels run on the CPU
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # read when Triton is imported; its kernels run on the CPU
 
 from bld_ext import MultiHead  # noqa: E402
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import EVERYTHING
 from torch.library import opcheck
 
 import bld_ext
@@ -39,7 +40,7 @@ def no_sync():
 
 
 def test_triton_runs():
-    for op in ("head_softmax", "distillation_loss", "warm_up_loss", "joint_loss"):
+    for op in ("head_softmax", "distillation_loss", "warm_up_loss", "joint_loss", "augment"):
         assert bld_ext.backend(op, "cuda") == "triton"
 
 
@@ -171,7 +172,7 @@ def test_capture_with_unknown_heads_says_so():
     logits, labels, bank = make_inputs(sizes=[3, 1, 4, 1, 5])
     ops.joint_loss(*make_inputs(), SIZES)
     torch.cuda.synchronize()
-    with pytest.raises(RuntimeError, match="head_sizes: expected heads that the device knows"):
+    with pytest.raises(RuntimeError, match="head_sizes: expected what the device knows"):
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
             ops.distillation_loss(logits, bank, [3, 1, 4, 1])
     torch.cuda.synchronize()
@@ -211,3 +212,89 @@ def test_more_than_2_to_the_31_logits():
         logits, bank, sizes, torch.tensor(2.0, dtype=torch.float64)
     )
     assert loss.isfinite() and not grad[-5:].any() and not grad[:5].any()
+
+
+# ---- seeded augmentation ----
+
+
+def make_images(N=20, size=32, dtype=torch.uint8):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (N, 3, size, size), generator=generator, dtype=torch.uint8)
+    return images if dtype == torch.uint8 else (images / 255).to(dtype)
+
+
+@pytest.mark.parametrize("size", [32, 224])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64], ids=str)
+def test_views_on_gpu_and_cpu_agree(settings, dtype, size):
+    augment, images = SeededAugment(**settings), make_images(4, size, dtype)
+    coordinates = dict(seed=2**40 + 3, step=7, views=[0, 1, 9])
+    found = augment(images.cuda(), **coordinates).cpu()
+    torch.testing.assert_close(found, augment(images, **coordinates), rtol=0, atol=1e-5)
+    indices = torch.arange(4)
+    drawn = [
+        augment.parameters(**coordinates, indices=i, size=(size, size))
+        for i in (indices, indices.cuda())
+    ]
+    assert all(torch.equal(cpu, gpu.cpu()) for cpu, gpu in zip(*drawn, strict=True))
+
+
+def test_views_have_the_same_bits_in_any_split():
+    augment, images = SeededAugment(**EVERYTHING), make_images().cuda()
+    views = augment(images, seed=1, step=2, views=range(50)).unflatten(0, (50, 20))
+    for v, rows in ((49, [3]), (7, [19, 0]), (0, list(range(5, 17)))):
+        index = torch.tensor(rows, device="cuda")
+        part = augment(images[index], seed=1, step=2, views=[v], indices=index)
+        assert torch.equal(part, views[v, index])
+
+
+def test_opcheck_of_views():
+    policy, images = SeededAugment(**EVERYTHING).policy.pack(), make_images(3).cuda()
+    seed, step = torch.tensor(1, device="cuda"), torch.tensor(2)
+    arguments = (images, policy, seed, step, [0, 3], torch.arange(3, device="cuda"))
+    opcheck(torch.ops.bld_ext.augment.default, (*arguments, torch.bfloat16, True))
+
+
+def test_views_are_one_launch_without_synchronisation(no_sync):
+    torch.use_deterministic_algorithms(False)  # which fill what is empty, by a launch more
+    augment, images = SeededAugment(**EVERYTHING), make_images().cuda()
+    seed = torch.tensor(5, device="cuda")
+    calls = [
+        lambda: augment(images, seed=5, step=7, views=range(50)),
+        lambda: augment(images, seed=seed, step=7, views=range(50)),
+    ]
+    assert torch.equal(*(call() for call in calls))
+    torch.cuda.synchronize()
+    no_sync()
+    for call in calls:
+        call()
+    torch.cuda.set_sync_debug_mode("default")
+    for call in calls:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            call()
+            torch.cuda.synchronize()
+        assert sum(event.device_type.name == "CUDA" for event in profile.events()) == 1
+
+
+def test_a_captured_step_changes_its_seed():
+    augment, images = SeededAugment(**EVERYTHING), make_images().cuda()
+    seed, step = (torch.zeros((), dtype=torch.int64, device="cuda") for _ in range(2))
+    augment(images, seed=seed, step=step, views=range(4))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        views = augment(images, seed=seed, step=step, views=range(4))
+    for k in (3, 2**40):
+        seed.fill_(k)
+        step.fill_(7)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(views, augment(images, seed=k, step=7, views=range(4)))
+
+
+def test_capture_with_an_unknown_policy_says_so():
+    augment, images = SeededAugment(rotation=12.345), make_images().cuda()
+    SeededAugment(rotation=1)(images, seed=0, step=0, views=[0])
+    torch.cuda.synchronize()
+    with pytest.raises(RuntimeError, match="policy: expected what the device knows"):
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            augment(images, seed=0, step=0, views=[0])

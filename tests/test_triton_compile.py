@@ -8,8 +8,10 @@ import subprocess
 import sys
 
 import pytest
+from conftest import EVERYTHING, NORMALISED
 
 pytest.importorskip("triton")
+BENCHMARK = dict(crop_padding=4, flip=0.5, rotation=15, scale=(0.9, 1.1), jitter=0.4, **NORMALISED)
 OPS = {  # the pointers that an op leaves out
     "head_softmax": {"labels", "targets", "old_grad", "new_grad", "old_loss", "new_loss",
                      "partials", "ticket"},
@@ -22,14 +24,34 @@ CASES = [  # dtype, widest old and new head, dense, temperature on the device, c
     *((dtype, (2, 10), False, False, 90) for dtype in ("bf16", "fp16")),
     ("fp32", (1000, 100), False, True, 90),
 ]
+AUGMENTS = {  # settings, image and view dtype, side, channels last, capability
+    "crop": (dict(crop_padding=4, flip=0.5), "u8", "fp32", 32, False, 90),
+    "benchmark": (BENCHMARK, "u8", "fp32", 32, False, 90),
+    "benchmark-224": (BENCHMARK, "u8", "bf16", 224, True, 90),
+    "everything": (EVERYTHING | NORMALISED, "u8", "fp16", 32, False, 80),
+    "everything-reflect": (EVERYTHING | dict(padding_mode="reflect"), "fp32", "fp32", 32, True, 90),
+    "everything-224": (EVERYTHING | NORMALISED, "bf16", "bf16", 224, False, 90),
+}
+
+
+def compile_augment(settings, image, view, side, channels_last, capability):
+    """As `compile_kernel`, for augment."""
+    from bld_ext import SeededAugment
+    from bld_ext.triton.augment import flags, shape, views_kernel
+
+    wanted = flags(SeededAugment(**settings).policy, 3)
+    block, warps, _ = shape(side * side, wanted["CONTRASTS"])
+    constants = wanted | dict(
+        CHANNELS_LAST=channels_last, BLOCK=block, ONE_TILE=side * side <= block
+    )
+    types = {parameter.name: "i32" for parameter in views_kernel.params}
+    types |= dict(images_ptr=f"*{image}", views_ptr=f"*{view}", settings_ptr="*fp32")
+    types |= dict.fromkeys(("seed_ptr", "step_ptr", "indices_ptr"), "*i64")
+    return compile_source(views_kernel, types, constants, capability, warps)
 
 
 def compile_kernel(op, dtype, widest, dense, on_device, capability):
     """The compiled kernel; run by a process of its own, without the interpreter."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from bld_ext.triton.distillation import WARPS, heads_kernel, tile_shape
 
     pointers = dict(logits=dtype, labels="i64", targets="fp32", bank="fp32", old_grad=dtype)
@@ -44,15 +66,23 @@ def compile_kernel(op, dtype, widest, dense, on_device, capability):
     types = {f"{name}_ptr": f"*{kind}" for name, kind in pointers.items()}
     types |= dict.fromkeys(("N", "C", "C_old", "S", "old_heads", "rest_heads"), "i32")
     types["temperature"] = "*fp64" if on_device else "fp32"
-    types |= dict.fromkeys(constants, "constexpr")
-    names = [parameter.name for parameter in heads_kernel.params]
+    return compile_source(heads_kernel, types, constants, capability, WARPS)
+
+
+def compile_source(kernel, types, constants, capability, warps):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = types | dict.fromkeys(constants, "constexpr")
+    names = [parameter.name for parameter in kernel.params]
     source = ASTSource(
-        fn=heads_kernel,
+        fn=kernel,
         signature={name: types[name] for name in names},
         constexprs={(names.index(name),): value for name, value in constants.items()},
     )
     target = GPUTarget("cuda", capability, 32)
-    options = dict(num_warps=WARPS, enable_fp_fusion=False)
+    options = dict(num_warps=warps, enable_fp_fusion=False)
     return triton.compile(source, target=target, options=options)
 
 
@@ -92,8 +122,21 @@ def test_registers_suffice(compiled, case):
         assert compiled[f"{op} {case}"]["local"] == 0, op
 
 
-def local_bytes(cubin):
-    """Bytes of local memory, where registers are spilled to, by the disassembler of Triton."""
+@pytest.mark.parametrize("name", AUGMENTS)
+def test_augment_rounds_every_operation_by_itself_and_spills_nothing(compiled, name):
+    result = compiled[f"augment {name}"]
+    assert result["cubin"] > 1000 and result["local"] == 0 and result["registers"] <= 192
+    assert result["inexact"] == []
+
+
+def inexact(ptx):
+    """Instructions that may be fused, or do not round correctly."""
+    pattern = r"\b(?:fma|mad)\.[\w.]*f(?:32|64)|\b(?:div|sqrt|rcp)\.(?:full|approx)[\w.]*"
+    return sorted({*re.findall(pattern, ptx), *re.findall(r"\b(?:add|mul|sub)\.f\d+", ptx)})
+
+
+def resources(cubin):
+    """Bytes of local memory, where registers are spilled to, and registers, by Triton's tools."""
     import tempfile
     from pathlib import Path
 
@@ -104,7 +147,8 @@ def local_bytes(cubin):
         file.write(cubin)
         file.flush()
         done = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True)
-    return int(re.search(r"LOCAL:(\d+)", done.stdout + done.stderr)[1])
+    used = dict(re.findall(r"(LOCAL|REG):(\d+)", done.stdout + done.stderr))
+    return int(used["LOCAL"]), int(used["REG"])
 
 
 if __name__ == "__main__":
@@ -114,6 +158,12 @@ if __name__ == "__main__":
         results[f"{op} {number}"] = dict(
             cubin=len(asm["cubin"]),
             softmax=sorted(softmax_layouts(asm["ttgir"])),
-            local=local_bytes(asm["cubin"]),
+            local=resources(asm["cubin"])[0],
+        )
+    for name, case in AUGMENTS.items():
+        asm = compile_augment(*case).asm
+        local, registers = resources(asm["cubin"])
+        results[f"augment {name}"] = dict(
+            cubin=len(asm["cubin"]), local=local, registers=registers, inexact=inexact(asm["ptx"])
         )
     json.dump(results, sys.stdout)
