@@ -108,7 +108,8 @@ def check(name, found, images, views):
         torch.testing.assert_close(found.double(), exact, rtol=0, atol=2e-6 * size)
     elif name != "torchvision-batch":  # one draw says little
         average = ((images.double() / 255).mean((0, 2, 3)).cpu() - torch.tensor(MEAN)) / STD_
-        assert (found.mean((0, 2, 3)).double().cpu() - average).abs().max() < 1
+        assert (found.mean((0, 2, 3)).double().cpu() - average).abs().max() < 0.7  # black corners
+        assert (found.std((0, 2, 3)).double().cpu() > 0.5).all()
 
 
 def stored_bytes(name, views):

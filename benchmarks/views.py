@@ -89,6 +89,8 @@ def main(arguments: list[str] | None = None, augment=AUGMENT) -> int:
     for name in ("images", "views", "size"):
         if getattr(options, name) < 1:
             parser.error(f"--{name}: expected at least 1, got {getattr(options, name)}")
+    if options.seed < 0:
+        parser.error(f"--seed: expected at least 0, got {options.seed}")
     if options.dataset == "digits":
         images = digits(options.images, options.size)
     else:

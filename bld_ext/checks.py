@@ -4,7 +4,7 @@ and the remedy, before anything is computed.
 
 import math
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -216,28 +216,33 @@ RANGES = {
 NAMES = {"interpolation": INTERPOLATIONS, "padding_mode": PADDING_MODES}
 
 
-def policy(policy: Policy, prefix: str = "policy.") -> None:
-    def numbers(value, count=None):
-        values = value if isinstance(value, (tuple, list)) else ()
-        known = all(isinstance(x, Real) and math.isfinite(x) for x in values)
-        return known and len(values) == (len(values) if count is None else count)
+def _numbers(value, count: int | None = None) -> bool:
+    """Whether it is a tuple of `count` real numbers that float32 can hold."""
+    values = value if isinstance(value, (tuple, list)) else ()
+    known = all(isinstance(x, Real) and abs(x) < 1e30 for x in values)  # nor nan
+    return known and isinstance(value, (tuple, list)) and count in (None, len(values))
 
+
+def policy(policy: Policy, prefix: str = "policy.") -> None:
+    if not isinstance(policy, Policy):
+        kind = type(policy).__name__
+        raise TypeError(f"policy: expected a Policy, such as SeededAugment(...).policy, got {kind}")
     for name, value in policy._asdict().items():
         if name in MOST:
-            known, expected = numbers((value,)) and 0 <= value <= MOST[name], f"0 to {MOST[name]}"
+            known, expected = _numbers((value,)) and 0 <= value <= MOST[name], f"0 to {MOST[name]}"
         elif name in MOST_EACH:
             most = MOST_EACH[name]
-            known = numbers(value, 2) and all(0 <= x <= most for x in value)
+            known = _numbers(value, 2) and all(0 <= x <= most for x in value)
             expected = f"(x, y), each 0 to {most}"
         elif name in RANGES:
             low, high = RANGES[name]
-            known = numbers(value, 2) and low <= value[0] <= value[1] <= high
+            known = _numbers(value, 2) and low <= value[0] <= value[1] <= high
             known = known or name == "resized_crop" and value is None
             expected = f"(low, high) within {low:g} to {high:g}, low first"
         elif name in NAMES:
             known, expected = value in NAMES[name], f"one of {', '.join(NAMES[name])}"
         else:  # mean, std
-            known = numbers(value) and (name == "mean" or all(x > 0 for x in value))
+            known = _numbers(value) and (name == "mean" or all(x > 1e-30 for x in value))
             expected = "finite numbers" + ("" if name == "mean" else " above 0")
             expected += ", one a channel"
         require(known, prefix + name, expected, repr(value))
@@ -247,22 +252,28 @@ def policy(policy: Policy, prefix: str = "policy.") -> None:
     require(means == stds, f"{prefix}std", f"as many values as mean, {means}", stds)
 
 
-def image_size(size: Sequence[int]) -> tuple[int, int]:
-    whole = len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)
-    require(whole, "size", "(height, width) of at least one pixel", tuple(size))
-    small = (size[0] + 4) * (size[1] + 4) < 2**31
-    require(small, "images", "fewer than 2**31 pixels, with a border of 2", tuple(size))
-    return tuple(size)
+def image_size(size: Sequence[int], argument: str = "size") -> tuple[int, int]:
+    sides = tuple(size) if isinstance(size, Sequence) else (size,)
+    whole = len(sides) == 2 and all(isinstance(side, Integral) and side > 0 for side in sides)
+    require(whole, argument, "(height, width) of at least one pixel", size)
+    require(max(sides) <= 2**24, argument, "sides of at most 2**24 pixels", sides)
+    small = (sides[0] + 4) * (sides[1] + 4) < 2**31
+    require(small, argument, "fewer than 2**31 pixels, with a border of 2", sides)
+    return sides
 
 
-def images(images: Tensor, policy: Policy, dtype: torch.dtype) -> None:
+def images(images: Tensor, policy: Policy, dtype: torch.dtype, channels_last: bool) -> None:
     tensor("images", images)
     uint8_or_float = images.dtype == torch.uint8 or images.dtype in FLOATS
     require(uint8_or_float, "images", "uint8 or a floating-point dtype", images.dtype)
     require(images.dim() == 4, "images", "shape [N, C, H, W]", tuple(images.shape))
     require(min(images.shape[1:]) > 0, "images", "at least one pixel", tuple(images.shape))
-    image_size(images.shape[2:])
+    image_size(tuple(images.shape[2:]), "images")
+    require(images.layout == torch.strided, "images", "a dense tensor", images.layout)
+    constant = "a constant, since views have no gradient: detach() it"
+    require(not images.requires_grad, "images", constant, "requires_grad=True")
     require(dtype in FLOATS, "dtype", "a floating-point dtype", dtype)
+    require(isinstance(channels_last, bool), "channels_last", "True or False", channels_last)
     channels = len(policy.mean)
     matches = channels in (0, images.shape[1])
     require(matches, "policy.mean", f"{images.shape[1]} values, one a channel", channels)
@@ -292,8 +303,8 @@ def counter(seed, step, indices, N, device):
             if not may_look(value, check_inputs=False):
                 continue
             value = value.item()
-        whole = isinstance(value, int) and 0 <= value < limit
-        require(whole, name, f"0 to {limit - 1}", value)
+        whole = isinstance(value, Integral) and 0 <= value < limit
+        require(whole, name, f"a whole number, 0 to {limit - 1}", value)
     if indices is not None:
         tensor("indices", indices)
         require(indices.dtype == torch.int64, "indices", "torch.int64", indices.dtype)
@@ -304,6 +315,6 @@ def counter(seed, step, indices, N, device):
             low, high = indices.min().item(), indices.max().item()
             require(low >= 0 and high < 2**32, "indices", f"0 to {2**32 - 1}", f"{low} to {high}")
     return tuple(
-        x if isinstance(x, Tensor) else torch.full((), x, dtype=torch.int64, device="cpu")
+        x if isinstance(x, Tensor) else torch.full((), int(x), dtype=torch.int64, device="cpu")
         for x in (seed, step)
     )

@@ -322,8 +322,9 @@ def augment(
     In this order: crop from the padded image, resized if `resized_crop` is given; horizontal flip;
     shear, scale, rotation and translation about the centre; all of these as one inverse matrix and
     one resample, so that a rotation brings back what the crop alone would have cut off. Then
-    brightness, contrast (against the view's own mean), saturation and hue, each clamped to [0, 1],
-    normalisation, and erasing to 0. uint8 images are divided by 255 behind the resample.
+    brightness, contrast (against the view's own mean) and saturation, each clamped to [0, 1], hue,
+    normalisation, and erasing to 0. uint8 images are divided by 255 behind the resample, and never
+    rounded to levels, as torchvision rounds them behind each step.
 
     Random words are Philox4x32-10 with key = seed and counter = (image index, view, step, op): op 0
     gives (left, top, flip, angle), op 1 (scale, translate x, translate y, shear x), op 2
@@ -331,9 +332,9 @@ def augment(
     erase) and op 4 (area, ratio, left and top of what is erased).
 
     Args:
-        images: `[N, C, H, W]`, uint8, or float in [0, 1]: nothing looks at the values, and the
-            colour operations clamp to that range. Contrast, saturation and hue need one or three
-            channels, and the latter two act on three.
+        images: `[N, C, H, W]`, uint8, or float in [0, 1]: nothing looks at the values. Others are
+            clamped where a colour operation clamps; of nan and inf nothing is promised. Contrast,
+            saturation and hue need one or three channels, and the latter two act on three.
         policy: what to draw from; `SeededAugment` describes each setting.
         seed: 0 to 2**63 - 1, or an int64 scalar on the images' device or on the CPU.
         step: 0 to 2**32 - 1, likewise.
@@ -354,7 +355,7 @@ def augment(
         # normalize, erase
     """
     checks.policy(policy)
-    checks.images(images, policy, dtype)
+    checks.images(images, policy, dtype, channels_last)
     views = checks.views(views)
     seed, step = checks.counter(seed, step, indices, images.shape[0], images.device)
     return torch.ops.bld_ext.augment(

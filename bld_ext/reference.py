@@ -406,9 +406,9 @@ def resample(images: Tensor, p: ViewParameters, settings: Policy) -> Tensor:
         source_y = snap(source_y, p.top - settings.crop_padding, p.height)
     if settings.padding_mode == "reflect":
         source_x, source_y = reflect(source_x, W), reflect(source_y, H)
-    nearest = settings.interpolation == "nearest"
+    nearest = settings.interpolation == "nearest" or not settings.turns  # then on whole pixels
     if nearest:
-        source_x, source_y = source_x + 0.5, source_y + 0.5
+        source_x, source_y = (whole(x, settings.resized_crop is None) for x in (source_x, source_y))
 
     column, row = source_x.floor(), source_y.floor()
     right, low = source_x - column, source_y - row  # weights of the right and lower neighbours
@@ -430,6 +430,17 @@ def resample(images: Tensor, p: ViewParameters, settings: Policy) -> Tensor:
         for dx, wx in ((0, 1 - right), (1, right)):
             total = total + tap(column + dx, row + dy) * (wx * wy).unsqueeze(1)
     return total
+
+
+def whole(source: Tensor, even: bool) -> Tensor:
+    """The nearest whole number; of two that are as near the upper, or, as in an affine map of
+    torchvision, the even one.
+    """
+    upper = (source + 0.5).floor()
+    if not even:
+        return upper
+    tie = (upper - source == 0.5) & ((upper * 0.5).floor() * 2 != upper)
+    return torch.where(tie, upper - 1, upper)
 
 
 def snap(source: Tensor, first: Tensor, size: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """SeededAugment: random views that are regenerated instead of stored."""
 
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -35,7 +36,8 @@ class SeededAugment:
         erase: probability that a rectangle of the view is set to 0, the mean where it is
             normalised (random erasing, cutout).
         erase_area, erase_ratio: ranges of its share of the area and of its width / height.
-        interpolation: "bilinear" or "nearest".
+        interpolation: "bilinear", or "nearest" to the middle of a pixel: with a resized crop this
+            is torchvision's "nearest-exact".
         padding_mode: what is outside of the image: "zeros", "reflect" (the border pixel once) or
             "edge".
         dtype: of the views.
@@ -75,32 +77,42 @@ class SeededAugment:
         interpolation: str = "bilinear",
         padding_mode: str = "zeros",
     ):
-        known = isinstance(jitter, (int, float)) and 0 <= jitter <= 1
+        known = isinstance(jitter, Real) and 0 <= jitter <= 1
         checks.require(known, "jitter", "0 to 1", jitter)
         checks.require((mean is None) == (std is None), "mean, std", "both or none", (mean, std))
         checks.require(dtype in checks.FLOATS, "dtype", "a floating-point dtype", dtype)
 
         def values(setting):
-            return tuple(setting) if isinstance(setting, Sequence | Tensor) else setting
+            """As plain Python numbers, where it is numbers; else as it is, to be refused."""
+            if isinstance(setting, (tuple, list)):
+                return tuple(map(values, setting))
+            if isinstance(setting, Real):
+                return int(setting) if isinstance(setting, Integral) else float(setting)
+            return setting
 
         self.policy = Policy(
-            crop_padding,
-            values(resized_crop),
-            values(resized_crop_ratio),
-            flip,
-            rotation,
-            values(translate),
-            values(scale),
-            values(shear),
-            *(jitter if x is None else x for x in (brightness, contrast, saturation)),
-            jitter / 4 if hue is None else hue,
-            () if mean is None else tuple(map(float, mean)),
-            () if std is None else tuple(map(float, std)),
-            erase,
-            values(erase_area),
-            values(erase_ratio),
-            interpolation,
-            padding_mode,
+            *map(
+                values,
+                (
+                    crop_padding,
+                    resized_crop,
+                    resized_crop_ratio,
+                    flip,
+                    rotation,
+                    translate,
+                    scale,
+                    shear,
+                    *(jitter if x is None else x for x in (brightness, contrast, saturation)),
+                    jitter / 4 if hue is None else hue,
+                    () if mean is None else mean,
+                    () if std is None else std,
+                    erase,
+                    erase_area,
+                    erase_ratio,
+                    interpolation,
+                    padding_mode,
+                ),
+            )
         )
         checks.policy(self.policy, prefix="")
         self.dtype = dtype

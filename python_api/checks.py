@@ -18,6 +18,22 @@ def choice(name: str, value: str, choices: Iterable[str]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
+def some(name: str, values: Iterable[str], choices: Iterable[str]) -> tuple[str, ...]:
+    chosen = () if isinstance(values, str) else tuple(values)
+    if not chosen or set(chosen) - set(choices):
+        raise ValueError(f"{name}: expected a list of {', '.join(choices)}, got {values!r}")
+    return chosen
+
+
+def bank(value: Tensor, rows: int, classes: int) -> None:
+    if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[:2] != (rows, classes):
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"bank: expected probabilities [{rows}, {classes}, *], of each view of each image and "
+            f"each old class, got {got}"
+        )
+
+
 def apart(name: str, value: str, unlike: str, **switch: bool) -> None:
     """A choice that does not go with a switch."""
     ((other, is_on),) = switch.items()

@@ -47,17 +47,20 @@ class Layers:
         return ops.layer_norms([p.grad for p in params], index, len(self.names))
 
     def balance(
-        self, grads: dict[Tensor, Tensor], reference_norms: Tensor, balance: float
+        self, grads: dict[Tensor, Tensor], reference_norms: Tensor, balance: float | None
     ) -> tuple[Tensor, Tensor]:
-        """Rescale G_d in place; returns the factors and ‖G_d‖, `[L]` each."""
+        """Rescale G_d in place, unless `balance` is None; returns the factors and ‖G_d‖, `[L]`."""
         index = [self.index[p] for p in grads]
+        if balance is None:
+            norms = ops.layer_norms(list(grads.values()), index, len(self.names))
+            return torch.ones_like(norms), norms
         return ops.balance_layers_(list(grads.values()), index, reference_norms, balance)
 
     @contextmanager
     def balancing(
         self,
         reference_norms: Tensor,
-        balance: float,
+        balance: float | None,
         report: Callable[[Tensor, Tensor], None],
         arrived: Callable[[list[Tensor]], list[Tensor]],
     ) -> Iterator[None]:

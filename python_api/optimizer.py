@@ -7,9 +7,9 @@ their gradients.
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -25,6 +25,7 @@ from bld_ext.api.passes import distillation_pass, new_task_pass, shared_pass, wa
 from bld_ext.api.precision import exact_float32
 from bld_ext.api.views import Views
 
+LOSSES = ("new", "distillation")
 SCHEDULES = ("two_forward", "shared_forward", "in_backward")
 STATISTICS = {"once": ("pool", "keep"), "every_pass": ("every_pass", "every_pass")}
 
@@ -36,7 +37,8 @@ class StepReport:
     The optimizer never reads it again: it is no memory from batch to batch.
 
     Attributes:
-        warm_up_loss: L_t before the batch was learned, summed over images, averaged over views.
+        warm_up_loss: L_t before the batch was learned, summed over images, averaged over views;
+            None where no warm-up was made.
         layers: the name of each layer, L of them.
         reference_norms: ‖G_w‖, `[L]`.
         new_loss: L_t of each joint repetition.
@@ -47,7 +49,7 @@ class StepReport:
             "kept_gradients" are held between batches too, as zeros.
     """
 
-    warm_up_loss: Tensor
+    warm_up_loss: Tensor | None
     layers: tuple[str, ...]
     reference_norms: Tensor
     new_loss: list[Tensor] = field(default_factory=list)
@@ -86,7 +88,8 @@ class BLDOptimizer(torch.optim.Optimizer):
         lr: α_j, the learning rate of the joint updates.
         warmup_lr: α_w, default lr / 100. It keeps its ratio to lr when a scheduler changes lr.
         temperature: τ of the softened predictions.
-        balance: λ. 0 is finetuning: the distillation passes are then left out.
+        balance: λ. 0 is finetuning: the distillation passes are then left out. None leaves G_d as
+            it is, factor 1: the paper's "no balancing".
         joint_steps: joint repetitions.
         views: views V of each image; default 50 with `augment`, else 1 (the images themselves).
         views_per_pass: views that go through the network as one batch, view by view. A matter of
@@ -141,7 +144,7 @@ class BLDOptimizer(torch.optim.Optimizer):
         *,
         warmup_lr: float | None = None,
         temperature: float = 2.0,
-        balance: float = 2.0,
+        balance: float | None = 2.0,
         joint_steps: int = 2,
         views: int | None = None,
         views_per_pass: int = 1,
@@ -172,7 +175,8 @@ class BLDOptimizer(torch.optim.Optimizer):
         if seed >= 2**63:
             raise ValueError(f"seed: expected 0 to 2**63 - 1, got {seed}")
         checks.number("temperature", temperature, positive=True)
-        checks.number("balance", balance)
+        if balance is not None:
+            checks.number("balance", balance)
         checks.number("lr", lr, positive=warmup_lr is not None)
         if warmup_lr is not None:
             checks.number("warmup_lr", warmup_lr)
@@ -268,16 +272,35 @@ class BLDOptimizer(torch.optim.Optimizer):
         self.batches += 1
         return loss
 
-    def joint(self, images: Tensor, labels: Tensor) -> Tensor:
+    def joint(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        bank: Tensor | None = None,
+        losses: Sequence[str] = LOSSES,
+    ) -> Tensor:
         """Algorithm 2, one repetition on the batch of the last `warm_up`. Returns L_t.
 
         The batch has to be the same; only its shape is checked.
+
+        Args:
+            images, labels: as in `step`.
+            bank: `[V·B, C_old, *]`, other predictions to distil from than those of the warm-up, as
+                LwF has them. With balance=None this needs no warm-up before it: a batch then begins
+                here, and ends with `release`.
+            losses: what makes the update, "new" (L_t), "distillation" (L_d) or both. With
+                "distillation" alone L_d is returned, and while there is no old head it is zero and
+                nothing is updated.
         """
-        batch = self._batch
-        if batch is None:
+        losses = checks.some("losses", losses, LOSSES)
+        if self._batch is None and (bank is None or self.balance is not None):
             raise RuntimeError("joint: there is no bank; call warm_up(images, labels) first")
         sizes = self._check(images, labels)
-        distil = len(sizes) > 1 and self.balance != 0
+        distil = len(sizes) > 1 and self.balance != 0 and "distillation" in losses
+        if bank is not None:
+            checks.bank(bank, self.views * len(images), sum(sizes[:-1]))
+            self._replace_bank(images, bank)
+        batch = self._batch
         old_classes = sum(sizes[:-1]) if distil else batch.bank.shape[1]
         if tuple(images.shape) != batch.shape or old_classes != batch.bank.shape[1]:
             raise ValueError(
@@ -285,31 +308,48 @@ class BLDOptimizer(torch.optim.Optimizer):
                 f"{batch.bank.shape[1]} old classes, got {tuple(images.shape)} with {old_classes}; "
                 "call warm_up(images, labels) first"
             )
+        if not distil and "new" not in losses:
+            return batch.reference_norms.new_zeros(())
         self._gradients.begin(batch.layers.index)
         views = self._views(images, labels, sizes, batch.number)
-        in_backward = self.schedule == "in_backward"
-        last, held, updated = nullcontext(), [], in_backward
+        updated = self.schedule == "in_backward" and "new" in losses
+        last, held = nullcontext(), []
         with self._stage(STATISTICS[self.statistics][1]):
-            if in_backward:
+            if updated:
                 measured = partial(self._require_finite, "joint") if self.check_finite else None
                 update = partial(self._update, "joint", 1.0)
                 last = batch.layers.updating(update, measured, held)
-            if not distil:
-                loss = new_task_pass(views, self.temperature, last)
-            elif self.schedule == "shared_forward":
+            if distil and "new" in losses and self.schedule == "shared_forward":
                 loss, updated = self._shared_joint(views)
             else:
-                self._distil(views)
-                loss = new_task_pass(views, self.temperature, last)
+                loss = self._distil(views) if distil else None
+                if "new" in losses:
+                    loss = new_task_pass(views, self.temperature, last)
             self._require_finite("joint", loss, *self.last.distillation_loss[-1:])
             if self.check_finite and not updated:
                 came = self._gradients.arrived(batch.layers.index)
                 self._require_finite("joint", batch.layers.norms(came))
         self.last.memory["gradients"] = max(self.last.memory["gradients"], *held, 0)
-        self.last.new_loss.append(loss)
+        if "new" in losses:
+            self.last.new_loss.append(loss)
         if not updated:
             self._update("joint", 1.0, self._parameters())
         return loss
+
+    def _replace_bank(self, images: Tensor, bank: Tensor) -> None:
+        """Distil from these predictions; where there was no warm-up, a batch begins."""
+        if self._batch is not None:
+            self._batch = replace(self._batch, bank=bank)
+        else:
+            self._follow_model()
+            layers = Layers.of(self.model, self._parameters(), self.layer)
+            norms = next(iter(layers.index)).new_zeros(len(layers.names))
+            params = [p for p in layers.index if p.requires_grad]
+            memory = {"layer_norms": 0, "seed": 16, "gradients": tensor_bytes(params)}
+            self.last = StepReport(None, layers.names, norms, memory=memory)
+            self._batch = _Batch(bank, layers, norms, self.batches, tuple(images.shape))
+            self.batches += 1
+        self.last.memory["bank"] = tensor_bytes([bank])
 
     def release(self) -> None:
         """Drop the bank, the norms and the gradients, as before the next batch arrives."""
@@ -331,8 +371,8 @@ class BLDOptimizer(torch.optim.Optimizer):
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _distil(self, views: Views) -> None:
-        """G_d into .grad, balanced."""
+    def _distil(self, views: Views) -> Tensor:
+        """G_d into .grad, balanced; returns L_d."""
         batch, after = self._batch, nullcontext()
         in_backward = self.balance_in_backward or self.schedule == "in_backward"
         if in_backward:
@@ -344,6 +384,7 @@ class BLDOptimizer(torch.optim.Optimizer):
         self.last.distillation_loss.append(loss)
         if not in_backward:
             self._balance({p: p.grad for p in self._gradients.arrived(batch.layers.index)})
+        return loss
 
     def _balance(self, grads: dict[Tensor, Tensor]) -> None:
         batch = self._batch
@@ -366,7 +407,7 @@ class BLDOptimizer(torch.optim.Optimizer):
         self.last.memory["second_gradients"] = tensor_bytes(grads.values())
         lr = self._plain_sgd_rate()
         came = self._gradients.arrived(index)
-        if lr is None or self.check_finite or set(came) != set(grads):
+        if lr is None or self.balance is None or self.check_finite or set(came) != set(grads):
             self._balance(grads)
             for param, grad in grads.items():
                 param.grad = grad.clone() if param.grad is None else param.grad.add_(grad)

@@ -15,16 +15,26 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.paper import report
+from benchmarks.paper import checkpoint, report
 from benchmarks.paper.__main__ import main, make_parser, parse_seeds
+from benchmarks.paper.checkpoint import Checkpoint, CheckpointError
 from benchmarks.paper.experiment import batch_statistics, evaluate, run
-from benchmarks.paper.methods import PRESETS, Settings
+from benchmarks.paper.methods import METHODS, PRESETS, Settings
 from benchmarks.paper.networks import NETWORKS, make_model
 from benchmarks.paper.streams import load_dataset, make_stream
 from bld_ext import bank_bytes
 
 ROOT = Path(__file__).parents[1]
 SMALL = Settings("slim", 3e-3, 2, {"crop_padding": 1}, tasks=3, limit=40)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """As a run of the job has it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +117,7 @@ def test_a_run_depends_on_nothing_but_its_seed():
     second = run(digits, "bld", SMALL, seed=2)
     assert first["accuracy"] == second["accuracy"]
     ticks = []
-    run(digits, "finetune", SMALL, seed=2, progress=lambda: ticks.append(1))
+    run(digits, "finetune", SMALL, seed=2, progress=ticks.append)
     assert len(ticks) == 6
 
 
@@ -236,3 +246,213 @@ def test_an_unwritable_folder_is_found_before_training(tmp_path, capsys):
     (tmp_path / "results.json").mkdir()
     assert main(["--out", str(tmp_path)]) == 2
     assert "results.json" in capsys.readouterr().err
+
+
+# ---- long work ----
+
+
+class Killed(BaseException):
+    pass
+
+
+def run_until(batches, method, path, digits):
+    """A run that ends abruptly after so many batches, with what it had on the disk."""
+    left = batches
+
+    def tick(_):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(digits, method, SMALL, 2, progress=tick, checkpoint=path, every=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_that_was_killed_goes_on_to_the_same_bits(method, tmp_path):
+    digits = load_dataset("digits")
+    whole = run(digits, method, SMALL, 2)
+    for batches in (1, 3, 5) if method == "bld" else (4,):
+        path = tmp_path / f"{batches}.pt"
+        run_until(batches, method, path, digits)
+        ticks = []
+        again = run(digits, method, SMALL, 2, progress=ticks.append, checkpoint=path, resume=True)
+        assert again | {"seconds": 0} == whole | {"seconds": 0}
+        assert sum(ticks) == whole["batches"]
+
+
+def test_sigkill_at_random_moments(tmp_path):
+    options = "--tasks 3 --limit 60 --views 2 --seeds 0 --jobs 1 --checkpoint-seconds 0".split()
+    command = [sys.executable, "-m", "benchmarks.paper", *options]
+    assert subprocess.run([*command, "--out", str(tmp_path / "whole")], cwd=ROOT).returncode == 0
+    rng = np.random.default_rng()
+    kills, killed = rng.uniform(5, 9, 3), 0
+    for seconds in [*kills, 600]:
+        job = subprocess.Popen(
+            [*command, "--resume", "--out", str(tmp_path / "killed")],
+            cwd=ROOT,
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            assert job.wait(timeout=seconds) == 0
+            break
+        except subprocess.TimeoutExpired:
+            os.killpg(job.pid, signal.SIGKILL)
+            job.wait()
+            killed += 1
+    assert killed, kills
+    whole, again = (
+        json.loads((tmp_path / name / "results.json").read_text())["runs"]
+        for name in ("whole", "killed")
+    )
+    assert [r | {"seconds": 0} for r in whole] == [r | {"seconds": 0} for r in again], kills
+
+
+def test_a_changed_configuration_is_refused_with_the_difference(tmp_path):
+    digits, path = load_dataset("digits"), tmp_path / "run.pt"
+    run_until(2, "bld", path, digits)
+    other = Settings("slim", 1e-3, 2, {"crop_padding": 1}, tasks=3, limit=40)
+    with pytest.raises(CheckpointError, match="changed: lr: 0.003 before, 0.001 now"):
+        run(digits, "bld", other, 2, checkpoint=path, resume=True)
+    with pytest.raises(CheckpointError, match="method: 'bld' before, 'l2' now"):
+        run(digits, "l2", SMALL, 2, checkpoint=path, resume=True)
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "cut", "flipped", "foreign", "pickle"])
+def test_a_file_that_is_no_checkpoint_is_refused_and_not_executed(damage, tmp_path):
+    digits, path = load_dataset("digits"), tmp_path / "run.pt"
+    run_until(2, "bld", path, digits)
+    data = path.read_bytes()
+    if damage == "pickle":
+
+        class Harm:
+            def __reduce__(self):
+                return os.mkdir, (str(tmp_path / "harm"),)
+
+        torch.save({"mark": Harm()}, path)
+    elif damage == "foreign":
+        torch.save({"model": torch.ones(3)}, path)
+    else:
+        cut = {"empty": b"", "text": b"no file", "cut": data[: len(data) // 2]}
+        flipped = data[:300] + bytes([data[300] ^ 255]) + data[301:]
+        path.write_bytes(cut.get(damage, flipped))
+    with pytest.raises(CheckpointError, match="not readable|not that of a run"):
+        run(digits, "bld", SMALL, 2, checkpoint=path, resume=True)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
+    digits, path = load_dataset("digits"), tmp_path / "run.pt"
+    save, left = torch.save, 2
+
+    def fill(data, file):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            file.write(b"half of it")
+            raise OSError(28, "No space left on device")
+        save(data, file)
+
+    monkeypatch.setattr(checkpoint.torch, "save", fill)
+    with pytest.raises(CheckpointError, match="No space left.*the one before is whole.*--resume"):
+        run(digits, "bld", SMALL, 2, checkpoint=path, every=0)
+    monkeypatch.undo()
+    assert [file.name for file in tmp_path.iterdir()] == ["run.pt"]
+    whole = run(digits, "bld", SMALL, 2)
+    again = run(digits, "bld", SMALL, 2, checkpoint=path, resume=True)
+    assert again | {"seconds": 0} == whole | {"seconds": 0}
+
+
+def test_checkpoints_are_written_when_they_are_due(tmp_path):
+    kept = Checkpoint(tmp_path / "a.pt", {}, every=1000)
+    assert not kept.due() and not kept.exists()
+    kept.every = 0
+    assert kept.due()
+
+
+def test_two_jobs_do_not_write_into_one_folder(tmp_path, capsys):
+    from benchmarks.paper.job import locked
+
+    with locked(tmp_path):
+        assert main(["--limit", "40", "--out", str(tmp_path)]) == 2
+    assert "another job is writing to" in capsys.readouterr().err
+
+
+# ---- the commands ----
+
+TINY = "--limit 40 --views 1 --views-per-pass 1 --network slim --seeds 0 --jobs 1".split()
+
+
+@pytest.fixture
+def tiny_mnist(tmp_path):
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (400, 8, 8), dtype=np.uint8)
+    y = np.arange(400) % 10
+    np.savez(tmp_path / "mnist.npz", x_train=x, y_train=y, x_test=x[:50], y_test=y[:50])
+    return ["--data", str(tmp_path), "--out", str(tmp_path / "out")]
+
+
+def test_a_table_stands_beside_the_printed_one(tiny_mnist, tmp_path, capsys):
+    assert main(["table2", "--preset", "cpu", *TINY, *tiny_mnist]) == 0
+    written = (tmp_path / "out" / "table.md").read_text()
+    assert "(89.9)" in written and "bld - finetune: " in written and "lwf-offline" in written
+    assert "(80.6)" in written and "backward transfer" in written
+    for picture in ("accuracy", "matrix", "factors", "memory"):
+        data = (tmp_path / "out" / "mnist-5" / f"{picture}.png").read_bytes()
+        assert data.startswith(b"\x89PNG")
+    assert len(list((tmp_path / "out" / "mnist-5" / "runs").glob("*.json"))) == 5
+    before = capsys.readouterr().out
+    assert main(["table2", "--preset", "cpu", *TINY, *tiny_mnist, "--resume"]) == 0
+    after = capsys.readouterr().out
+    assert before.splitlines()[1:8] == after.splitlines()[1:8]
+    assert main(["table2", "--preset", "cpu", *TINY, *tiny_mnist, "--resume", "--lr", "1"]) == 2
+    assert "lr: 0.001 before, 1.0 now" in capsys.readouterr().err
+
+
+def test_a_dry_run_measures_and_writes_nothing(tiny_mnist, tmp_path, capsys):
+    assert main(["table2", "--preset", "cpu", *TINY, *tiny_mnist, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "| bld |" in shown and "minutes with 1 at a time" in shown
+    assert [p.name for p in (tmp_path / "out").iterdir()] == [".lock"]
+
+
+def test_a_table_leaves_out_what_it_cannot_get(tiny_mnist, tmp_path, capsys, monkeypatch):
+    from benchmarks.paper import streams
+
+    monkeypatch.setitem(streams.LOADERS, "cifar10", lambda root, download: streams._torchvision(
+        "cifar10", download, lambda train: 1 / 0))  # fmt: skip
+    monkeypatch.setitem(streams.LOADERS, "svhn", lambda root, download: streams._torchvision(
+        "svhn", download, lambda train: 1 / 0))  # fmt: skip
+    options = ["table1", "--preset", "cpu", *TINY, "--methods", "bld", *tiny_mnist]
+    assert main(options) == 0
+    shown = capsys.readouterr()
+    assert "(94.5)" in shown.out or "(94.6)" in shown.out
+    assert "left out: dataset cifar10" in shown.err and "cifar-10-python.tar.gz" in shown.err
+    assert main(["table3", "--preset", "cpu", *TINY, *tiny_mnist]) == 2
+
+
+def test_ablation_changes_one_setting_at_a_time(tmp_path, capsys):
+    options = "ablation --tasks 2 --vary temperature=1,4 layer=tensor".split()
+    assert main([*options, *TINY, "--out", str(tmp_path)]) == 0
+    written = (tmp_path / "ablation.md").read_text().splitlines()
+    assert [line.split(" | ")[:3] for line in written[2:]] == [
+        ["| temperature", "1", "bld"], ["| temperature", "4", "bld"], ["| layer", "tensor", "bld"],
+    ]  # fmt: skip
+    assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("text", ["depth=3", "temperature", "temperature=x"])
+def test_an_ablation_of_what_is_not_there_is_refused(text, capsys):
+    with pytest.raises(SystemExit):
+        make_parser().parse_args(["ablation", "--vary", text])
+    assert "expected" in capsys.readouterr().err
+
+
+def test_tensorboard_is_an_option(tmp_path, capsys):
+    pytest.importorskip("tensorboard")
+    options = ["--tasks", "2", "--methods", "bld", "--tensorboard", *TINY]
+    assert main([*options, "--out", str(tmp_path)]) == 0
+    assert list((tmp_path / "tensorboard" / "bld-0").glob("events*"))

@@ -138,12 +138,12 @@ def test_limit_keeps_the_first_training_images_and_the_whole_test(digits, limit)
 def test_batches(digits, limit, size, expected):
     task = make_stream(digits, 5, 0, limit)[0]
     batches = list(task.batches(size))
-    assert [len(x) for x, _ in batches] == [len(y) for _, y in batches] == expected
+    assert [len(x) for _, x, _ in batches] == [len(y) for _, _, y in batches] == expected
     assert task.batch_count(size) == len(expected)
     used = sum(expected)
     empty = (task.x_train[:0], task.y_train[:0])
-    assert torch.equal(torch.cat([empty[0], *(x for x, _ in batches)]), task.x_train[:used])
-    assert torch.equal(torch.cat([empty[1], *(y for _, y in batches)]), task.y_train[:used])
+    assert torch.equal(torch.cat([empty[0], *(x for _, x, _ in batches)]), task.x_train[:used])
+    assert torch.equal(torch.cat([empty[1], *(y for _, _, y in batches)]), task.y_train[:used])
 
 
 @pytest.mark.parametrize("tasks", [0, -1, 11])

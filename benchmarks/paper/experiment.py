@@ -1,13 +1,17 @@
 """One run: a method over one stream, evaluated after every task."""
 
+import hashlib
+import math
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.paper.methods import METHODS, Settings
+from benchmarks.paper.checkpoint import Checkpoint
+from benchmarks.paper.methods import MC_OCL, METHODS, Method, Settings
 from benchmarks.paper.networks import make_model
 from benchmarks.paper.streams import Dataset, Task, make_stream
 from bld_ext import MultiHead, SeededAugment
@@ -19,42 +23,119 @@ def run(
     settings: Settings,
     seed: int,
     device: str = "cpu",
-    progress: Callable[[], None] = lambda: None,
+    progress: Callable[[int], None] = lambda batches: None,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    every: float = 120.0,
 ) -> dict:
-    """Train `method` over the stream of `seed`; `progress` is called after each batch.
+    """Train `method` over the stream of `seed`; `progress(1)` is called after each batch.
 
     Split, order, initial weights of network and heads, and views depend on the seed alone, so they
     are the same for every method.
 
+    Args:
+        checkpoint: a file that holds the state of the run, written every `every` seconds and after
+            each task, and removed at the end.
+        resume: go on from that file, if it is there, to the same bits as a run that never stopped.
+
     Returns:
         A JSON-ready record. `accuracy[i][j]`: test accuracy in percent of task j after task i;
-        `memory`: the most bytes that were held for each purpose.
+        `memory`: the most bytes that were held for each purpose; `columns`: those of the paper's
+        tables; `factors`: of each task the mean of log10 of each layer's balance factor;
+        `weights`: a digest of the network at the end.
     """
     stream = make_stream(dataset, settings.tasks, seed, settings.limit)
     torch.manual_seed(seed)
     model = make_model(settings.network, settings.momentum).to(device)
-    optimizer = METHODS[method](model, settings, seed)
-    accuracy, memory, start = [], {}, time.perf_counter()
-    for number, task in enumerate(stream):
-        torch.manual_seed(seed + 1000 * (number + 1))
-        model.add_head(len(task.classes))
-        for images, labels in task.batches(settings.batch_size):
-            optimizer.step(images.to(device), labels.to(device))
-            for purpose, size in optimizer.last.memory.items():
-                memory[purpose] = max(size, memory.get(purpose, 0))
-            progress()
-        accuracy.append([evaluate(model, seen, j) for j, seen in enumerate(stream[: number + 1])])
+    learner = METHODS[method](model, settings, seed)
+    what = {"dataset": dataset.name, "method": method, "seed": seed, **settings.as_dict()}
+    saved = Checkpoint(checkpoint, what, every) if checkpoint else None
+    state = _fresh()
+    if saved and resume and saved.exists():
+        state = saved.load(device)
+        model.load_state_dict(state.pop("model"))
+        learner.load_state_dict(state.pop("learner"))
+        progress(state["batches"])
+    start = time.perf_counter() - state["seconds"]
+
+    def save(force: bool = False) -> None:
+        state["seconds"] = time.perf_counter() - start
+        if saved and (force or saved.due()):
+            saved.save(state | {"model": model.state_dict(), "learner": learner.state_dict()})
+
+    for number in range(state["task"], len(stream)):
+        task = stream[number]
+        if state["epoch"] == state["batch"] == 0 and len(model.heads) == number:
+            torch.manual_seed(seed + 1000 * (number + 1))
+            learner.begin(task)
+            model.add_head(len(task.classes))
+            state["factors"].append({})
+        for epoch in range(state["epoch"], learner.epochs):
+            state["epoch"] = epoch
+            for k, (where, images, labels) in enumerate(learner.batches(task, epoch)):
+                if k < state["batch"]:
+                    continue
+                learner.learn(where, images.to(device), labels.to(device))
+                _account(state, learner, method)
+                state["batch"], state["batches"] = k + 1, state["batches"] + 1
+                progress(1)
+                save()
+            state["batch"] = 0
+        seen = stream[: number + 1]
+        state["accuracy"].append([evaluate(model, t, j) for j, t in enumerate(seen)])
+        state.update(task=number + 1, epoch=0, batch=0)
+        save(force=True)
     with batch_statistics(model):
         diagnostic = [evaluate(model, task, j) for j, task in enumerate(stream)]
-    return {
+    record = {
         "method": method,
         "seed": seed,
         "classes": [list(task.classes) for task in stream],
-        "accuracy": accuracy,
+        "accuracy": state["accuracy"],
         "accuracy_with_batch_statistics": diagnostic,
-        "memory": memory,
+        "memory": state["memory"],
+        "columns": state["columns"],
+        "factors": [
+            {name: total / count for name, (total, count) in layers.items()}
+            for layers in state["factors"]
+        ],
+        "batches": state["batches"],
+        "weights": _digest(model),
         "seconds": round(time.perf_counter() - start, 1),
     }
+    if device.startswith("cuda"):
+        record["allocated"] = torch.cuda.max_memory_allocated(device)
+    return record
+
+
+def _digest(model: nn.Module) -> str:
+    found = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        found.update(name.encode() + tensor.cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+def _fresh() -> dict:
+    return dict(
+        task=0, epoch=0, batch=0, batches=0, seconds=0.0, accuracy=[], memory={}, columns={},
+        factors=[],
+    )  # fmt: skip
+
+
+def _account(state: dict, learner: Method, method: str) -> None:
+    """The most bytes so far, the layers' factors, and the constraint: nothing survives a batch."""
+    last = learner.optimizer.last
+    for purpose, size in last.memory.items():
+        state["memory"][purpose] = max(size, state["memory"].get(purpose, 0))
+    for column, size in learner.extra_bytes().items():
+        state["columns"][column] = max(size, state["columns"].get(column, 0))
+    if method in MC_OCL and (state["columns"]["inter"] or state["columns"]["data"]):
+        raise AssertionError(f"{method}: {state['columns']} bytes survived a batch")
+    for factors in last.factors:
+        for name, factor in zip(last.layers, factors.tolist(), strict=True):
+            if factor > 0:
+                total, count = state["factors"][-1].get(name, (0.0, 0))
+                state["factors"][-1][name] = (total + math.log10(factor), count + 1)
 
 
 def evaluate(model: MultiHead, task: Task, head: int, batch: int = 500) -> float:

@@ -1,18 +1,24 @@
 """Several runs at a time, with one progress bar."""
 
+import fcntl
+import json
 import multiprocessing
 import queue
 import signal
+import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from benchmarks.paper.checkpoint import CheckpointError, differences
 from benchmarks.paper.experiment import run
 from benchmarks.paper.methods import METHODS, Settings
 from benchmarks.paper.networks import make_model
-from benchmarks.paper.streams import load_dataset, make_stream
+from benchmarks.paper.streams import Task, load_dataset, make_stream
 
 _worker: dict = {}  # what a worker process keeps from run to run
 
@@ -32,9 +38,54 @@ def _deaf_to_ctrl_c():
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _run_in_worker(method: str, settings: Settings, seed: int) -> dict:
-    tick = _worker["ticks"].put
-    return run(_worker["dataset"], method, settings, seed, _worker["device"], lambda: tick(1))
+def _run_in_worker(
+    method: str, settings: Settings, seed: int, folder: Path, resume: bool, every: float
+) -> dict:
+    """Run, or read what an earlier job finished; leaves one JSON a run in `folder`."""
+    tick, dataset = _worker["ticks"].put, _worker["dataset"]
+    file, checkpoint = (folder / f"{method}-{seed}.{ending}" for ending in ("json", "pt"))
+    what = {"dataset": dataset.name, **settings.as_dict()}
+    if resume and file.exists():
+        try:
+            found = json.loads(file.read_text())
+        except ValueError as error:
+            raise CheckpointError(f"{file}: not readable ({error}); remove it") from error
+        if changed := differences(found["what"], json.loads(json.dumps(what))):
+            raise CheckpointError(
+                f"{file}: the configuration has changed: {changed}. Give it again as it was, or "
+                "start without --resume"
+            )
+        tick(found["record"]["batches"])
+        return found["record"]
+    device = _worker["device"]
+    record = run(dataset, method, settings, seed, device, tick, checkpoint, resume, every)
+    aside = file.with_suffix(".json.new")
+    aside.write_text(json.dumps({"what": what, "record": record}) + "\n")
+    aside.replace(file)
+    checkpoint.unlink(missing_ok=True)
+    return record
+
+
+@contextmanager
+def locked(folder: Path):
+    """Nobody else writes there meanwhile."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"out: another job is writing to {folder}; wait for it, or give another --out"
+            ) from None
+        yield
+
+
+def count_batches(method: str, settings: Settings, stream: list[Task]) -> int:
+    if method == "lwf-offline":
+        counts = [task.batch_count(settings.offline_batch) for task in stream]
+        return sum(counts) * settings.offline_epochs if all(counts) else 0
+    counts = [task.batch_count(settings.batch_size) for task in stream]
+    return sum(counts) if all(counts) else 0
 
 
 def preflight(
@@ -52,11 +103,37 @@ def preflight(
     loaded = load_dataset(dataset, root)
     for method in methods:
         METHODS[method](make_model(settings.network, settings.momentum), settings, seeds[0])
-    streams = (make_stream(loaded, settings.tasks, seed, settings.limit) for seed in seeds)
-    batches = [t.batch_count(settings.batch_size) for stream in streams for t in stream]
+    streams = [make_stream(loaded, settings.tasks, seed, settings.limit) for seed in seeds]
+    batches = [count_batches(m, settings, stream) for stream in streams for m in methods]
     if not all(batches):
         raise ValueError("a task has fewer than 2 training images; give more, or fewer --tasks")
-    return sum(batches) * len(methods)
+    return sum(batches)
+
+
+def estimate(
+    dataset: str, root: str, methods: list[str], settings: Settings, seeds: list[int], device: str
+) -> dict[str, tuple[int, float, int]]:
+    """Of each method: batches of all seeds, seconds a batch (measured), peak bytes beside θ."""
+    loaded, found = load_dataset(dataset, root), {}
+    for method in methods:
+        stream = make_stream(loaded, settings.tasks, seeds[0], settings.limit)
+        count = count_batches(method, settings, stream) * len(seeds)
+        model = make_model(settings.network, settings.momentum).to(device)
+        learner = METHODS[method](model, settings, seeds[0])
+        for number, task in enumerate(stream):  # the last task has most heads
+            if number == len(stream) - 1:
+                learner.begin(task)
+            model.add_head(len(task.classes))
+        times = []
+        for where, images, labels in islice(learner.batches(task, 0), 3):
+            start = time.perf_counter()
+            learner.learn(where, images.to(device), labels.to(device))
+            if device.startswith("cuda"):
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        held = sum(learner.optimizer.last.memory.values()) + sum(learner.extra_bytes().values())
+        found[method] = count, min(times), held
+    return found
 
 
 def run_all(
@@ -66,11 +143,15 @@ def run_all(
     settings: Settings,
     seeds: list[int],
     batches: int,
+    folder: Path,
     device: str = "cpu",
     jobs: int = 1,
     threads: int = 1,
+    resume: bool = False,
+    every: float = 120.0,
 ) -> list[dict]:
     """Every method on every seed, in `jobs` processes of `threads` threads each."""
+    folder.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
     with _deaf_to_ctrl_c():
         ticks = context.Manager().Queue()
@@ -84,7 +165,10 @@ def run_all(
     ):
         try:
             with _deaf_to_ctrl_c():
-                futures = {pool.submit(_run_in_worker, m, settings, s): (m, s) for m, s in order}
+                futures = {
+                    pool.submit(_run_in_worker, m, settings, s, folder, resume, every): (m, s)
+                    for m, s in order
+                }
             while len(records) < len(order):
                 try:
                     bar.update(ticks.get(timeout=0.2))

@@ -1,8 +1,18 @@
-"""The systems of the paper, each a few lines around one optimizer, so that all do equal work."""
+"""The systems of the paper, each a class to read beside it; a new one is a new class.
 
-from dataclasses import dataclass
+All see the same views, split and initial weights, and all make their updates with one
+BLDOptimizer, so that they differ in what the paper says they differ. Semantics: Algorithms 1 and 2
+and section 4 of Fini et al., ECCV 2020; what the paper leaves open is decided in each docstring.
+"""
 
-from bld_ext import BLDOptimizer, MultiHead, SeededAugment
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.paper.streams import Task
+from bld_ext import BLDOptimizer, MultiHead, SeededAugment, ops, tensor_bytes
 
 
 @dataclass(frozen=True)
@@ -10,7 +20,7 @@ class Settings:
     """Everything a run depends on besides its method and its seed."""
 
     network: str
-    lr: float  # α_j; the warm-up takes a hundredth of it
+    lr: float  # α_j; the warm-up takes `warmup_ratio` of it
     views: int
     augment: dict  # arguments of SeededAugment
     tasks: int = 5
@@ -22,6 +32,16 @@ class Settings:
     momentum: float = 0.1
     schedule: str = "two_forward"
     limit: int | None = None  # training images a task
+    warmup_ratio: float = 0.01
+    joint_steps: int = 2
+    layer: str = "module"
+    l2_weight: float = 0.3  # of L2's penalty, in units of 1 / (2 α_j): at 1 it undoes a step
+    offline_epochs: int = 10  # of offline LwF, in batches of `offline_batch`
+    offline_batch: int = 500
+    offline_lr: float = 1e-4
+
+    def as_dict(self) -> dict:
+        return asdict(self)
 
 
 PAPER_VIEWS = {"crop_padding": 4, "rotation": 15, "jitter": 0.2}
@@ -34,33 +54,219 @@ PRESETS = {
         views_per_pass=12,
         momentum=0.3,
     ),  # fmt: skip
-    "mnist": Settings("resnet18", 1e-4, 50, PAPER_VIEWS),
-    "cifar10": Settings("resnet18", 1e-4, 50, PAPER_VIEWS | {"flip": 0.5}),
-    "svhn": Settings("resnet18", 1e-4, 50, PAPER_VIEWS),
+    "mnist": Settings("resnet18", 1e-4, 50, PAPER_VIEWS, l2_weight=0.1),
+    "cifar10": Settings("resnet18", 1e-4, 50, PAPER_VIEWS | {"flip": 0.5}, offline_epochs=120),
+    "svhn": Settings("resnet18", 1e-4, 50, PAPER_VIEWS, offline_epochs=120),
 }
+CPU = dict(network="slim", lr=1e-3, views=4, views_per_pass=4, offline_epochs=20,
+           offline_batch=50, offline_lr=1e-3)  # fmt: skip
+CPU_IMAGES = 2000  # of all tasks together
 
 
-def bld(model: MultiHead, settings: Settings, seed: int) -> BLDOptimizer:
-    """Batch-Level Distillation."""
-    return BLDOptimizer(
-        model,
-        lr=settings.lr,
-        views=settings.views,
-        views_per_pass=settings.views_per_pass,
-        augment=SeededAugment(**settings.augment),
-        balance=settings.balance,
-        temperature=settings.temperature,
-        statistics=settings.statistics,
-        schedule=settings.schedule,
-        seed=seed,
-    )
+class Method:
+    """One system on one stream. `learn` gets every batch once, in the order of the stream."""
+
+    balance: float | None = None
+    epochs = 1
+
+    def __init__(self, model: MultiHead, settings: Settings, seed: int):
+        self.model, self.settings = model, settings
+        self.optimizer = BLDOptimizer(model, seed=seed, **self.options(settings))
+
+    def options(self, s: Settings) -> dict:
+        return dict(
+            lr=s.lr,
+            warmup_lr=s.warmup_ratio * s.lr,
+            views=s.views,
+            views_per_pass=s.views_per_pass,
+            augment=SeededAugment(**s.augment),
+            balance=self.balance,
+            temperature=s.temperature,
+            statistics=s.statistics,
+            schedule=s.schedule,
+            joint_steps=s.joint_steps,
+            layer=s.layer,
+        )
+
+    def begin(self, task: Task) -> None:
+        """Before the head of a task is added."""
+
+    def batches(self, task: Task, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Positions in the task, images and labels of each batch."""
+        return task.batches(self.settings.batch_size)
+
+    def learn(self, where: Tensor, images: Tensor, labels: Tensor) -> None:
+        self.optimizer.step(images, labels)
+
+    def extra_bytes(self) -> dict[str, int]:
+        """What is held beside the network, by the paper's columns."""
+        return {"intra": self.optimizer.last.memory["bank"], "inter": 0, "data": 0}
+
+    def state_dict(self) -> dict:
+        return {"optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
 
 
-def finetune(model: MultiHead, settings: Settings, seed: int) -> BLDOptimizer:
-    """The same views and the same three updates a batch on L_t alone: λ = 0."""
-    optimizer = bld(model, settings, seed)
-    optimizer.balance = 0.0
-    return optimizer
+class Finetune(Method):
+    """L_t alone, in as many updates as BLD makes: λ = 0."""
+
+    balance = 0.0
 
 
-METHODS = {"finetune": finetune, "bld": bld}
+class BLD(Method):
+    """Batch-Level Distillation: Algorithms 1 and 2."""
+
+    def options(self, s: Settings) -> dict:
+        return super().options(s) | {"balance": s.balance}
+
+
+class NoBalancing(Method):
+    """BLD with factor 1 in the place of λ‖G_w‖/‖G_d‖ (table 5)."""
+
+
+class Alternated(Method):
+    """A step on L_t, then one on L_d, twice; no warm-up and no balancing (table 5).
+
+    The predictions are those of before the first step, which comes at the full rate.
+    """
+
+    def options(self, s: Settings) -> dict:
+        return super().options(s) | {"warmup_lr": s.lr}
+
+    def learn(self, where: Tensor, images: Tensor, labels: Tensor) -> None:
+        try:
+            self.optimizer.warm_up(images, labels)
+            self.optimizer.joint(images, labels, losses=["distillation"])
+            for _ in range(self.settings.joint_steps - 1):
+                self.optimizer.joint(images, labels, losses=["new"])
+                self.optimizer.joint(images, labels, losses=["distillation"])
+        finally:
+            self.optimizer.release()
+
+
+class L2(Method):
+    """Batch-level L2: L_t + w Σ (θ - θ_before)², θ_before copied before the warm-up (section 4.2).
+
+    The penalty's gradient joins L_t's just before the update. w is `l2_weight` / (2 α_j).
+    """
+
+    balance = 0.0
+
+    def __init__(self, model: MultiHead, settings: Settings, seed: int):
+        super().__init__(model, settings, seed)
+        self.before: dict[Tensor, Tensor] = {}
+        self.copied = 0
+        self.optimizer.base.register_step_pre_hook(self._add_penalty)
+
+    @torch.no_grad()
+    def _add_penalty(self, *_) -> None:
+        weight = self.settings.l2_weight / self.settings.lr  # 2 w
+        for param, old in self.before.items():
+            if param.grad is not None:
+                param.grad.add_(param - old, alpha=weight)
+
+    def learn(self, where: Tensor, images: Tensor, labels: Tensor) -> None:
+        self.before = {p: p.detach().clone() for p in self.model.parameters()}
+        buffers = [b for b in self.model.buffers() if b.is_floating_point()]
+        self.copied = tensor_bytes(self.before.values()) + tensor_bytes(buffers)
+        try:
+            self.optimizer.step(images, labels)
+        finally:
+            self.before = {}
+
+    def extra_bytes(self) -> dict[str, int]:
+        """A copy of the network, its running statistics counted as in the paper's 44.8 MB."""
+        return super().extra_bytes() | {"intra": self.copied}
+
+
+class LwF(Method):
+    """Single-pass LwF: the network's predictions for a whole task are stored before it begins.
+
+    One prediction an image, of the image as it is; λ_o = 1; the same three updates a batch as BLD,
+    the joint ones on L_t and L_d against what was stored.
+    """
+
+    def __init__(self, model: MultiHead, settings: Settings, seed: int):
+        super().__init__(model, settings, seed)
+        self.targets: Tensor | None = None  # [images of the task, C_old]
+        self.stored = 0
+
+    @torch.no_grad()
+    def begin(self, task: Task) -> None:
+        self.stored = task.x_train.nbytes
+        if not self.model.heads:
+            self.targets = None
+            return
+        like, parts = next(self.model.parameters()), []
+        plain = SeededAugment(dtype=like.dtype)
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        for images in task.x_train.split(500):
+            logits = self.model(plain(images.to(like.device), seed=0, step=0, views=[0]))
+            sizes, tau = list(self.model.head_sizes), self.settings.temperature
+            parts.append(ops.head_softmax(logits, sizes, tau))
+        for module, training in modes.items():
+            module.training = training
+        self.targets = torch.cat(parts)
+
+    def bank(self, where: Tensor, images: Tensor) -> Tensor:
+        """The stored predictions of a batch, once for each view."""
+        if self.targets is None:
+            return torch.zeros(self.optimizer.views * len(images), 0, device=images.device)
+        return self.targets[where.to(self.targets.device)].repeat(self.optimizer.views, 1)
+
+    def learn(self, where: Tensor, images: Tensor, labels: Tensor) -> None:
+        try:
+            self.optimizer.warm_up(images, labels)
+            for _ in range(self.settings.joint_steps):
+                self.optimizer.joint(images, labels, bank=self.bank(where, images))
+        finally:
+            self.optimizer.release()
+
+    def extra_bytes(self) -> dict[str, int]:
+        held = 0 if self.targets is None else self.targets.nbytes
+        return {"intra": held, "inter": held, "data": self.stored}
+
+    def state_dict(self) -> dict:
+        return super().state_dict() | {"targets": self.targets, "stored": self.stored}
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        self.targets, self.stored = state["targets"], state["stored"]
+
+
+class OfflineLwF(LwF):
+    """Offline LwF, the upper bound: many epochs of large shuffled batches, one view, one update."""
+
+    def __init__(self, model: MultiHead, settings: Settings, seed: int):
+        super().__init__(model, settings, seed)
+        self.epochs, self.seed = settings.offline_epochs, seed
+
+    def options(self, s: Settings) -> dict:
+        rate = {"lr": s.offline_lr, "warmup_lr": 0.0, "statistics": "every_pass"}
+        return super().options(s) | rate | {"views": 1, "views_per_pass": 1}
+
+    def batches(self, task: Task, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
+        order = torch.randperm(len(task.x_train), generator=generator)
+        return task.batches(self.settings.offline_batch, order)
+
+    def learn(self, where: Tensor, images: Tensor, labels: Tensor) -> None:
+        try:
+            self.optimizer.joint(images, labels, bank=self.bank(where, images))
+        finally:
+            self.optimizer.release()
+
+
+METHODS = {
+    "finetune": Finetune,
+    "l2": L2,
+    "bld": BLD,
+    "alternated": Alternated,
+    "no-balancing": NoBalancing,
+    "lwf": LwF,
+    "lwf-offline": OfflineLwF,
+}
+MC_OCL = ("finetune", "l2", "bld", "alternated", "no-balancing")  # nothing but θ survives a batch

@@ -113,3 +113,133 @@ def figure(records: list[dict], title: str, path: Path) -> None:
     fig.tight_layout()
     fig.savefig(path, dpi=130)
     plt.close(fig)
+
+
+def estimate_table(found: dict[str, tuple[int, float, int]], jobs: int) -> str:
+    """What a dry run measured."""
+    lines = [
+        "| method | batches | a batch | all, one after the other | held beside θ and activations |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    total = 0.0
+    for method, (count, seconds, held) in found.items():
+        total += count * seconds
+        hours = f"{count * seconds / 3600:.2f} h"
+        lines.append(
+            f"| {method} | {count:,} | {1e3 * seconds:.0f} ms | {hours} | {held / 1e6:.1f} MB |"
+        )
+    return "\n".join([*lines, "", f"about {total / jobs / 60:.0f} minutes with {jobs} at a time"])
+
+
+def figures(records: list[dict], out: Path) -> None:
+    """matrix.png, factors.png and memory.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    methods = list(dict.fromkeys(r["method"] for r in records))
+    own = {m: [r for r in records if r["method"] == m] for m in methods}
+
+    fig, axes = plt.subplots(1, len(methods), figsize=(3 * len(methods), 3.2), squeeze=False)
+    for ax, method in zip(axes[0], methods, strict=True):
+        tasks = len(own[method][0]["accuracy"])
+        means = [
+            [mean(r["accuracy"][i][j] for r in own[method]) if j <= i else float("nan")
+             for j in range(tasks)]
+            for i in range(tasks)
+        ]  # fmt: skip
+        ax.imshow(means, vmin=0, vmax=100, cmap="viridis")
+        for i in range(tasks):
+            for j in range(i + 1):
+                ax.text(j, i, f"{means[i][j]:.0f}", ha="center", va="center", color="w", fontsize=8)
+        ax.set(title=method, xlabel="accuracy of task", ylabel="after task")
+        ax.set(xticks=range(tasks), yticks=range(tasks))
+    fig.tight_layout()
+    fig.savefig(out / "matrix.png", dpi=110)
+    plt.close(fig)
+
+    shown = [m for m in methods if any(any(layers) for layers in own[m][0]["factors"])]
+    if shown:
+        fig, axes = plt.subplots(1, len(shown), figsize=(5.5 * len(shown), 3.6), squeeze=False)
+        for ax, method in zip(axes[0], shown, strict=True):
+            for j, layers in enumerate(own[method][0]["factors"]):
+                if layers:
+                    values = [
+                        mean(r["factors"][j].get(name, float("nan")) for r in own[method])
+                        for name in layers
+                    ]
+                    ax.plot(range(len(values)), values, marker=".", label=f"task {j}")
+            ax.set(title=method, xlabel="layer, from the input", ylabel="log10 of the factor")
+            ax.legend(fontsize=8)
+            ax.grid(alpha=0.3)
+        fig.tight_layout()
+        fig.savefig(out / "factors.png", dpi=110)
+        plt.close(fig)
+
+    fig, ax = plt.subplots(figsize=(5, 3.6))
+    for method in methods:
+        held = max(sum(r["columns"].values()) for r in own[method])
+        accuracy = spread([averages(r) for r in own[method]])
+        ax.errorbar([max(held, 1)], [accuracy["mean"]], [accuracy["std"]], marker="o", capsize=3)
+        ax.annotate(method, (max(held, 1), accuracy["mean"]), xytext=(5, 5),
+                    textcoords="offset points", fontsize=8)  # fmt: skip
+    ax.set(xscale="log", xlabel="bytes beside the network (1: none)", ylabel="average accuracy, %")
+    ax.grid(alpha=0.3)
+    fig.tight_layout()
+    fig.savefig(out / "memory.png", dpi=110)
+    plt.close(fig)
+
+
+def ablation_table(rows: list[tuple]) -> str:
+    lines = ["| setting | value | method | average | forgetting | bank |",
+             "| --- | ---: | --- | ---: | ---: | ---: |"]  # fmt: skip
+    for name, value, method, entry in rows:
+        cells = [
+            f"{entry[k]['mean']:.1f} ± {entry[k]['std']:.1f}" for k in ("average", "forgetting")
+        ]
+        bank = f"{entry['memory']['bank']:,} B"
+        lines.append(f"| {name} | {value} | {method} | {' | '.join(cells)} | {bank} |")
+    return "\n".join(lines)
+
+
+def ablation_figure(rows: list[tuple], title: str, path: Path) -> None:
+    """A panel a setting: the average of each value, mean and standard deviation over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(name for name, *_ in rows))
+    fig, axes = plt.subplots(
+        1, len(names), figsize=(2.6 * len(names), 3.2), sharey=True, squeeze=False
+    )
+    for ax, name in zip(axes[0], names, strict=True):
+        for method in dict.fromkeys(m for _, _, m, _ in rows):
+            own = [(str(v), e["average"]) for n, v, m, e in rows if (n, m) == (name, method)]
+            ax.errorbar(
+                [v for v, _ in own], [e["mean"] for _, e in own], [e["std"] for _, e in own],
+                marker="o", capsize=3, label=method,
+            )  # fmt: skip
+        ax.set_title(name, fontsize=9)
+        ax.grid(alpha=0.3)
+    axes[0][0].set_ylabel("average accuracy, %")
+    axes[0][0].legend(fontsize=8)
+    fig.suptitle(title, fontsize=9)
+    fig.tight_layout()
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def tensorboard(records: list[dict], folder: Path) -> None:
+    """Accuracy of each task and their average as the stream goes on, an event file a run."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError("tensorboard: it is not installed; pip install tensorboard") from error
+    for record in records:
+        with SummaryWriter(str(folder / f"{record['method']}-{record['seed']}")) as writer:
+            for i, row in enumerate(record["accuracy"]):
+                writer.add_scalar("accuracy/average", mean(row), i)
+                for j, value in enumerate(row):
+                    writer.add_scalar(f"accuracy/T{j}", value, i)

@@ -39,15 +39,18 @@ class Task:
     x_test: Tensor
     y_test: Tensor
 
-    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The training images in order, once.
+    def batches(
+        self, size: int, order: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Positions, training images and labels, each once: in order, or in that of `order`.
 
         The last batch may be smaller; a single left-over image is left out, since BatchNorm cannot
         normalise one.
         """
-        for x, y in zip(self.x_train.split(size), self.y_train.split(size), strict=True):
-            if len(x) > 1:
-                yield x, y
+        order = torch.arange(len(self.x_train)) if order is None else order
+        for where in order.split(size):
+            if len(where) > 1:
+                yield where, self.x_train[where], self.y_train[where]
 
     def batch_count(self, size: int) -> int:
         full, rest = divmod(len(self.x_train), size)
@@ -98,7 +101,7 @@ def load_dataset(name: str, root: str | Path = "data", download: bool = True) ->
         name: "digits" (ships with scikit-learn), "mnist", "cifar10", "svhn" (torchvision,
             downloaded to `root` and verified by md5), or a path ending in .npz that holds x_train,
             y_train, x_test, y_test; images uint8, or float in [0, 1], as [N, H, W], [N, H, W, C] or
-            [N, C, H, W].
+            [N, C, H, W]. A file NAME.npz in `root` stands for the dataset of that name.
     """
     if name.endswith(".npz"):
         return _from_npz(Path(name))
@@ -106,6 +109,8 @@ def load_dataset(name: str, root: str | Path = "data", download: bool = True) ->
         raise DatasetError(
             f"dataset: expected {', '.join(LOADERS)} or the path of an .npz file, got {name!r}"
         )
+    if (Path(root) / f"{name}.npz").is_file():
+        return _from_npz(Path(root) / f"{name}.npz", name)
     return LOADERS[name](Path(root), download)
 
 
@@ -129,9 +134,18 @@ def _torchvision(name: str, download: bool, make: Callable) -> tuple:
     except Exception as error:  # torchvision raises many kinds: URLError, RuntimeError, OSError
         raise DatasetError(
             f"dataset {name}: could not be loaded{' or downloaded' if download else ''} ({error}). "
-            "Without a network, put torchvision's files under --data, or give an .npz file as "
-            "--dataset"
+            f"Without a network, put {SOURCES[name]}, or a {name}.npz into that folder, or give an "
+            ".npz file as --dataset"
         ) from error
+
+
+SOURCES = {
+    "mnist": "the four files of https://ossci-datasets.s3.amazonaws.com/mnist/ "
+    "(train-images-idx3-ubyte.gz and so on) into MNIST/raw of the folder --data",
+    "cifar10": "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz into the folder --data",
+    "svhn": "train_32x32.mat and test_32x32.mat of http://ufldl.stanford.edu/housenumbers/ into "
+    "the folder --data",
+}
 
 
 def _mnist(root: Path, download: bool) -> Dataset:
@@ -169,7 +183,7 @@ def _svhn(root: Path, download: bool) -> Dataset:
 LOADERS = {"digits": _digits, "mnist": _mnist, "cifar10": _cifar10, "svhn": _svhn}
 
 
-def _from_npz(path: Path) -> Dataset:
+def _from_npz(path: Path, name: str | None = None) -> Dataset:
     wanted = ("x_train", "y_train", "x_test", "y_test")
     if not path.is_file():
         raise DatasetError(f"dataset: no file {path}; give the path of an .npz that exists")
@@ -185,7 +199,7 @@ def _from_npz(path: Path) -> Dataset:
             arrays = [file[name] for name in wanted]
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DatasetError(f"dataset {path}: not a readable .npz file ({error})") from error
-    return _dataset(str(path), *arrays)
+    return _dataset(name or str(path), *arrays)
 
 
 def _dataset(name: str, x_train, y_train, x_test, y_test) -> Dataset:

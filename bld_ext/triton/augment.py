@@ -133,6 +133,16 @@ def _reflect(x, size):
 
 
 @triton.jit
+def _whole(x, EVEN: tl.constexpr):
+    """The nearest whole number; of two that are as near the upper, or the even one."""
+    upper = tl.floor(x + 0.5)
+    if EVEN:
+        odd = upper - tl.floor(upper * 0.5) * 2
+        upper = tl.where(upper - x == 0.5, upper - odd, upper)
+    return upper
+
+
+@triton.jit
 def _snap(x, first, size):
     low = first.to(tl.float32)
     high = low + (size - 1).to(tl.float32)
@@ -223,7 +233,7 @@ def _points(
     if PADDING == REFLECT:
         source_x, source_y = _reflect(source_x, W), _reflect(source_y, H)
     if NEAREST:
-        source_x, source_y = source_x + 0.5, source_y + 0.5
+        source_x, source_y = _whole(source_x, not RESIZED), _whole(source_y, not RESIZED)
     return source_x, source_y
 
 
@@ -232,7 +242,7 @@ def _rgb(
     image_ptr, source_x, source_y, H, W, mask, brightness,
     BRIGHTENS: tl.constexpr, NEAREST: tl.constexpr, PADDING: tl.constexpr,
 ):  # fmt: skip
-    plane = H * W
+    plane = H.to(tl.int64) * W
     r = _sample(image_ptr, source_x, source_y, H, W, mask, NEAREST, PADDING)
     g = _sample(image_ptr + plane, source_x, source_y, H, W, mask, NEAREST, PADDING)
     b = _sample(image_ptr + 2 * plane, source_x, source_y, H, W, mask, NEAREST, PADDING)

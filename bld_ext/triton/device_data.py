@@ -16,7 +16,7 @@ class OnDevice:
     """A copy of a host tensor, made without waiting, that every stream may use."""
 
     def __init__(self, host: Tensor, device: torch.device):
-        self.device, self.seen_by = device, set()
+        self.device, self.seen_by, self.captured = device, set(), False
         if device.type != "cuda":
             self.data = host.to(device)
             return
@@ -31,26 +31,35 @@ class OnDevice:
             stream = torch.cuda.current_stream(self.device)
             if stream.cuda_stream not in self.seen_by:
                 stream.wait_event(self.copied)
+                self.data.record_stream(stream)
                 self.seen_by.add(stream.cuda_stream)
         return self.data
 
 
+KEPT = 1024  # beyond these the oldest go, if no graph reads them
 _kept: dict[tuple, OnDevice] = {}
 
 
 def kept(key: Hashable, device: torch.device, argument: str, make: Callable[[], Tensor]) -> Tensor:
-    """What `make` returns, on the device, for good: made and copied once for a key.
+    """What `make` returns, on the device: made and copied once for a key, while it is in use.
 
     `argument` is the name of what it is made from, for the error while a graph is captured.
     """
+    captured = capturing(device)
     if (key, device) not in _kept:
-        if capturing(device):
+        if captured:
             raise RuntimeError(
                 f"{argument}: expected what the device knows, got a new one, {key}, while a CUDA "
                 "graph is captured. Run the op with it once before."
             )
+        for old in [k for k, data in _kept.items() if not data.captured][
+            : max(0, len(_kept) - KEPT + 1)
+        ]:
+            del _kept[old]
         _kept[key, device] = OnDevice(make(), device)
-    return _kept[key, device].get()
+    found = _kept[key, device]
+    found.captured |= captured
+    return found.get()
 
 
 class Tickets:

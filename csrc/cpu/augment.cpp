@@ -157,6 +157,16 @@ template <typename acc_t> BLD_EXT_INLINE acc_t within(acc_t x, acc_t low, acc_t 
   return x > high ? high : x;
 }
 
+// The nearest whole number; of two that are as near the upper, or the even one.
+template <typename acc_t, bool even> BLD_EXT_INLINE acc_t whole(acc_t x) {
+  const acc_t upper = std::floor(x + acc_t(0.5));
+  if constexpr (even) {
+    const acc_t odd = upper - std::floor(upper * acc_t(0.5)) * 2; // 0 or 1
+    return upper - x == acc_t(0.5) ? upper - odd : upper;
+  }
+  return upper;
+}
+
 // One coordinate of the points that a view shows.
 template <typename acc_t> struct Axis {
   acc_t first, last;      // the middles of a resized crop's border pixels
@@ -170,6 +180,11 @@ template <typename acc_t> struct Axis {
         after(policy.resized ? last + acc_t(0.5) : before - 1),
         period(static_cast<acc_t>(2 * (size - 1))), lowest(-BORDER),
         greatest(static_cast<acc_t>(size)) {}
+
+  BLD_EXT_INLINE acc_t readable(acc_t x) const { // not even nan is outside
+    x = x > lowest ? x : lowest;
+    return x < greatest ? x : greatest;
+  }
 
   BLD_EXT_INLINE acc_t snap(acc_t x) const {
     return x >= before ? (x <= after ? within<acc_t>(x, first, last) : x) : x;
@@ -201,11 +216,10 @@ template <typename acc_t> struct Points {
       if constexpr (reflects)
         source_x = across.reflect(source_x), source_y = down.reflect(source_y);
       if constexpr (nearest)
-        source_x = source_x + acc_t(0.5), source_y = source_y + acc_t(0.5);
+        source_x = whole<acc_t, !resized>(source_x), source_y = whole<acc_t, !resized>(source_y);
       const acc_t left = std::floor(source_x), upper = std::floor(source_y);
       // what is far outside is read in the border
-      const acc_t column = within<acc_t>(left, across.lowest, across.greatest);
-      const acc_t line = within<acc_t>(upper, down.lowest, down.greatest);
+      const acc_t column = across.readable(left), line = down.readable(upper);
       where[i] = static_cast<int32_t>(line) * stride + static_cast<int32_t>(column);
       const acc_t right = source_x - left, low = source_y - upper;
       weights[0][i] = (1 - right) * (1 - low);
@@ -275,10 +289,12 @@ BLD_EXT_INLINE void sample(const Call &call, const View &view, Image<acc_t, Word
   const bool reflects = policy.padding_mode == PaddingMode::reflect;
   if (!policy.turns)
     move(call, view, image, planes);
-  else if (policy.nearest && reflects)
-    resample<acc_t, Word, true, true, true>(call, view, image, planes);
+  else if (policy.nearest && policy.resized)
+    reflects ? resample<acc_t, Word, true, true, true>(call, view, image, planes)
+             : resample<acc_t, Word, false, true, true>(call, view, image, planes);
   else if (policy.nearest)
-    resample<acc_t, Word, false, true, true>(call, view, image, planes);
+    reflects ? resample<acc_t, Word, true, true, false>(call, view, image, planes)
+             : resample<acc_t, Word, false, true, false>(call, view, image, planes);
   else if (reflects)
     resample<acc_t, Word, true, false, true>(call, view, image, planes);
   else if (policy.resized)
@@ -473,6 +489,8 @@ Tensor augment(const Tensor &images_, std::vector<double> policy, const Tensor &
   STD_TORCH_CHECK(!indices_ || (indices.is_cpu() && indices.scalar_type() == ScalarType::Long &&
                                 indices.dim() == 1 && indices.numel() == N),
                   "indices: expected ", N, " int64 numbers on the CPU, one an image");
+  STD_TORCH_CHECK(H <= 1 << 24 && W <= 1 << 24, "images: expected sides of at most 2^24, got ", H,
+                  " x ", W);
   STD_TORCH_CHECK((H + 2 * BORDER) < INT32_MAX / (W + 2 * BORDER),
                   "images: expected fewer than 2^31 pixels with a border of ", BORDER, ", got ", H,
                   " x ", W);

@@ -40,6 +40,8 @@ private:
     STD_TORCH_CHECK(values.size() >= 24 && values.size() % 2 == 0,
                     "policy: expected 24 numbers, then mean and std of each channel, got ",
                     values.size(), " numbers; use Policy.pack()");
+    for (const double value : values)
+      STD_TORCH_CHECK(std::isfinite(value), "policy: expected finite numbers, got ", value);
     return values;
   }
 
