@@ -269,7 +269,7 @@ NAN, INF = float("nan"), float("inf")
         *(("views_per_pass", v) for v in (0, 2.0)),
         *(("joint_steps", v) for v in (-1, 0.5)),
         *(("temperature", v) for v in (0, -1, NAN, INF, "hot", None)),
-        *(("balance", v) for v in (-1, NAN, INF, None)),
+        *(("balance", v) for v in (-1, NAN, INF, "2")),
         *(("lr", v) for v in (-1, NAN, "fast")),
         *(("warmup_lr", v) for v in (-1, NAN)),
         *(("seed", v) for v in (-1, 2**63, 1.5)),

@@ -422,3 +422,96 @@ def test_finetuning_keeps_no_bank(make_model, make_batch):
     optimizer = make_optimizer(make_model(heads=(2, 2)), balance=0.0)
     learn(optimizer, make_batch, [0])
     assert optimizer.last.memory["bank"] == optimizer.last.memory["layer_norms"] == 0
+
+
+# ---- other schedules of one's own ----
+
+
+@pytest.mark.parametrize("schedule", ["shared_forward", "in_backward"])
+def test_without_balancing_the_factor_is_one_in_every_schedule(schedule, make_model, make_batch):
+    models = [make_model(heads=(2, 2), dtype=torch.float64) for _ in range(2)]
+    augment = SeededAugment(crop_padding=1, rotation=15, dtype=torch.float64)
+    for model, name in zip(models, ("two_forward", schedule), strict=True):
+        optimizer = make_optimizer(model, balance=None, schedule=name, augment=augment)
+        learn(optimizer, make_batch, range(2))
+        assert all((factors == 1).all() for factors in optimizer.last.factors)
+        assert all(norms.max() > 0 for norms in optimizer.last.distillation_norms)
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_the_warm_up_s_own_bank_given_again_changes_nothing(make_model, make_batch):
+    models = [make_model(heads=(2, 2)) for _ in range(2)]
+    plain, given = (make_optimizer(model) for model in models)
+    batch = make_batch(2)
+    plain.step(*batch)
+    given.warm_up(*batch)
+    for _ in range(2):
+        given.joint(*batch, bank=given._batch.bank.clone())
+    given.release()
+    assert_same_network(*models)
+    assert given.last.memory["bank"] == plain.last.memory["bank"]
+
+
+@pytest.mark.parametrize("schedule", ["two_forward", "shared_forward", "in_backward"])
+def test_one_loss_at_a_time(schedule, make_model, make_batch):
+    batch, models = make_batch(2), [make_model(heads=(2, 2)) for _ in range(2)]
+    new, finetune = (
+        make_optimizer(model, balance=balance, schedule=schedule)
+        for model, balance in zip(models, (2.0, 0.0), strict=True)
+    )
+    for optimizer in (new, finetune):
+        optimizer.warm_up(*batch)
+        optimizer.joint(*batch, losses=["new"])
+    assert_same_network(*models)  # L_t alone is finetuning
+
+    before = copy.deepcopy(models[0])
+    loss = new.joint(*batch, losses=["distillation"])
+    assert torch.equal(loss, new.last.distillation_loss[-1]) and len(new.last.new_loss) == 1
+    newest = zip(models[0].heads[-1].parameters(), before.heads[-1].parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in newest)  # L_d does not reach it
+    moved = zip(models[0].backbone.parameters(), before.backbone.parameters(), strict=True)
+    assert any(not torch.equal(a, b) for a, b in moved)
+
+
+def test_distillation_alone_in_the_first_task_does_nothing(make_model, make_batch):
+    model = make_model(heads=(2,))
+    optimizer, batch = make_optimizer(model), make_batch(2)
+    optimizer.warm_up(*batch)
+    before = copy.deepcopy(model)
+    assert optimizer.joint(*batch, losses=["distillation"]) == 0
+    assert_same_network(model, before)
+
+
+def test_a_batch_that_begins_with_given_predictions(make_model, make_batch):
+    model = make_model(heads=(2, 2))
+    optimizer, batch = make_optimizer(model, balance=None), make_batch(2)
+    bank = torch.full((3 * 5, 2), 0.5)
+    optimizer.joint(*batch, bank=bank)
+    assert optimizer.last.warm_up_loss is None and optimizer.batches == 1
+    assert optimizer.last.memory["bank"] == bank.nbytes
+    optimizer.release()
+    with pytest.raises(RuntimeError, match="^joint: there is no bank"):
+        optimizer.joint(*batch)
+    optimizer.balance = 2.0
+    with pytest.raises(RuntimeError, match="^joint: there is no bank"):
+        optimizer.joint(*batch, bank=bank)
+
+
+@pytest.mark.parametrize("losses", ["new", [], ["old"], ["new", "old"]], ids=str)
+def test_unknown_losses_are_refused(losses, make_model, make_batch):
+    optimizer, batch = make_optimizer(make_model(heads=(2, 2))), make_batch(2)
+    optimizer.warm_up(*batch)
+    with pytest.raises(ValueError, match="^losses: expected a list of new, distillation, got"):
+        optimizer.joint(*batch, losses=losses)
+
+
+@pytest.mark.parametrize("shape", [(15, 3), (14, 2), (15,)], ids=str)
+def test_a_bank_of_another_shape_is_refused(shape, make_model, make_batch):
+    model = make_model(heads=(2, 2))
+    optimizer, batch = make_optimizer(model), make_batch(2)
+    optimizer.warm_up(*batch)
+    before = copy.deepcopy(model)
+    with pytest.raises(ValueError, match=r"^bank: expected probabilities \[15, 2, \*\]"):
+        optimizer.joint(*batch, bank=torch.ones(shape))
+    assert_same_network(model, before)

@@ -42,9 +42,12 @@ def run(
         A JSON-ready record. `accuracy[i][j]`: test accuracy in percent of task j after task i;
         `memory`: the most bytes that were held for each purpose; `columns`: those of the paper's
         tables; `factors`: of each task the mean of log10 of each layer's balance factor;
-        `weights`: a digest of the network at the end.
+        `weights`: a digest of the network at the end; `allocated`: on a GPU, the most bytes that
+        its allocator had given out.
     """
     stream = make_stream(dataset, settings.tasks, seed, settings.limit)
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
     torch.manual_seed(seed)
     model = make_model(settings.network, settings.momentum).to(device)
     learner = METHODS[method](model, settings, seed)
