@@ -25,13 +25,19 @@ def some(name: str, values: Iterable[str], choices: Iterable[str]) -> tuple[str,
     return chosen
 
 
-def bank(value: Tensor, rows: int, classes: int) -> None:
-    if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[:2] != (rows, classes):
+def bank(value: Tensor, labels: Tensor, views: int, classes: int, dtype: torch.dtype) -> None:
+    shape = (views * len(labels), classes, *labels.shape[1:])
+    if not isinstance(value, Tensor) or tuple(value.shape) != shape:
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(
-            f"bank: expected probabilities [{rows}, {classes}, *], of each view of each image and "
-            f"each old class, got {got}"
+            f"bank: expected probabilities {list(shape)}, of each view of each image and each old "
+            f"class, got {got}"
         )
+    if value.dtype != dtype or value.device != labels.device:
+        got = f"{value.dtype} on {value.device}"
+        raise ValueError(f"bank: expected {dtype} on {labels.device}, got {got}")
+    if value.device.type == "cpu" and not value.isfinite().all():
+        raise ValueError("bank: expected finite probabilities, got nan or inf")
 
 
 def apart(name: str, value: str, unlike: str, **switch: bool) -> None:

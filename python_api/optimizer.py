@@ -286,8 +286,8 @@ class BLDOptimizer(torch.optim.Optimizer):
         Args:
             images, labels: as in `step`.
             bank: `[V·B, C_old, *]`, other predictions to distil from than those of the warm-up, as
-                LwF has them. With balance=None this needs no warm-up before it: a batch then begins
-                here, and ends with `release`.
+                LwF has them; balance=0 leaves them unread. With balance=None this needs no warm-up
+                before it: a batch then begins here, and ends with `release`.
             losses: what makes the update, "new" (L_t), "distillation" (L_d) or both. With
                 "distillation" alone L_d is returned, and while there is no old head it is zero and
                 nothing is updated.
@@ -298,7 +298,8 @@ class BLDOptimizer(torch.optim.Optimizer):
         sizes = self._check(images, labels)
         distil = len(sizes) > 1 and self.balance != 0 and "distillation" in losses
         if bank is not None:
-            checks.bank(bank, self.views * len(images), sum(sizes[:-1]))
+            dtype = next(self.model.parameters()).dtype
+            checks.bank(bank, labels, self.views, sum(sizes[:-1]), dtype)
             self._replace_bank(images, bank)
         batch = self._batch
         old_classes = sum(sizes[:-1]) if distil else batch.bank.shape[1]

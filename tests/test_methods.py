@@ -5,6 +5,7 @@ torch's own cross-entropy.
 """
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from benchmarks.paper.methods import MC_OCL, METHODS, PRESETS, Settings
 from benchmarks.paper.networks import make_model as make_network
 from benchmarks.paper.streams import Task
 from bld_ext import SeededAugment
+from bld_ext.api import in_backward
 
 AUGMENT = {"crop_padding": 1, "flip": 0.5, "rotation": 15, "dtype": torch.float64}
 SETTINGS = Settings(
@@ -178,6 +180,23 @@ def test_one_batch_is_its_equations(name, make_model, task):
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("schedule", ["shared_forward", "in_backward"])
+@pytest.mark.parametrize("name", ["finetune", "l2", "bld", "no-balancing", "alternated", "lwf"])
+def test_every_schedule_learns_the_same(name, schedule, make_model, task, monkeypatch):
+    monkeypatch.setattr(in_backward, "BUCKET_BYTES", 100)  # several updates a stage
+    networks = []
+    for chosen in ("two_forward", schedule):
+        model = make_model((2, 3), dtype=torch.float64)
+        learner = METHODS[name](model, replace(SETTINGS, schedule=chosen), SEED)
+        learner.begin(task)
+        torch.manual_seed(0)
+        model.add_head(2)
+        learner.learn(*next(iter(learner.batches(task, 0))))
+        networks.append(model)
+    for a, b in zip(*(model.parameters() for model in networks), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-11)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_the_first_task_has_nothing_to_distil(name, make_model, task):
     model = make_model((), dtype=torch.float64)
@@ -202,8 +221,20 @@ def test_offline_epochs_see_every_image_in_another_order(make_model, task):
 # ---- bytes ----
 
 
+def expected_columns(method, batch, views, task_images, image_bytes, sizes, network):
+    """Bytes at the last of the tasks, by the paper's formulas; `task_images` is a task's mean."""
+    old = sum(sizes[:-1])
+    if method == "l2":
+        return {"intra": network, "inter": 0, "data": 0}
+    if method.startswith("lwf"):
+        held = task_images * old * 4
+        return {"intra": held, "inter": held, "data": task_images * image_bytes}
+    bank = 0 if method == "finetune" else batch * views * old * 4
+    return {"intra": bank, "inter": 0, "data": 0}
+
+
 def columns(method, images, image_bytes, sizes, network=0):
-    return tables.expected_columns(method, 20, 50, images, image_bytes, sizes, network)
+    return expected_columns(method, 20, 50, images, image_bytes, sizes, network)
 
 
 def test_the_printed_bytes_by_formula():
@@ -230,7 +261,7 @@ def test_the_ledger_is_the_formula(name, make_model, task):
     model.add_head(2)
     learner.learn(*next(iter(learner.batches(task, 0))))
     floats = [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]
-    expected = tables.expected_columns(
+    expected = expected_columns(
         name, 10, 3, 10, 3 * 8 * 8, [2, 3, 2], sum(t.nbytes for t in floats)
     )
     assert learner.extra_bytes() == expected
@@ -274,6 +305,7 @@ def test_every_table_knows_what_was_printed():
             for method in table.methods:
                 values = tables.printed(dataset, tasks, method)
                 assert len(values) == tasks + 1
+                assert values[-1] == pytest.approx(sum(values[:-1]) / tasks, abs=0.11)
     assert tables.printed("mnist", 5, "bld")[-1] == 89.9
     assert tables.printed("cifar10", 5, "bld")[-1] == 86.2
     assert tables.printed("svhn", 5, "l2")[-1] == 83.9  # 81.3 is printed

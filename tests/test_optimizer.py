@@ -506,12 +506,25 @@ def test_unknown_losses_are_refused(losses, make_model, make_batch):
         optimizer.joint(*batch, losses=losses)
 
 
-@pytest.mark.parametrize("shape", [(15, 3), (14, 2), (15,)], ids=str)
-def test_a_bank_of_another_shape_is_refused(shape, make_model, make_batch):
+BANKS = {
+    "classes": (torch.ones(15, 3), r"probabilities \[15, 2\]"),
+    "rows": (torch.ones(14, 2), r"probabilities \[15, 2\]"),
+    "flat": (torch.ones(15), r"probabilities \[15, 2\]"),
+    "dense": (torch.ones(15, 2, 1), r"probabilities \[15, 2\]"),
+    "dtype": (torch.ones(15, 2).double(), "torch.float32 on cpu, got torch.float64 on cpu"),
+    "nan": (torch.full((15, 2), torch.nan), "finite probabilities"),
+}
+
+
+@pytest.mark.parametrize("bank, message", BANKS.values(), ids=BANKS)
+@pytest.mark.parametrize("warm", [True, False], ids=["warm", "cold"])
+def test_a_bank_that_does_not_fit_is_refused(bank, message, warm, make_model, make_batch):
     model = make_model(heads=(2, 2))
-    optimizer, batch = make_optimizer(model), make_batch(2)
-    optimizer.warm_up(*batch)
-    before = copy.deepcopy(model)
-    with pytest.raises(ValueError, match=r"^bank: expected probabilities \[15, 2, \*\]"):
-        optimizer.joint(*batch, bank=torch.ones(shape))
+    optimizer, batch = make_optimizer(model, balance=None), make_batch(2)
+    if warm:
+        optimizer.warm_up(*batch)
+    before, number = copy.deepcopy(model), optimizer.batches
+    with pytest.raises(ValueError, match=f"^bank: expected {message}"):
+        optimizer.joint(*batch, bank=bank)
     assert_same_network(model, before)
+    assert optimizer.batches == number and (optimizer._batch is not None) == warm

@@ -267,7 +267,7 @@ def test_unknown_dataset_lists_the_known_ones():
 
 @pytest.mark.parametrize("name", ["mnist", "cifar10", "svhn"])
 def test_absent_dataset_without_download_says_what_to_do(tmp_path, name):
-    message = f"dataset {name}: could not be loaded .*--data.*npz file as --dataset"
+    message = f"dataset {name}: could not be loaded .* into {tmp_path}.*npz file as --dataset"
     with pytest.raises(DatasetError, match=message):
         load_dataset(name, tmp_path, download=False)
     assert not any(tmp_path.rglob("*.gz"))

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import sys
 import time
 from concurrent.futures.process import BrokenProcessPool
@@ -15,7 +16,7 @@ import torch
 
 import bld_ext
 from benchmarks.paper import report, tables
-from benchmarks.paper.checkpoint import CheckpointError
+from benchmarks.paper.checkpoint import CheckpointError, one_line
 from benchmarks.paper.job import estimate, locked, preflight, run_all
 from benchmarks.paper.methods import CPU, CPU_IMAGES, METHODS, PAPER_VIEWS, PRESETS, Settings
 from benchmarks.paper.networks import NETWORKS
@@ -45,6 +46,7 @@ VARIED = {
     "joint_steps": [1, 2, 4],
     "layer": ["module", "tensor", "network"],
     "statistics": ["once", "every_pass"],
+    "momentum": [0.03, 0.1, 0.3],
 }  # what the ablation changes, one at a time
 
 
@@ -197,11 +199,14 @@ def train(args, dataset: str, settings: Settings, methods: list[str], seeds: lis
     """All runs of one stream, from where they were left; None where it was a dry run."""
     what = (dataset, args.data, methods, settings, seeds)
     batches = preflight(*what, args.device)
+    if args.tensorboard:
+        report.summary_writer()
     print(describe(dataset, settings, seeds))
     cores = max(1, (os.cpu_count() or 1) // args.threads)
     jobs = args.jobs or (1 if args.device != "cpu" else cores)
     if args.dry_run:
-        print(report.estimate_table(estimate(*what, args.device), jobs))
+        at_once = min(jobs, len(seeds) * len(methods))
+        print(report.estimate_table(estimate(*what, args.device), at_once))
         return None
     records = run_all(
         *what, batches, out / "runs", args.device, jobs, args.threads, args.resume,
@@ -248,7 +253,7 @@ def one_stream(args, argv, out: Path, start: float) -> None:
 
 def paper_table(args, argv, out: Path, start: float) -> None:
     wanted, seeds = TABLES[args.what], args.seeds or list(range(5))
-    parts = []
+    parts, missing = [], []
     for dataset, tasks in wanted.streams:
         settings = make_settings(args, dataset, tasks)
         here = out / f"{dataset}-{tasks}"
@@ -257,9 +262,10 @@ def paper_table(args, argv, out: Path, start: float) -> None:
                 args, dataset, settings, args.methods or list(wanted.methods), seeds, here
             )
         except DatasetError as error:
-            if len(wanted.streams) == 1:
+            missing.append(error)
+            if len(missing) == len(wanted.streams):
                 raise
-            print(f"left out: {error}", file=sys.stderr)
+            print(f"left out: {one_line(error)}", file=sys.stderr)
             continue
         if records is None:
             continue
@@ -279,16 +285,18 @@ def paper_table(args, argv, out: Path, start: float) -> None:
 def ablation(args, argv, out: Path, start: float) -> None:
     """One setting at a time around the preset; `methods` is bld unless given."""
     base, seeds = make_settings(args, args.dataset), args.seeds or list(range(5))
-    methods, rows = args.methods or ["bld"], []
+    methods, rows, changed = args.methods or ["bld"], [], []
     for name, values in args.vary or VARIED.items():
         for value in values:
             settings = replace(base, **{name: value})
             if name == "views":
-                settings = replace(settings, views_per_pass=min(base.views_per_pass, value))
-            here = out / f"{name}-{value}"
-            records = train(args, args.dataset, settings, methods, seeds, here)
-            if records is not None:
-                rows += [(name, value, m, e) for m, e in report.summarise(records).items()]
+                settings = replace(settings, views_per_pass=min(base.views_per_pass, int(value)))
+            preflight(args.dataset, args.data, methods, settings, seeds, args.device)
+            changed.append((name, value, settings))
+    for name, value, settings in changed:
+        records = train(args, args.dataset, settings, methods, seeds, out / f"{name}-{value}")
+        if records is not None:
+            rows += [(name, value, m, e) for m, e in report.summarise(records).items()]
     if rows:
         text = report.ablation_table(rows)
         print(text)
@@ -310,7 +318,7 @@ def main(argv: list[str] | None = None) -> int:
                     raise IsADirectoryError(f"{file} is a folder; give another --out")
             work(args, argv, out, start)
     except (DatasetError, CheckpointError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         if made:
             remove_empty(out)
         return 2
@@ -334,4 +342,5 @@ def remove_empty(out: Path) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     sys.exit(main())

@@ -29,19 +29,19 @@ class Checkpoint:
         return time.monotonic() - self.written >= self.every
 
     def save(self, state: dict) -> None:
-        aside = self.path.with_name(f"{self.path.name}.{os.getpid()}")
+        aside = self.path.with_name(f"{self.path.name}.new")
         try:
             with aside.open("wb") as file:
                 torch.save({"mark": MARK, "what": self.what, "state": state}, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(aside, self.path)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # torch's own, where its writer finds no space
             aside.unlink(missing_ok=True)
             kept = "the one before is whole" if self.path.exists() else "there is none before it"
             raise CheckpointError(
-                f"checkpoint {self.path}: could not be written ({error}); {kept}. Free some space, "
-                "and go on with --resume"
+                f"checkpoint {self.path}: could not be written, perhaps for want of space "
+                f"({one_line(error)}); {kept}. Free some, and go on with --resume"
             ) from error
         self.written = time.monotonic()
 
@@ -50,11 +50,9 @@ class Checkpoint:
         try:
             found = torch.load(self.path, map_location=device, weights_only=True)
         except Exception as error:  # torch raises many kinds for what is no file of its own
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CheckpointError(
-                f"checkpoint {self.path}: not readable ({first}). {remedy}"
-            ) from error
-        if not isinstance(found, dict) or found.get("mark") != MARK:
+            raise CheckpointError(f"checkpoint {self.path}: not readable. {remedy}") from error
+        whole = isinstance(found, dict) and found.get("mark") == MARK
+        if not whole or not all(isinstance(found.get(k), dict) for k in ("what", "state")):
             raise CheckpointError(f"checkpoint {self.path}: not that of a run of this. {remedy}")
         if changed := differences(found["what"], self.what):
             raise CheckpointError(
@@ -62,6 +60,10 @@ class Checkpoint:
                 "as it was, or start without --resume"
             )
         return found["state"]
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def differences(before: dict, now: dict) -> str:

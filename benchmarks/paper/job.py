@@ -3,11 +3,14 @@
 import fcntl
 import json
 import multiprocessing
+import multiprocessing.connection
+import os
 import queue
 import signal
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 
@@ -15,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.paper.checkpoint import CheckpointError, differences
-from benchmarks.paper.experiment import run
+from benchmarks.paper.experiment import conditions, run
 from benchmarks.paper.methods import METHODS, Settings
 from benchmarks.paper.networks import make_model
 from benchmarks.paper.streams import Task, load_dataset, make_stream
@@ -23,7 +26,14 @@ from benchmarks.paper.streams import Task, load_dataset, make_stream
 _worker: dict = {}  # what a worker process keeps from run to run
 
 
+def _end_with_parent() -> None:
+    """A worker whose job was killed would go on writing where the next job writes."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
 def _start_worker(dataset: str, root: str, device: str, threads: int, ticks) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     _worker.update(dataset=load_dataset(dataset, root), device=device, ticks=ticks)
 
@@ -44,13 +54,16 @@ def _run_in_worker(
     """Run, or read what an earlier job finished; leaves one JSON a run in `folder`."""
     tick, dataset = _worker["ticks"].put, _worker["dataset"]
     file, checkpoint = (folder / f"{method}-{seed}.{ending}" for ending in ("json", "pt"))
-    what = {"dataset": dataset.name, **settings.as_dict()}
+    what = conditions(dataset, settings, _worker["device"])
     if resume and file.exists():
         try:
             found = json.loads(file.read_text())
-        except ValueError as error:
-            raise CheckpointError(f"{file}: not readable ({error}); remove it") from error
-        if changed := differences(found["what"], json.loads(json.dumps(what))):
+            whole = found["record"]["weights"] and isinstance(found["what"], dict)
+        except (ValueError, KeyError, TypeError, IndexError):
+            whole = False
+        if not whole:
+            raise CheckpointError(f"{file}: not the record of a run; remove it")
+        if changed := differences(found["what"], what):
             raise CheckpointError(
                 f"{file}: the configuration has changed: {changed}. Give it again as it was, or "
                 "start without --resume"
@@ -81,10 +94,8 @@ def locked(folder: Path):
 
 
 def count_batches(method: str, settings: Settings, stream: list[Task]) -> int:
-    if method == "lwf-offline":
-        counts = [task.batch_count(settings.offline_batch) for task in stream]
-        return sum(counts) * settings.offline_epochs if all(counts) else 0
-    counts = [task.batch_count(settings.batch_size) for task in stream]
+    learner = METHODS[method](make_model(settings.network, settings.momentum), settings, 0)
+    counts = [learner.batch_count(task) for task in stream]
     return sum(counts) if all(counts) else 0
 
 
@@ -131,7 +142,9 @@ def estimate(
             if device.startswith("cuda"):
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
-        held = sum(learner.optimizer.last.memory.values()) + sum(learner.extra_bytes().values())
+        memory, extra = learner.optimizer.last.memory, learner.extra_bytes()
+        # the bank and LwF's targets stand in both ledgers, and the latter in two columns
+        held = sum(memory.values()) - memory["bank"] + extra["intra"] + extra["data"]
         found[method] = count, min(times), held
     return found
 
@@ -153,8 +166,7 @@ def run_all(
     """Every method on every seed, in `jobs` processes of `threads` threads each."""
     folder.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
-    with _deaf_to_ctrl_c():
-        ticks = context.Manager().Queue()
+    ticks = context.Queue()
     order = [(method, seed) for seed in seeds for method in methods]
     records = {}
     with (
@@ -169,12 +181,11 @@ def run_all(
                     pool.submit(_run_in_worker, m, settings, s, folder, resume, every): (m, s)
                     for m, s in order
                 }
-            while len(records) < len(order):
-                try:
+            while len(records) < len(order) or not ticks.empty():
+                with suppress(queue.Empty):
                     bar.update(ticks.get(timeout=0.2))
-                except queue.Empty:
-                    done = [f for f in futures if f.done()]
-                    records |= {futures[f]: f.result() for f in done}
+                for future in [f for f in futures if f.done()]:
+                    records[futures.pop(future)] = future.result()
         except BaseException:
             pool.shutdown(cancel_futures=True, wait=False)
             for child in multiprocessing.active_children():

@@ -95,6 +95,10 @@ class Method:
         """Positions in the task, images and labels of each batch."""
         return task.batches(self.settings.batch_size)
 
+    def batch_count(self, task: Task) -> int:
+        """Of all epochs; 0 where a task is too small for one."""
+        return self.epochs * task.batch_count(self.settings.batch_size)
+
     def learn(self, where: Tensor, images: Tensor, labels: Tensor) -> None:
         self.optimizer.step(images, labels)
 
@@ -163,9 +167,10 @@ class L2(Method):
     @torch.no_grad()
     def _add_penalty(self, *_) -> None:
         weight = self.settings.l2_weight / self.settings.lr  # 2 w
-        for param, old in self.before.items():
-            if param.grad is not None:
-                param.grad.add_(param - old, alpha=weight)
+        for group in self.optimizer.param_groups:  # in backward these are some layers at a time
+            for param in group["params"]:
+                if param.grad is not None and param in self.before:
+                    param.grad.add_(param - self.before[param], alpha=weight)
 
     def learn(self, where: Tensor, images: Tensor, labels: Tensor) -> None:
         self.before = {p: p.detach().clone() for p in self.model.parameters()}
@@ -214,7 +219,8 @@ class LwF(Method):
     def bank(self, where: Tensor, images: Tensor) -> Tensor:
         """The stored predictions of a batch, once for each view."""
         if self.targets is None:
-            return torch.zeros(self.optimizer.views * len(images), 0, device=images.device)
+            like = next(self.model.parameters())
+            return like.new_zeros(self.optimizer.views * len(images), 0)
         return self.targets[where.to(self.targets.device)].repeat(self.optimizer.views, 1)
 
     def learn(self, where: Tensor, images: Tensor, labels: Tensor) -> None:
@@ -252,6 +258,9 @@ class OfflineLwF(LwF):
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
         order = torch.randperm(len(task.x_train), generator=generator)
         return task.batches(self.settings.offline_batch, order)
+
+    def batch_count(self, task: Task) -> int:
+        return self.epochs * task.batch_count(self.settings.offline_batch)
 
     def learn(self, where: Tensor, images: Tensor, labels: Tensor) -> None:
         try:

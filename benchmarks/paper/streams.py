@@ -128,23 +128,23 @@ def _digits(root: Path, download: bool) -> Dataset:
     return _dataset("digits", x_train, y_train, x_test, y_test)
 
 
-def _torchvision(name: str, download: bool, make: Callable) -> tuple:
+def _torchvision(name: str, root: Path, download: bool, make: Callable) -> tuple:
     try:
         return make(True), make(False)
     except Exception as error:  # torchvision raises many kinds: URLError, RuntimeError, OSError
         raise DatasetError(
             f"dataset {name}: could not be loaded{' or downloaded' if download else ''} ({error}). "
-            f"Without a network, put {SOURCES[name]}, or a {name}.npz into that folder, or give an "
-            ".npz file as --dataset"
+            f"Without a network, put {SOURCES[name].format(root=root)}, or a {name}.npz into "
+            f"{root}, or give an .npz file as --dataset"
         ) from error
 
 
 SOURCES = {
     "mnist": "the four files of https://ossci-datasets.s3.amazonaws.com/mnist/ "
-    "(train-images-idx3-ubyte.gz and so on) into MNIST/raw of the folder --data",
-    "cifar10": "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz into the folder --data",
+    "(train-images-idx3-ubyte.gz and so on) into {root}/MNIST/raw",
+    "cifar10": "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz into {root}",
     "svhn": "train_32x32.mat and test_32x32.mat of http://ufldl.stanford.edu/housenumbers/ into "
-    "the folder --data",
+    "{root}",
 }
 
 
@@ -154,7 +154,7 @@ def _mnist(root: Path, download: bool) -> Dataset:
     def make(train):
         return MNIST(str(root), train=train, download=download)
 
-    train, test = _torchvision("mnist", download, make)
+    train, test = _torchvision("mnist", root, download, make)
     dataset = _dataset("mnist", train.data, train.targets, test.data, test.targets)
     pad = [F.pad(x, (2, 2, 2, 2)) for x in (dataset.x_train, dataset.x_test)]  # 28 to 32
     return Dataset("mnist", pad[0], dataset.y_train, pad[1], dataset.y_test)
@@ -166,7 +166,7 @@ def _cifar10(root: Path, download: bool) -> Dataset:
     def make(train):
         return CIFAR10(str(root), train=train, download=download)
 
-    train, test = _torchvision("cifar10", download, make)
+    train, test = _torchvision("cifar10", root, download, make)
     return _dataset("cifar10", train.data, train.targets, test.data, test.targets)
 
 
@@ -176,7 +176,7 @@ def _svhn(root: Path, download: bool) -> Dataset:
     def make(train):
         return SVHN(str(root), split="train" if train else "test", download=download)
 
-    train, test = _torchvision("svhn", download, make)
+    train, test = _torchvision("svhn", root, download, make)
     return _dataset("svhn", train.data, train.labels, test.data, test.labels)
 
 
