@@ -36,7 +36,9 @@ class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
         if self.mode == "every_pass" and self.track_running_stats:
             return super().forward(view)
         # With momentum 1 F.batch_norm reports this view's statistics; both stages call it alike.
-        mean = view.new_zeros(view.shape[1])
+        # Of views in half precision, as under an autocast inside the model, they are float32.
+        dtype = torch.promote_types(view.dtype, torch.float32)
+        mean = view.new_zeros(view.shape[1], dtype=dtype)
         variance = torch.ones_like(mean)
         out = F.batch_norm(view, mean, variance, self.weight, self.bias, True, 1.0, self.eps)
         if self.mode == "pool" and self.track_running_stats:

@@ -220,3 +220,17 @@ def test_loaded_statistics_without_a_count_are_kept():
     with view_statistics([norm], "pool"):
         norm(torch.randn(8, 3, 4, 4))
     assert (norm.running_mean - 5).abs().max() < 0.1 * 5 + 0.1
+
+
+@pytest.mark.parametrize("mode", ["every_pass", "pool", "keep"])
+def test_views_in_bfloat16_have_statistics_in_float32(mode):
+    norm = convert_view_batchnorm(nn.BatchNorm2d(3))
+    norm.views = 2
+    images = torch.rand(8, 3, 4, 4)
+    with view_statistics([norm], mode):
+        found = norm(images.bfloat16())
+    with view_statistics([norm], "keep"):
+        norm.views = 2
+        expected = norm(images)
+    assert norm.running_mean.dtype == torch.float32 and norm.running_mean.isfinite().all()
+    torch.testing.assert_close(found.float(), expected, rtol=0, atol=0.05)

@@ -502,13 +502,21 @@ def test_a_table_leaves_out_what_it_cannot_get(tiny_mnist, tmp_path, capsys, mon
 
 
 def test_ablation_changes_one_setting_at_a_time(tmp_path, capsys):
-    options = "ablation --tasks 2 --vary temperature=1,4 layer=tensor".split()
+    options = "ablation --tasks 2 --vary temperature=1,4 layer=tensor precision=bf16".split()
     assert main([*options, *TINY, "--out", str(tmp_path)]) == 0
     written = (tmp_path / "ablation.md").read_text().splitlines()
     assert [line.split(" | ")[:3] for line in written[2:]] == [
         ["| temperature", "1", "bld"], ["| temperature", "4", "bld"], ["| layer", "tensor", "bld"],
+        ["| precision", "bf16", "bld"],
     ]  # fmt: skip
     assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_ablation_is_refused_before_it_begins(tmp_path, capsys):
+    options = "ablation --tasks 2 --vary temperature=1 layer=word precision=fp8".split()
+    assert main([*options, *TINY, "--out", str(tmp_path / "new")]) == 2
+    assert "layer: expected one of module, tensor, network" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("text", ["depth=3", "temperature", "temperature=x"])

@@ -47,6 +47,7 @@ VARIED = {
     "layer": ["module", "tensor", "network"],
     "statistics": ["once", "every_pass"],
     "momentum": [0.03, 0.1, 0.3],
+    "precision": ["fp32", "bf16"],
 }  # what the ablation changes, one at a time
 
 

@@ -51,7 +51,7 @@ def run(
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
     torch.manual_seed(seed)
-    model = make_model(settings.network, settings.momentum).to(device)
+    model = make_model(settings.network, settings.momentum, settings.precision).to(device)
     learner = METHODS[method](model, settings, seed)
     what = {"method": method, "seed": seed, **conditions(dataset, settings, device)}
     saved = Checkpoint(checkpoint, what, every) if checkpoint else None

@@ -94,7 +94,9 @@ def locked(folder: Path):
 
 
 def count_batches(method: str, settings: Settings, stream: list[Task]) -> int:
-    learner = METHODS[method](make_model(settings.network, settings.momentum), settings, 0)
+    learner = METHODS[method](
+        make_model(settings.network, settings.momentum, settings.precision), settings, 0
+    )
     counts = [learner.batch_count(task) for task in stream]
     return sum(counts) if all(counts) else 0
 
@@ -113,7 +115,9 @@ def preflight(
         ) from None
     loaded = load_dataset(dataset, root)
     for method in methods:
-        METHODS[method](make_model(settings.network, settings.momentum), settings, seeds[0])
+        METHODS[method](
+            make_model(settings.network, settings.momentum, settings.precision), settings, seeds[0]
+        )
     streams = [make_stream(loaded, settings.tasks, seed, settings.limit) for seed in seeds]
     batches = [count_batches(m, settings, stream) for stream in streams for m in methods]
     if not all(batches):
@@ -129,7 +133,7 @@ def estimate(
     for method in methods:
         stream = make_stream(loaded, settings.tasks, seeds[0], settings.limit)
         count = count_batches(method, settings, stream) * len(seeds)
-        model = make_model(settings.network, settings.momentum).to(device)
+        model = make_model(settings.network, settings.momentum, settings.precision).to(device)
         learner = METHODS[method](model, settings, seeds[0])
         for number, task in enumerate(stream):  # the last task has most heads
             if number == len(stream) - 1:

@@ -35,6 +35,7 @@ class Settings:
     warmup_ratio: float = 0.01
     joint_steps: int = 2
     layer: str = "module"
+    precision: str = "fp32"  # "bf16": the backbone under autocast, see networks.py
     l2_weight: float = 0.3  # of L2's penalty, in units of 1 / (2 α_j): at 1 it undoes a step
     offline_epochs: int = 10  # of offline LwF, in batches of `offline_batch`
     offline_batch: int = 500

@@ -1,5 +1,6 @@
 """Backbones by name; each maps images of one or three channels to feature vectors."""
 
+import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
@@ -26,6 +27,18 @@ class Shrink(nn.Module):
         while images.shape[-1] > self.size:
             images = F.avg_pool2d(images, 2)
         return images
+
+
+class Autocast(nn.Module):
+    """A backbone in bfloat16 where torch would choose it: what one gets by writing it naively."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, dtype=torch.bfloat16):
+            return self.inner(images).float()
 
 
 def resnet18() -> tuple[nn.Module, int]:
@@ -67,10 +80,18 @@ def slim() -> tuple[nn.Module, int]:
 NETWORKS = {"resnet18": resnet18, "resnet18-cifar": resnet18_cifar, "slim": slim}
 
 
-def make_model(network: str, momentum: float = 0.1) -> MultiHead:
-    """A fresh MultiHead without heads; `momentum` is that of BatchNorm's running statistics."""
+def make_model(network: str, momentum: float = 0.1, precision: str = "fp32") -> MultiHead:
+    """A fresh MultiHead without heads; `momentum` is that of BatchNorm's running statistics.
+
+    `precision` "bf16" runs the backbone under autocast, which the optimizer's own step does not:
+    for the ablation, to see what is lost.
+    """
+    if precision not in ("fp32", "bf16"):
+        raise ValueError(f"precision: expected fp32 or bf16, got {precision!r}")
     backbone, features = NETWORKS[network]()
     for module in backbone.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = momentum
+    if precision == "bf16":
+        backbone = Autocast(backbone)
     return MultiHead(nn.Sequential(Gray(), backbone), features)
