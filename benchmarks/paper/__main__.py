@@ -16,7 +16,7 @@ import torch
 
 import bld_ext
 from benchmarks.paper import report, tables
-from benchmarks.paper.checkpoint import CheckpointError, one_line
+from benchmarks.paper.checkpoint import CheckpointError, one_line, write_whole
 from benchmarks.paper.job import estimate, locked, preflight, run_all
 from benchmarks.paper.methods import CPU, CPU_IMAGES, METHODS, PAPER_VIEWS, PRESETS, Settings
 from benchmarks.paper.networks import NETWORKS
@@ -182,12 +182,6 @@ def facts(device: str) -> dict:
     }
 
 
-def write(file: Path, text: str) -> None:
-    aside = file.with_name(f"{file.name}.new")
-    aside.write_text(text)
-    aside.replace(file)
-
-
 def describe(dataset: str, settings: Settings, seeds: list[int]) -> str:
     limit = f", {settings.limit:,} images a task" if settings.limit else ""
     return (
@@ -246,7 +240,7 @@ def one_stream(args, argv, out: Path, start: float) -> None:
     print(report.table(found["summary"]))
     for baseline, difference in found["bld_minus"].items():
         print(report.difference_line(difference, "bld", baseline))
-    write(out / "results.json", json.dumps(found, indent=1) + "\n")
+    write_whole(out / "results.json", json.dumps(found, indent=1) + "\n")
     report.figure(records, describe(args.dataset, settings, seeds), out / "accuracy.png")
     report.figures(records, out)
     print(f"{found['seconds']:.0f} s; wrote {out / 'results.json'} and {out / 'accuracy.png'}")
@@ -271,7 +265,7 @@ def paper_table(args, argv, out: Path, start: float) -> None:
         if records is None:
             continue
         found = result(args, argv, dataset, settings, seeds, records, start)
-        write(here / "results.json", json.dumps(found, indent=1) + "\n")
+        write_whole(here / "results.json", json.dumps(found, indent=1) + "\n")
         title = describe(dataset, settings, seeds)
         report.figure(records, title, here / "accuracy.png")
         report.figures(records, here)
@@ -279,7 +273,7 @@ def paper_table(args, argv, out: Path, start: float) -> None:
         print(text)
         parts.append(f"{title}; in brackets the paper's\n\n{text}")
     if parts:
-        write(out / "table.md", f"{args.what}: {wanted.caption}\n\n" + "\n".join(parts))
+        write_whole(out / "table.md", f"{args.what}: {wanted.caption}\n\n" + "\n".join(parts))
         print(f"{time.perf_counter() - start:.0f} s; wrote {out / 'table.md'}")
 
 
@@ -301,7 +295,7 @@ def ablation(args, argv, out: Path, start: float) -> None:
     if rows:
         text = report.ablation_table(rows)
         print(text)
-        write(out / "ablation.md", text + "\n")
+        write_whole(out / "ablation.md", text + "\n")
         report.ablation_figure(rows, describe(args.dataset, base, seeds), out / "ablation.png")
         print(f"{time.perf_counter() - start:.0f} s; wrote {out / 'ablation.md'} and ablation.png")
 

@@ -62,6 +62,12 @@ class Checkpoint:
         return found["state"]
 
 
+def write_whole(file: Path, text: str) -> None:
+    aside = file.with_name(f"{file.name}.new")
+    aside.write_text(text)
+    aside.replace(file)
+
+
 def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 

@@ -1,6 +1,5 @@
 """One run: a method over one stream, evaluated after every task."""
 
-import hashlib
 import json
 import math
 import time
@@ -13,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.paper.checkpoint import Checkpoint, CheckpointError, one_line
-from benchmarks.paper.methods import METHODS, Method, Settings
-from benchmarks.paper.networks import make_model
-from benchmarks.paper.streams import Dataset, Task, make_stream
+from benchmarks.paper.methods import Method, Settings, make_learner
+from benchmarks.paper.streams import Dataset, Task, digest, make_stream
 from bld_ext import MultiHead, SeededAugment
 
 
@@ -51,8 +49,8 @@ def run(
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
     torch.manual_seed(seed)
-    model = make_model(settings.network, settings.momentum, settings.precision).to(device)
-    learner = METHODS[method](model, settings, seed)
+    learner = make_learner(method, settings, seed, device)
+    model = learner.model
     what = {"method": method, "seed": seed, **conditions(dataset, settings, device)}
     saved = Checkpoint(checkpoint, what, every) if checkpoint else None
     state = _fresh()
@@ -112,7 +110,7 @@ def run(
             for layers in state["factors"]
         ],
         "batches": state["batches"],
-        "weights": _digest(model.state_dict()),
+        "weights": digest(model.state_dict()),
         "seconds": round(time.perf_counter() - start, 1),
     }
     if device.startswith("cuda"):
@@ -122,22 +120,14 @@ def run(
 
 def conditions(dataset: Dataset, settings: Settings, device: str) -> dict:
     """What a run depends on besides its method and its seed: it goes on under the same only."""
-    images = {name: getattr(dataset, name) for name in ("x_train", "y_train", "x_test", "y_test")}
     return {
         "dataset": dataset.name,
-        "images": _digest(images),
+        "images": dataset.digest,
         "device": device.partition(":")[0],
         "bld_ext": version("bld_ext"),
         "torch": str(torch.__version__),
         **json.loads(json.dumps(settings.as_dict())),
     }
-
-
-def _digest(tensors: dict[str, Tensor]) -> str:
-    found = hashlib.sha256()
-    for name, tensor in tensors.items():
-        found.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()
 
 
 def _fresh() -> dict:

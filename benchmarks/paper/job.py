@@ -17,10 +17,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks.paper.checkpoint import CheckpointError, differences
+from benchmarks.paper.checkpoint import CheckpointError, differences, write_whole
 from benchmarks.paper.experiment import conditions, run
-from benchmarks.paper.methods import METHODS, Settings
-from benchmarks.paper.networks import make_model
+from benchmarks.paper.methods import Method, Settings, make_learner
 from benchmarks.paper.streams import Task, load_dataset, make_stream
 
 _worker: dict = {}  # what a worker process keeps from run to run
@@ -72,9 +71,7 @@ def _run_in_worker(
         return found["record"]
     device = _worker["device"]
     record = run(dataset, method, settings, seed, device, tick, checkpoint, resume, every)
-    aside = file.with_suffix(".json.new")
-    aside.write_text(json.dumps({"what": what, "record": record}) + "\n")
-    aside.replace(file)
+    write_whole(file, json.dumps({"what": what, "record": record}) + "\n")
     checkpoint.unlink(missing_ok=True)
     return record
 
@@ -93,10 +90,7 @@ def locked(folder: Path):
         yield
 
 
-def count_batches(method: str, settings: Settings, stream: list[Task]) -> int:
-    learner = METHODS[method](
-        make_model(settings.network, settings.momentum, settings.precision), settings, 0
-    )
+def count_batches(learner: Method, stream: list[Task]) -> int:
     counts = [learner.batch_count(task) for task in stream]
     return sum(counts) if all(counts) else 0
 
@@ -114,12 +108,9 @@ def preflight(
             f"device: {device!r} is not there ({str(error).splitlines()[0]})"
         ) from None
     loaded = load_dataset(dataset, root)
-    for method in methods:
-        METHODS[method](
-            make_model(settings.network, settings.momentum, settings.precision), settings, seeds[0]
-        )
+    learners = [make_learner(method, settings, seeds[0]) for method in methods]
     streams = [make_stream(loaded, settings.tasks, seed, settings.limit) for seed in seeds]
-    batches = [count_batches(m, settings, stream) for stream in streams for m in methods]
+    batches = [count_batches(learner, stream) for stream in streams for learner in learners]
     if not all(batches):
         raise ValueError("a task has fewer than 2 training images; give more, or fewer --tasks")
     return sum(batches)
@@ -132,13 +123,12 @@ def estimate(
     loaded, found = load_dataset(dataset, root), {}
     for method in methods:
         stream = make_stream(loaded, settings.tasks, seeds[0], settings.limit)
-        count = count_batches(method, settings, stream) * len(seeds)
-        model = make_model(settings.network, settings.momentum, settings.precision).to(device)
-        learner = METHODS[method](model, settings, seeds[0])
+        learner = make_learner(method, settings, seeds[0], device)
+        count = count_batches(learner, stream) * len(seeds)
         for number, task in enumerate(stream):  # the last task has most heads
             if number == len(stream) - 1:
                 learner.begin(task)
-            model.add_head(len(task.classes))
+            learner.model.add_head(len(task.classes))
         times = []
         for where, images, labels in islice(learner.batches(task, 0), 3):
             start = time.perf_counter()

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.paper.networks import make_model
 from benchmarks.paper.streams import Task
 from bld_ext import BLDOptimizer, MultiHead, SeededAugment, ops, tensor_bytes
 
@@ -279,4 +280,12 @@ METHODS = {
     "lwf": LwF,
     "lwf-offline": OfflineLwF,
 }
+
+
+def make_learner(method: str, settings: Settings, seed: int, device: str = "cpu") -> Method:
+    """A method around a fresh network."""
+    model = make_model(settings.network, settings.momentum, settings.precision).to(device)
+    return METHODS[method](model, settings, seed)
+
+
 MC_OCL = ("finetune", "l2", "bld", "alternated", "no-balancing")  # nothing but θ survives a batch

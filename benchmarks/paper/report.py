@@ -68,7 +68,12 @@ def table(summary: dict) -> str:
         small = memory["layer_norms"] + memory["seed"]
         sizes = [f"{size:,} B" for size in (memory["bank"], small, gradients)]
         rows.append([method, *(f"{c['mean']:.1f} ± {c['std']:.1f}" for c in cells), *sizes])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
+    return markdown(rows)
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """Columns of one width; the first row is the head, the second its rule."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = (" | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(f"| {line} |" for line in lines)
 

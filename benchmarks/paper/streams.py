@@ -1,9 +1,11 @@
 """Datasets as streams of tasks: random disjoint class splits, seen once, in small batches."""
 
+import hashlib
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,19 @@ class Dataset:
     @property
     def classes(self) -> int:
         return int(self.y_train.max()) + 1
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the images and labels; runs on other ones are other runs."""
+        names = ("x_train", "y_train", "x_test", "y_test")
+        return digest({name: getattr(self, name) for name in names})
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    found = hashlib.sha256()
+    for name, tensor in tensors.items():
+        found.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 @dataclass(frozen=True)

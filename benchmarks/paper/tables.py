@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from statistics import mean
 
-from benchmarks.paper.report import paired, summarise
+from benchmarks.paper.report import markdown, paired, summarise
 
 ROWS = ("finetune", "l2", "bld", "lwf", "lwf-offline")
 ABLATION = ("finetune", "l2", "alternated", "no-balancing", "bld")
@@ -118,9 +118,7 @@ def table(records: list[dict], dataset: str, tasks: int) -> str:
         columns = [size(max(r["columns"][k] for r in own)) for k in ("intra", "inter", "data")]
         extra = [f"{entry['forgetting']['mean']:.1f}", f"{transfer:+.1f}", *columns]
         rows.append([method, *cells, *extra])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
-    lines = (" | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(f"| {line} |" for line in lines)
+    return markdown(rows)
 
 
 def differences(records: list[dict]) -> str:
