@@ -189,6 +189,10 @@ def record(
     info["host_us"] = None if (host := host_seconds(call)) is None else host * 1e6
     info["peak_extra_bytes"] = peak_extra_bytes(call)
     info["launches"] = launches(call)
-    info["device"] = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
-    info["threads"], info["torch"] = torch.get_num_threads(), torch.__version__
-    benchmark.extra_info.update(info)
+    benchmark.extra_info.update(info | machine())
+
+
+def machine() -> dict[str, object]:
+    """Where a row was measured."""
+    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
+    return dict(device=device, threads=torch.get_num_threads(), torch=torch.__version__)

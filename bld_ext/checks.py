@@ -96,6 +96,39 @@ def bank(bank: Tensor, logits: Tensor, head_sizes: Sequence[int]) -> None:
     require(bank.device == logits.device, "bank", f"device {logits.device}", bank.device)
 
 
+def view_batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    views: int,
+    eps: float,
+) -> None:
+    tensor("input", input)
+    require(input.dtype in FLOATS, "input", "a floating-point dtype", input.dtype)
+    require(input.dim() >= 2, "input", "shape [V·B, C, *]", tuple(input.shape))
+    whole = isinstance(views, Integral) and not isinstance(views, bool)
+    known = whole and views >= 1 and len(input) % views == 0
+    require(known, "views", f"a divisor of {len(input)}, the images of input", views)
+    known = isinstance(eps, Real) and 0 <= eps < math.inf
+    require(known, "eps", "a finite number, at least 0", eps)
+    dtypes = (input.dtype, compute_dtype(input.dtype))
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None:
+            tensor(name, value)
+            require(value.shape == input.shape[1:2], name, f"[{input.shape[1]}]", [*value.shape])
+            require(value.dtype in dtypes, name, " or ".join(map(str, dtypes)), value.dtype)
+            require(value.device == input.device, name, f"device {input.device}", value.device)
+    if residual is not None:
+        tensor("residual", residual)
+        shape = tuple(input.shape)
+        require(residual.shape == input.shape, "residual", f"shape {shape}", [*residual.shape])
+        require(residual.dtype == input.dtype, "residual", f"{input.dtype}", residual.dtype)
+        require(
+            residual.device == input.device, "residual", f"device {input.device}", residual.device
+        )
+
+
 def labels(labels: Tensor, logits: Tensor, classes: int, check_inputs: bool) -> None:
     tensor("labels", labels)
     shape = (logits.shape[0], *logits.shape[2:])

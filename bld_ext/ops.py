@@ -173,6 +173,55 @@ def joint_loss(
     return torch.ops.bld_ext.joint_loss(logits, labels, bank, sizes, temperature)[:2]
 
 
+# ---- BatchNorm of several views side by side ----
+
+
+def view_batch_norm(
+    input: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    views: int = 1,
+    eps: float = 1e-5,
+    relu: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """BatchNorm in training of several views in one batch, each by its own statistics.
+
+    y = (x - mean) / sqrt(variance + ε) · w + b with the mean and the biased variance over the
+    images and positions of a view; then the residual is added and negative values become 0, where
+    asked for. A view's output does not depend on the views beside it, bit for bit.
+
+    Args:
+        input: `[V·B, C, *]`, one view after the other; float16, bfloat16, float32 or float64. With
+            the channels last in memory (or contiguous) it is read as it lies, and so are the
+            results.
+        weight, bias: `[C]` or None.
+        residual: as input, or None.
+        views: V, a divisor of the number of images.
+        eps: ε ≥ 0.
+        relu: whether y is max(y, 0).
+
+    Returns:
+        (output, mean, variance): `[V·B, C, *]` in the dtype of input, and `[V, C]`, float32
+        (float64 for float64 input), which carry no gradient. A second derivative raises
+        RuntimeError.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device or value is not as described.
+
+    Equivalent to:
+        norm = functools.partial(F.batch_norm, running_mean=None, running_var=None, training=True)
+        y = torch.cat([norm(x, weight=weight, bias=bias, eps=eps) for x in input.chunk(views)])
+        output = torch.relu(y + residual)
+    """
+    checks.view_batch_norm(input, weight, bias, residual, views, eps)
+    dtype = reference.compute_dtype(input.dtype)
+    weight, bias = (t if t is None else t.to(dtype).contiguous() for t in (weight, bias))
+    args = input, weight, bias, residual, views, eps, relu
+    return torch.ops.bld_ext.view_batch_norm(*args)
+
+
 # ---- per-layer norms, balance and update ----
 
 

@@ -99,6 +99,89 @@ def joint_loss(
     return new, old, new_grad, old_grad
 
 
+# ---- BatchNorm of several views side by side: input [V·B, C, *], statistics [V, C] ----
+
+
+def _by_view(x: Tensor, views: int, dtype: torch.dtype) -> Tensor:
+    """[V·B, C, *] as [V, B, C, S]."""
+    return x.reshape(views, x.shape[0] // views, x.shape[1], -1).to(dtype)
+
+
+def _channels(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """[C] or [V, C], to stand beside [V, B, C, S]."""
+    return values.to(dtype).reshape(-1, 1, values.shape[-1], 1)
+
+
+def view_batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    views: int,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = (x - mean) / sqrt(variance + ε) · w + b of each view; + residual; max(y, 0).
+
+    Returns y, and the mean and biased variance of each view, [V, C].
+    """
+    dtype = compute_dtype(input.dtype)
+    x = _by_view(input, views, dtype)
+    variance, mean = torch.var_mean(x, (1, 3), correction=0)
+    scale = _channels((variance + eps).rsqrt(), dtype)
+    if weight is not None:
+        scale = scale * _channels(weight, dtype)
+    y = (x - _channels(mean, dtype)) * scale
+    if bias is not None:
+        y = y + _channels(bias, dtype)
+    if residual is not None:
+        y = y + _by_view(residual, views, dtype)
+    y = y.relu() if relu else y
+    return _laid_out(y, input), mean, variance
+
+
+def view_batch_norm_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    output: Tensor | None,
+    weight: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    views: int,
+    eps: float,
+    residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dL/dx, dL/dw, dL/db and, if asked for, dL/dresidual; `output` is given where there is a relu.
+
+    With x̂ = (x - mean) / sqrt(variance + ε) and means over the images and positions of a view:
+    dL/dx = w / sqrt(variance + ε) · (g - mean(g) - x̂ · mean(g · x̂)).
+    """
+    dtype = compute_dtype(input.dtype)
+    x, grad = _by_view(input, views, dtype), _by_view(grad_output, views, dtype)
+    if output is not None:
+        grad = grad.where(~(_by_view(output, views, dtype) <= 0), 0)
+    inverse = _channels((variance + eps).rsqrt(), dtype)
+    x_hat = (x - _channels(mean, dtype)) * inverse
+    means = [value.mean((1, 3), keepdim=True) for value in (grad, grad * x_hat)]
+    scale = inverse if weight is None else inverse * _channels(weight, dtype)
+    grad_x = (grad - means[0] - x_hat * means[1]) * scale
+    grad_weight, grad_bias = (grad * x_hat).sum((0, 1, 3)), grad.sum((0, 1, 3))
+    beside = _laid_out(grad, input) if residual else input.new_empty(0)
+    return _laid_out(grad_x, input), grad_weight, grad_bias, beside
+
+
+def like_input(input: Tensor) -> Tensor:
+    """Empty, contiguous or with the channels last, whichever the input is."""
+    last = input.movedim(1, -1)
+    if input.is_contiguous() or not last.is_contiguous():
+        return input.new_empty(input.shape)
+    return input.new_empty(last.shape).movedim(-1, 1)
+
+
+def _laid_out(values: Tensor, input: Tensor) -> Tensor:
+    return like_input(input).copy_(values.reshape(input.shape))
+
+
 # ---- per-layer norms, balance and update: tensors[i] belongs to layer layers[i] ----
 
 

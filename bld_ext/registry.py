@@ -9,6 +9,7 @@ import importlib.util
 import warnings
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from bld_ext import checks, reference
 from bld_ext.reference import compute_dtype
@@ -37,6 +38,15 @@ SCHEMAS = {
         "(Tensor logits, Tensor labels, Tensor bank, int[] head_sizes, Tensor temperature)"
         " -> (Tensor new_loss, Tensor distillation_loss,"
         " Tensor new_grad_logits, Tensor distillation_grad_logits)"
+    ),
+    "view_batch_norm": (
+        "(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, int views, float eps,"
+        " bool relu) -> (Tensor output, Tensor mean, Tensor variance)"
+    ),
+    "view_batch_norm_backward": (
+        "(Tensor grad_output, Tensor input, Tensor? output, Tensor? weight, Tensor mean,"
+        " Tensor variance, int views, float eps, bool residual)"
+        " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)"
     ),
     "layer_norms": "(Tensor[] tensors, int[] layers, int num_layers) -> Tensor",
     "balance_layers_": (
@@ -145,6 +155,20 @@ def _(logits, labels, head_sizes, temperature):
 @torch.library.register_fake("bld_ext::joint_loss")
 def _(logits, labels, bank, head_sizes, temperature):
     return _fake_loss(logits), _fake_loss(logits), _fake_grad(logits), _fake_grad(logits)
+
+
+@torch.library.register_fake("bld_ext::view_batch_norm")
+def _(input, weight, bias, residual, views, eps, relu):
+    mean = input.new_empty(views, input.shape[1], dtype=compute_dtype(input.dtype))
+    return reference.like_input(input), mean, torch.empty_like(mean)
+
+
+@torch.library.register_fake("bld_ext::view_batch_norm_backward")
+def _(grad_output, input, output, weight, mean, variance, views, eps, residual):
+    grad_weight = mean.new_empty(input.shape[1])
+    grad_residual = reference.like_input(input) if residual else input.new_empty(0)
+    grads = grad_weight, torch.empty_like(grad_weight), grad_residual
+    return reference.like_input(input), *grads
 
 
 @torch.library.register_fake("bld_ext::layer_norms")
@@ -261,3 +285,41 @@ def _register_loss(name, losses):
 _register_loss("distillation_loss", losses=1)
 _register_loss("warm_up_loss", losses=1)
 _register_loss("joint_loss", losses=2)
+
+
+class _ViewBatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, weight, bias, residual, views, eps, relu):
+        with torch._C._AutoDispatchBelowAutograd():
+            output, mean, variance = torch.ops.bld_ext.view_batch_norm.default(
+                input, weight, bias, residual, views, eps, relu
+            )
+        ctx.views, ctx.eps, ctx.relu = views, eps, relu
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(mean, variance)
+        ctx.save_for_backward(input, output if relu else None, weight, mean, variance)
+        return output, mean, variance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, *_):
+        if grad is None:
+            return (None,) * 7
+        masked = ctx.relu and ctx.needs_input_grad[3]
+        *grads, beside = torch.ops.bld_ext.view_batch_norm_backward.default(
+            grad, *ctx.saved_tensors, ctx.views, ctx.eps, masked
+        )
+        grads = *grads, beside if masked else grad
+        wanted = zip(grads, ctx.needs_input_grad[:4], strict=True)
+        return *(g if want else None for g, want in wanted), None, None, None
+
+
+def _view_batch_norm(input, weight, bias, residual, views, eps, relu):
+    tensors = (input, weight, bias, residual)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _ViewBatchNorm.apply(*tensors, views, eps, relu)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.bld_ext.view_batch_norm.default(*tensors, views, eps, relu)
+
+
+torch.library.impl("bld_ext::view_batch_norm", "Autograd", _view_batch_norm)

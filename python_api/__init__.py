@@ -1,7 +1,8 @@
 """What a training loop touches: bld_ext.api, re-exported by bld_ext."""
 
 from bld_ext.api.augment import SeededAugment
-from bld_ext.api.batch_norm import ViewBatchNorm, convert_view_batchnorm
+from bld_ext.api.batch_norm import ViewBatchNorm
+from bld_ext.api.convert import convert_view_batchnorm
 from bld_ext.api.heads import MultiHead
 from bld_ext.api.memory import bank_bytes, tensor_bytes
 from bld_ext.api.optimizer import BLDOptimizer, StepReport

@@ -5,8 +5,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from bld_ext import ops
 
 
 class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -19,37 +20,57 @@ class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
     "every_pass"  PyTorch's rule at each view: running ← (1 - m)·running + m·statistics.
     "pool"        they wait; `pooled` gathers every view, and `commit` makes one update of it.
     "keep"        they are left alone.
+
+    In a network of your own, `norm(x, relu=True)` and `norm(x, residual=y, relu=True)` are what
+    `relu(norm(x))` and `relu(norm(x) + y)` are, in one kernel inside a step.
     """
 
     views = 1
     mode: str | None = None
     pooled: tuple[Tensor, Tensor, int, int] | None = None  # Σ mean, Σ E[x²], views, elements
 
-    def forward(self, input: Tensor) -> Tensor:  # [views·B, C, *]
+    def forward(self, input: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         if not self.training or self.mode is None:
-            return super().forward(input)
-        self._check_input_dim(input)
-        views = [self._normalise(view) for view in input.chunk(self.views)]
-        return views[0] if len(views) == 1 else torch.cat(views)
-
-    def _normalise(self, view: Tensor) -> Tensor:  # [B, C, *]
-        if self.mode == "every_pass" and self.track_running_stats:
-            return super().forward(view)
-        # With momentum 1 F.batch_norm reports this view's statistics; both stages call it alike.
-        # Of views in half precision, as under an autocast inside the model, they are float32.
-        dtype = torch.promote_types(view.dtype, torch.float32)
-        mean = view.new_zeros(view.shape[1], dtype=dtype)
-        variance = torch.ones_like(mean)
-        out = F.batch_norm(view, mean, variance, self.weight, self.bias, True, 1.0, self.eps)
-        if self.mode == "pool" and self.track_running_stats:
-            n = view.numel() // view.shape[1]
-            self._gather(mean.double(), variance.double() * ((n - 1) / n), n)
+            out = super().forward(input)
+            out = out if residual is None else out + residual
+            return out.relu() if relu else out
+        self._check_input_dim(input)  # [views·B, C, *]
+        elements = input.numel() // (input.shape[1] * self.views)  # of a channel in a view
+        if elements == 1:
+            raise ValueError(
+                f"images: BatchNorm expected more than 1 value per channel when training, got input"
+                f" size {list(input.shape)} for {self.views} views"
+            )
+        out, mean, variance = ops.view_batch_norm(
+            input, self.weight, self.bias, residual, views=self.views, eps=self.eps, relu=relu
+        )
+        if self.mode != "keep" and self.track_running_stats:
+            gather = self._gather if self.mode == "pool" else self._move
+            gather(mean.double(), variance.double(), elements)
         return out
 
     @torch.no_grad()
-    def _gather(self, mean: Tensor, variance: Tensor, n: int) -> None:
+    def _gather(self, mean: Tensor, variance: Tensor, n: int) -> None:  # [V, C]
         means, squares, count, elements = self.pooled or (0, 0, 0, 0)
-        self.pooled = (means + mean, squares + variance + mean**2, count + 1, elements + n)
+        squares = squares + (variance + mean * mean).sum(0)
+        self.pooled = means + mean.sum(0), squares, count + len(mean), elements + n * len(mean)
+
+    @torch.no_grad()
+    def _move(self, mean: Tensor, variance: Tensor, n: int) -> None:  # [V, C]
+        """PyTorch's update at one view after the other, as one weighted sum."""
+        V, m = len(mean), self.momentum
+        self.num_batches_tracked += V
+        if m is None:  # the average of all views there ever were
+            weights = (1 / self.num_batches_tracked.double()).expand(V)
+        else:
+            age = torch.arange(V - 1, -1, -1, dtype=torch.float64, device=mean.device)
+            weights = m * (1 - m) ** age
+        for running, new in (
+            (self.running_mean, mean),
+            (self.running_var, variance * (n / (n - 1))),
+        ):
+            rest = (1 - weights.sum()) * running.double()
+            running.copy_(rest + (weights.unsqueeze(1) * new).sum(0))
 
     @torch.no_grad()
     def commit(self) -> None:
@@ -87,25 +108,6 @@ class ViewBatchNorm2d(ViewBatchNorm, nn.BatchNorm2d):
 
 class ViewBatchNorm3d(ViewBatchNorm, nn.BatchNorm3d):
     pass
-
-
-_CONVERTED = {
-    nn.BatchNorm1d: ViewBatchNorm1d,
-    nn.BatchNorm2d: ViewBatchNorm2d,
-    nn.BatchNorm3d: ViewBatchNorm3d,
-}
-
-
-def convert_view_batchnorm(module: nn.Module) -> nn.Module:
-    """Turn every `nn.BatchNorm*d` inside into a `ViewBatchNorm`, in place, and return the module.
-
-    The modules, their parameters, buffers, hooks and state_dict stay the same objects; each is
-    still an instance of its PyTorch class and behaves as before outside a BLD step.
-    """
-    for child in module.modules():
-        if type(child) in _CONVERTED:
-            child.__class__ = _CONVERTED[type(child)]
-    return module
 
 
 @contextmanager

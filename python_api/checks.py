@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bld_ext.api.batch_norm import ViewBatchNorm
+from bld_ext.api.precision import PRECISIONS, REFUSED
 
 
 def choice(name: str, value: str, choices: Iterable[str]) -> None:
@@ -52,6 +53,36 @@ def apart(name: str, value: str, unlike: str, **switch: bool) -> None:
 def at_least(name: str, value: int, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+
+
+def views_per_pass(value: int | str, budget: int | None) -> None:
+    if isinstance(value, str) and value != "auto":
+        raise ValueError(f"views_per_pass: expected a whole number or 'auto', got {value!r}")
+    if not isinstance(value, str):
+        at_least("views_per_pass", value, 1)
+    if budget is not None:
+        at_least("memory_budget", budget, 1)
+        if value != "auto":
+            raise ValueError(
+                f"memory_budget: expected None with views_per_pass={value}, got {budget}; it is "
+                "what views_per_pass='auto' goes by"
+            )
+
+
+def precision(value: str) -> None:
+    if value in REFUSED:
+        raise ValueError(
+            f"precision: expected 'fp32' or 'mixed', got {value!r}. Forward passes in TF32 or "
+            "bfloat16 leave rounding noise of the distillation gradient (cosine to float64 below "
+            "0.3 in some layer), which balancing scales to full size. 'mixed' keeps them in fp32 "
+            "and reduces the backward passes alone"
+        )
+    choice("precision", value, PRECISIONS)
+
+
+def switch(name: str, value: bool | None) -> None:
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"{name}: expected True, False or None, got {value!r}")
 
 
 def number(name: str, value: float, positive: bool = False) -> None:
@@ -103,15 +134,15 @@ def dtypes(value: nn.Module) -> None:
             )
 
 
-def batch_norms(value: nn.Module, views_per_pass: int, statistics: str) -> None:
+def batch_norms(value: nn.Module, views_per_pass: int | str, statistics: str) -> None:
     """Refuse or warn of BatchNorms that are no ViewBatchNorm: SyncBatchNorm, subclasses."""
     for name, module in value.named_modules():
         if isinstance(module, _BatchNorm) and not isinstance(module, ViewBatchNorm):
             kind = type(module).__name__
-            if views_per_pass > 1:
+            if views_per_pass != 1:
                 raise ValueError(
                     f"views_per_pass: expected 1, since {name} is a {kind}, which normalises all "
-                    f"views of a pass together, got {views_per_pass}. Or use a plain nn.BatchNorm"
+                    f"views of a pass together, got {views_per_pass!r}. Or use a plain nn.BatchNorm"
                 )
             if statistics == "once":
                 warnings.warn(

@@ -17,11 +17,19 @@ from torch import Tensor, nn
 
 from bld_ext import ops
 from bld_ext.api import checks
-from bld_ext.api.batch_norm import ViewBatchNorm, convert_view_batchnorm, view_statistics
+from bld_ext.api.batch_norm import ViewBatchNorm, view_statistics
+from bld_ext.api.convert import convert_view_batchnorm, keep_channels_last
 from bld_ext.api.gradients import Gradients
 from bld_ext.api.layers import KINDS, Layers
 from bld_ext.api.memory import tensor_bytes
-from bld_ext.api.passes import distillation_pass, new_task_pass, shared_pass, warm_up_pass
+from bld_ext.api.pass_size import PassSize, is_out_of_memory, warn_of_mixing
+from bld_ext.api.passes import (
+    distillation_pass,
+    new_task_pass,
+    one_graph_pass,
+    shared_pass,
+    warm_up_pass,
+)
 from bld_ext.api.precision import exact_float32
 from bld_ext.api.views import Views
 
@@ -92,15 +100,20 @@ class BLDOptimizer(torch.optim.Optimizer):
             it is, factor 1: the paper's "no balancing".
         joint_steps: joint repetitions.
         views: views V of each image; default 50 with `augment`, else 1 (the images themselves).
-        views_per_pass: views that go through the network as one batch, view by view. A matter of
-            speed and memory where each image is computed by itself; dropout masks are drawn a pass.
+        views_per_pass: views that go through the network as one batch; BatchNorm's statistics stay
+            those of a view. A matter of speed and memory alone, except that dropout masks are drawn
+            a pass; a model that mixes the images of a batch in another way is warned about. "auto"
+            is the most that fits `memory_budget`, and less after running out of memory.
+        memory_budget: bytes of activations in a pass, for "auto"; default 256 MiB on a CPU, 80 % of
+            what is free on a GPU.
         augment: `augment(images, seed=, step=, views=, indices=)` giving the views one after the
             other, `[len(views)·B, ...]`, the same every time: a `SeededAugment`, or your own.
         layer: what is balanced as one: "module" (weight and bias together), "tensor", or "network".
             A tensor without a gradient but for rounding, such as a bias in front of BatchNorm, is
             scaled up to full size where it is a layer of its own.
         schedule: "two_forward" holds one gradient and the bank, and runs two forward passes a view
-            in each joint repetition; "shared_forward" runs one and holds a second gradient;
+            in each joint repetition; "shared_forward" runs one, and holds a second gradient unless
+            all views go through the network in one pass;
             "in_backward" is two_forward that updates each layer as soon as its gradient is
             complete, and then releases it. Where all views go through the network in one pass, the
             warm-up, and the joint stage while there is nothing to distil, never hold a whole
@@ -115,6 +128,12 @@ class BLDOptimizer(torch.optim.Optimizer):
             nothing of its size is allocated after the first step. Not with "in_backward".
         statistics: when BatchNorm's running statistics move: "once" a batch, from all views of the
             warm-up pooled, or at "every_pass", which is PyTorch's way.
+        precision: of products. "fp32": all of them, TF32 off. "mixed": the forward passes are as in
+            fp32, whose rounding would drown what is distilled; the backward passes, whose rounding
+            is relative to the gradient, run in TF32 on a GPU, and in bfloat16 on a CPU that has
+            instructions for it.
+        channels_last: keep images and convolution weights in torch.channels_last; default on a
+            CPU, where it is faster. The weights keep values and identity.
         base: the optimizer class that makes the updates, called as `base(params, lr=lr)`; options
             go through functools.partial. One that keeps state carries memory from batch to batch.
         check_finite: raise FloatingPointError on a loss or gradient norm that is not finite, and
@@ -147,13 +166,16 @@ class BLDOptimizer(torch.optim.Optimizer):
         balance: float | None = 2.0,
         joint_steps: int = 2,
         views: int | None = None,
-        views_per_pass: int = 1,
+        views_per_pass: int | str = 1,
+        memory_budget: int | None = None,
         augment: Callable[..., Tensor] | None = None,
         layer: str = "module",
         schedule: str = "two_forward",
         balance_in_backward: bool = False,
         keep_gradients: bool = False,
         statistics: str = "once",
+        precision: str = "fp32",
+        channels_last: bool | None = None,
         base: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
         check_finite: bool = False,
         seed: int = 0,
@@ -169,7 +191,9 @@ class BLDOptimizer(torch.optim.Optimizer):
         )
         checks.apart("schedule", schedule, "in_backward", keep_gradients=keep_gradients)
         checks.at_least("views", views, 1)
-        checks.at_least("views_per_pass", views_per_pass, 1)
+        checks.views_per_pass(views_per_pass, memory_budget)
+        checks.precision(precision)
+        checks.switch("channels_last", channels_last)
         checks.at_least("joint_steps", joint_steps, 0)
         checks.at_least("seed", seed, 0)
         if seed >= 2**63:
@@ -182,6 +206,9 @@ class BLDOptimizer(torch.optim.Optimizer):
             checks.number("warmup_lr", warmup_lr)
 
         self.model = convert_view_batchnorm(model)
+        self.channels_last = channels_last
+        if self._wants_channels_last(next(model.parameters()).device):
+            keep_channels_last(model)
         self.base = base(list(model.named_parameters()), lr=lr)
         checks.base(self.base)
         super().__init__(self.base.param_groups, self.base.defaults)
@@ -196,12 +223,15 @@ class BLDOptimizer(torch.optim.Optimizer):
         self.schedule = schedule
         self.balance_in_backward = balance_in_backward
         self.statistics = statistics
+        self.precision = precision
         self.check_finite = check_finite
         self.seed = int(seed)
         self.batches = 0  # learned so far; the step word of the views' random numbers
         self.last: StepReport | None = None
         self._batch: _Batch | None = None
         self._gradients = Gradients(keep_gradients)
+        self._pass_size = PassSize(views_per_pass, memory_budget)
+        self._looked_for_mixing = False
         self._warned_of_state = False
         self._share_with_base()
 
@@ -224,18 +254,39 @@ class BLDOptimizer(torch.optim.Optimizer):
                 out of memory, it may hold the warm-up update, unless `check_finite` is set.
             FloatingPointError: with `check_finite`; the network is as before the step.
         """
-        with self._undone_on_error() if self.check_finite else nullcontext():
+        sizes = self._check(images, labels)
+        self._choose_pass_size(images, labels, sizes)
+        while True:
+            undo = self.check_finite or self._pass_size.on_trial
             try:
-                loss = self.warm_up(images, labels)
-                for _ in range(self.joint_steps):
-                    self.joint(images, labels)
-            finally:
-                self.release()
+                with self._undone_on_error() if undo else nullcontext():
+                    loss = self._step(images, labels, sizes)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if not (self._pass_size.halve() and undo):
+                    raise self._no_memory(images) from error
+            else:
+                self._pass_size.on_trial = False
+                return loss
+
+    def _step(self, images: Tensor, labels: Tensor, sizes: list[int]) -> Tensor:
+        try:
+            loss = self._warm_up(images, labels, sizes)
+            for _ in range(self.joint_steps):
+                self._joint(images, labels, sizes)
+        finally:
+            self.release()
         return loss
 
     def warm_up(self, images: Tensor, labels: Tensor) -> Tensor:
         """Algorithm 1: bank, ‖G_w‖ per layer, θ' = θ - α_w G_w. Returns L_t."""
         sizes = self._check(images, labels)
+        self._choose_pass_size(images, labels, sizes)
+        with self._naming_the_remedy(images):
+            return self._warm_up(images, labels, sizes)
+
+    def _warm_up(self, images: Tensor, labels: Tensor, sizes: list[int]) -> Tensor:
         self._follow_model()
         self.release()
         layers = Layers.of(self.model, self._parameters(), self.layer)
@@ -296,6 +347,17 @@ class BLDOptimizer(torch.optim.Optimizer):
         if self._batch is None and (bank is None or self.balance is not None):
             raise RuntimeError("joint: there is no bank; call warm_up(images, labels) first")
         sizes = self._check(images, labels)
+        with self._naming_the_remedy(images):
+            return self._joint(images, labels, sizes, bank, losses)
+
+    def _joint(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        sizes: list[int],
+        bank: Tensor | None = None,
+        losses: Sequence[str] = LOSSES,
+    ) -> Tensor:
         distil = len(sizes) > 1 and self.balance != 0 and "distillation" in losses
         if bank is not None:
             dtype = next(self.model.parameters()).dtype
@@ -363,9 +425,53 @@ class BLDOptimizer(torch.optim.Optimizer):
 
     def _views(self, images: Tensor, labels: Tensor, sizes: list[int], number: int) -> Views:
         return Views(
-            self.model, images, labels, sizes, number,
-            self.views, self.views_per_pass, self.augment, self.seed,
+            self.model, images, labels, sizes, number, self.views, self._pass_size.number,
+            self.augment, self.seed, self.precision, self._wants_channels_last(images.device),
         )  # fmt: skip
+
+    @property
+    def views_in_pass(self) -> int:
+        """Views that go through the network at once: `views_per_pass`, or what "auto" chose."""
+        return min(self._pass_size.number, self.views)
+
+    def _wants_channels_last(self, device: torch.device) -> bool:
+        return device.type == "cpu" if self.channels_last is None else self.channels_last
+
+    def _choose_pass_size(self, images: Tensor, labels: Tensor, sizes: list[int]) -> None:
+        """Measure what a view takes, where the batch is of a new shape; look for layers that mix
+        images, once. Neither leaves a trace.
+        """
+        key = (tuple(images.shape), images.device, next(self.model.parameters()).dtype)
+        fits = self._pass_size.fits(key)
+        if fits and (self._looked_for_mixing or self.views_in_pass == 1):
+            return
+        views = self._views(images, labels, sizes, self.batches)
+        one = replace(views, count=1, per_pass=1)
+        with self._stage("keep"):
+            if not fits:
+                self._pass_size.fit(one, self.views, key)
+            if not self._looked_for_mixing and self.views_in_pass > 1:
+                warn_of_mixing(one, replace(views, count=2, per_pass=2), self.views_in_pass)
+                self._looked_for_mixing = True
+
+    @contextmanager
+    def _naming_the_remedy(self, images: Tensor) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self._pass_size.halve()
+            raise self._no_memory(images) from error
+
+    def _no_memory(self, images: Tensor) -> torch.OutOfMemoryError:
+        smaller = "set views_per_pass lower, or to 'auto'"
+        if self.views_in_pass == 1:
+            smaller = "use fewer images a batch, schedule='in_backward', or a smaller network"
+        return torch.OutOfMemoryError(
+            f"views_per_pass: {self.views_in_pass} views of {len(images)} images in one pass, and "
+            f"their gradients, do not fit into memory; {smaller}"
+        )
 
     # ---- gradients per layer ----
 
@@ -399,6 +505,14 @@ class BLDOptimizer(torch.optim.Optimizer):
     def _shared_joint(self, views: Views) -> tuple[Tensor, bool]:
         """Both losses from one forward pass a view; returns L_t, and whether θ is updated."""
         batch, index = self._batch, self._batch.layers.index
+        if self.views_in_pass == self.views:
+
+            def balance() -> None:
+                self._balance({p: p.grad for p in self._gradients.arrived(index)})
+
+            loss, old_loss = one_graph_pass(views, batch.bank, self.temperature, balance)
+            self.last.distillation_loss.append(old_loss)
+            return loss, False
         params = [p for p in index if p.requires_grad]
         loss, old_loss, grads = shared_pass(
             views, batch.bank, self.temperature, params, self._gradients.lend_apart()
@@ -508,6 +622,8 @@ class BLDOptimizer(torch.optim.Optimizer):
         checks.dtypes(self.model)
         checks.batch_norms(self.model, self.views_per_pass, self.statistics)
         checks.trainable(self.model)
+        if self._wants_channels_last(device):
+            keep_channels_last(self.model)
         if device.type == "cpu" or self.check_finite:
             checks.batch_values(images, labels, sizes[-1])
         return sizes

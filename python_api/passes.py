@@ -5,18 +5,20 @@ pass is added as soon as it is there, so no more than one pass of activations is
 is entered around the last backward pass, the one that completes the gradients.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from bld_ext import ops
+from bld_ext.api.precision import backward_arithmetic
 from bld_ext.api.views import Views
 
 
 def _backward(loss: Tensor, views: Views, rows: slice, last: AbstractContextManager) -> None:
     is_last = rows.stop == views.count * len(views.images)
-    with last if is_last else nullcontext():
+    with last if is_last else nullcontext(), backward_arithmetic(views.precision):
         (loss / views.count).backward()
 
 
@@ -73,7 +75,10 @@ def shared_pass(
     distilled: dict[Tensor, Tensor] = {}
     for rows, logits, labels in views:
         new, old = ops.joint_loss(logits, labels, bank[rows], views.sizes, temperature)
-        grads = torch.autograd.grad(old / views.count, params, retain_graph=True, allow_unused=True)
+        with backward_arithmetic(views.precision):
+            grads = torch.autograd.grad(
+                old / views.count, params, retain_graph=True, allow_unused=True
+            )
         for param, grad in zip(params, grads, strict=True):
             if grad is not None and param in distilled:
                 distilled[param].add_(grad)
@@ -81,8 +86,22 @@ def shared_pass(
                 distilled[param] = buffers[param].copy_(grad)
             elif grad is not None:
                 distilled[param] = grad.clone()  # autograd may return one tensor for two parameters
-        (new / views.count).backward()
+        with backward_arithmetic(views.precision):
+            (new / views.count).backward()
         new_losses.append(new.detach())
         old_losses.append(old.detach())
     new, old = (torch.stack(x).sum() / views.count for x in (new_losses, old_losses))
     return new, old, distilled
+
+
+def one_graph_pass(
+    views: Views, bank: Tensor, temperature: float, balance: Callable[[], None]
+) -> tuple[Tensor, Tensor]:
+    """G_d into .grad, `balance()`, dL_t/dθ added, all from one forward pass; gives L_t and L_d."""
+    ((rows, logits, labels),) = views
+    new, old = ops.joint_loss(logits, labels, bank, views.sizes, temperature)
+    with backward_arithmetic(views.precision):
+        (old / views.count).backward(retain_graph=True)
+    balance()
+    _backward(new, views, rows, nullcontext())
+    return new.detach() / views.count, old.detach() / views.count

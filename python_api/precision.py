@@ -1,7 +1,7 @@
 """The arithmetic of a step: float32 as it is written, and random numbers that can be replayed."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 
@@ -42,6 +42,37 @@ def exact_float32() -> Iterator[None]:
             for switch, precision in reversed(changed):
                 switch.fp32_precision = precision
             torch.backends.fp32_precision = root
+
+
+# In "mixed" the backward passes, whose rounding is relative to the gradient, may use what the device
+# has; a forward pass may not: there it is relative to the activations, and what is distilled is
+# a difference of two of them.
+PRECISIONS = ("fp32", "mixed")
+_IN_BACKWARD = {
+    torch.backends.cuda.matmul: "tf32",
+    torch.backends.cudnn.conv: "tf32",
+    torch.backends.cudnn.rnn: "tf32",
+    torch.backends.mkldnn.matmul: "bf16",
+    torch.backends.mkldnn.conv: "bf16",
+    torch.backends.mkldnn.rnn: "bf16",
+}
+REFUSED = ("tf32", "bf16", "bfloat16", "fp16", "float16", "autocast", "amp")
+
+
+def backward_arithmetic(precision: str) -> AbstractContextManager:
+    """Around a backward pass inside `exact_float32`."""
+    return _reduced() if precision == "mixed" else nullcontext()
+
+
+@contextmanager
+def _reduced() -> Iterator[None]:
+    try:
+        for switch, precision in _IN_BACKWARD.items():
+            switch.fp32_precision = precision
+        yield
+    finally:
+        for switch in _IN_BACKWARD:
+            switch.fp32_precision = "ieee"
 
 
 @contextmanager

@@ -26,6 +26,8 @@ class Views:
     per_pass: int
     augment: Callable[..., Tensor] | None
     seed: int
+    precision: str = "fp32"  # of the backward passes
+    channels_last: bool = False
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """For each pass: its rows among all V·B, its logits, its labels."""
@@ -64,6 +66,8 @@ class Views:
                 f"augment: expected {len(views)} views of {len(self.images)} images, "
                 f"{len(views) * len(self.images)} in all, got shape {tuple(made.shape)}"
             )
+        if self.channels_last and made.dim() == 4:
+            made = made.contiguous(memory_format=torch.channels_last)
         return made
 
     def _check(self, logits: Tensor, labels: Tensor) -> None:

@@ -128,10 +128,10 @@ def small_backbone(dropout: float = 0.0) -> nn.Module:
 
 @pytest.fixture
 def make_model():
-    """make_model(heads=(2, 3), dropout=0.0, dtype=torch.float32): always the same weights."""
+    """make_model(heads=(2, 3), dropout=0.0, dtype=torch.float32, seed=1): weights by seed."""
 
-    def make(heads=(), dropout=0.0, dtype=torch.float32) -> MultiHead:
-        torch.manual_seed(1)
+    def make(heads=(), dropout=0.0, dtype=torch.float32, seed=1) -> MultiHead:
+        torch.manual_seed(seed)
         model = MultiHead(small_backbone(dropout), 6).to(dtype)
         for size in heads:
             model.add_head(size)

@@ -159,7 +159,7 @@ def test_no_parameter_received_a_gradient(way, make_batch):
         model,
         0.1,
         views=2,
-        augment=lambda x, **_: x.repeat(2, 1, 1, 1).requires_grad_(),
+        augment=lambda x, views, **_: x.repeat(len(views), 1, 1, 1).requires_grad_(),
         views_per_pass=2,
         **way,
     )

@@ -7,7 +7,17 @@ import pytest
 import torch
 from torch import nn
 
-from bld_ext import BLDOptimizer, MultiHead, SeededAugment, bank_bytes, ops, tensor_bytes
+from bld_ext import (
+    BLDOptimizer,
+    MultiHead,
+    SeededAugment,
+    ViewBatchNorm,
+    bank_bytes,
+    convert_view_batchnorm,
+    ops,
+    tensor_bytes,
+)
+from bld_ext.api.batch_norm import view_statistics
 
 AUGMENT = SeededAugment(crop_padding=1, rotation=15, jitter=0.2)
 SCHEDULES = pytest.mark.parametrize("schedule", ["two_forward", "shared_forward", "in_backward"])
@@ -29,7 +39,9 @@ def assert_same_bits(a, b):
 
 @SCHEDULES
 def test_without_balance_it_is_finetuning_bit_for_bit(schedule, make_model, make_batch):
-    model, plain = make_model(heads=(2, 2)), make_model(heads=(2, 2))
+    model, plain = make_model(heads=(2, 2)), convert_view_batchnorm(make_model(heads=(2, 2)))
+    plain = plain.to(memory_format=torch.channels_last)
+    norms = [m for m in plain.modules() if isinstance(m, ViewBatchNorm)]
     optimizer = make_optimizer(model, balance=0.0, schedule=schedule)
     sgd = torch.optim.SGD(plain.parameters(), lr=0.05)
     for number in range(3):
@@ -38,9 +50,11 @@ def test_without_balance_it_is_finetuning_bit_for_bit(schedule, make_model, make
         for lr in (0.05 * 0.01, 0.05, 0.05):  # three updates on L_t alone
             sgd.param_groups[0]["lr"] = lr
             sgd.zero_grad()
-            for v in range(4):
-                logits = plain(AUGMENT(images, seed=3, step=number, views=[v]))
-                (ops.warm_up_loss(logits, labels, [2, 2])[0] / 4).backward()
+            with view_statistics(norms, "keep"):
+                for v in range(4):
+                    view = AUGMENT(images, seed=3, step=number, views=[v])
+                    logits = plain(view.contiguous(memory_format=torch.channels_last))
+                    (ops.warm_up_loss(logits, labels, [2, 2])[0] / 4).backward()
             sgd.step()
     assert_same_bits(dict(model.named_parameters()), dict(plain.named_parameters()))
 
@@ -213,18 +227,21 @@ def test_views_per_pass_changes_no_result(
         torch.testing.assert_close(*(getattr(r, name) for r in reports), **close)
 
 
-def test_views_per_pass_agrees_to_rounding_in_float32(make_model, make_batch):
-    models = []
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels-last"])
+@pytest.mark.parametrize("seed", range(6))
+def test_views_per_pass_agrees_to_rounding_in_float32(seed, channels_last, make_model, make_batch):
+    start, models = state(make_model(heads=(2, 2), seed=seed)), []
     for count in (1, 4):
-        model = make_model(heads=(2, 2))
-        make_optimizer(model, views_per_pass=count).step(*make_batch(2))
+        model = make_model(heads=(2, 2), seed=seed)
+        optimizer = make_optimizer(model, views_per_pass=count, channels_last=channels_last)
+        optimizer.step(*make_batch(2, seed))
         models.append(state(model))
-    start = state(make_model(heads=(2, 2)))
     for name in start:
         moved = (models[0][name] - start[name]).double().norm()
         apart = (models[0][name] - models[1][name]).double().norm()
-        # one rounding of the parameter is the floor: a bias in front of BatchNorm has no gradient
-        assert apart <= 1e-4 * moved + 2e-7 * start[name].double().norm(), name
+        # 1e-7 of a logit, in a difference of two that is some 1e-4 of it; and one rounding of the
+        # parameter: a bias in front of BatchNorm has no gradient
+        assert apart <= 2e-3 * moved + 2e-7 * start[name].double().norm(), name
 
 
 class SharedGradients(nn.Module):

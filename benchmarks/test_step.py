@@ -1,0 +1,278 @@
+"""A whole step against what one writes without the package, and against the passes it contains.
+
+`pytest benchmarks/test_step.py --benchmark-enable`. The straight line is the paper's two algorithms
+as one would write them in PyTorch: a pass a view, a softmax a head, a Python loop over the layers'
+norms, views drawn by torchvision or kornia from a seed that is set again in each stage. The floor is the
+network's bare forward and backward passes, as many as the schedule has, in whichever batch size and
+memory format is fastest. CPU: the preset of the digits. GPU: ResNet18 at 32×32, 20 images, 50 views.
+Views a second are those of images that were learned, V · B a step.
+"""
+
+import functools
+import statistics
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torchvision.transforms import v2
+
+from benchmarks import measure
+from benchmarks.paper.networks import make_model
+from bld_ext import BLDOptimizer, SeededAugment
+from bld_ext.api.precision import exact_float32
+
+ON_GPU = measure.DEVICE.type == "cuda"
+NETWORK, SIZE, VIEWS = ("resnet18", 32, 50) if ON_GPU else ("slim", 8, 12)
+PADDING, ROTATION, JITTER = SIZE // 8, 15, 0.2
+BATCH, HEADS, LR, TEMPERATURE, BALANCE = 20, 3, 1e-4, 2.0, 2.0
+AUGMENT = SeededAugment(crop_padding=PADDING, rotation=ROTATION, jitter=JITTER)
+PASSES = {  # forward and backward passes of all views in a step
+    "two_forward": (5, 5),
+    "shared_forward": (3, 5),
+    "in_backward": (5, 5),
+}
+SETTINGS = {
+    "two_forward, a view a pass": dict(views_per_pass=1),
+    "two_forward, 4 views a pass": dict(views_per_pass=4),
+    "two_forward": dict(views_per_pass=VIEWS),
+    "two_forward, contiguous": dict(views_per_pass=VIEWS, channels_last=False),
+    "two_forward, channels last": dict(views_per_pass=VIEWS, channels_last=True),
+    "two_forward, mixed": dict(views_per_pass=VIEWS, precision="mixed"),
+    "in_backward": dict(views_per_pass=VIEWS, schedule="in_backward"),
+    "shared_forward, a view a pass": dict(views_per_pass=1, schedule="shared_forward"),
+    "shared_forward": dict(views_per_pass=VIEWS, schedule="shared_forward"),
+    "ours": dict(views_per_pass="auto", schedule="shared_forward"),
+}
+WAYS = ("torchvision-image", "torchvision-batch", "kornia")
+
+
+def model():
+    torch.manual_seed(0)
+    made = make_model(NETWORK)
+    for _ in range(HEADS):
+        made.add_head(2)
+    return made.to(measure.DEVICE)
+
+
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (BATCH, 3, SIZE, SIZE), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(2, (BATCH,), generator=generator)
+    return images.to(measure.DEVICE), labels.to(measure.DEVICE)
+
+
+@functools.cache
+def policy(way):
+    if way == "kornia":
+        import kornia.augmentation as K
+
+        return K.AugmentationSequential(
+            K.RandomCrop((SIZE, SIZE), padding=PADDING),
+            K.RandomRotation(ROTATION, p=1.0),
+            K.ColorJitter(JITTER, JITTER, JITTER, JITTER / 4, p=1.0),
+            data_keys=["input"],
+        ).to(measure.DEVICE)
+    bilinear = v2.InterpolationMode.BILINEAR
+    return v2.Compose(
+        [
+            v2.RandomCrop(SIZE, padding=PADDING),
+            v2.RandomRotation(ROTATION, interpolation=bilinear),
+            v2.ColorJitter(JITTER, JITTER, JITTER, JITTER / 4),
+            v2.ToDtype(torch.float32, scale=True),
+        ]
+    )
+
+
+def view_of(images, way, v):
+    """View v, the same each time."""
+    torch.manual_seed(v)
+    if way == "kornia":
+        return policy(way)(images.float() / 255)
+    if way == "torchvision-image":
+        return torch.stack([policy(way)(image) for image in images])
+    return policy(way)(images)
+
+
+def straight_line(network, way):
+    """Algorithms 1 and 2, as one would write them down."""
+    params = list(network.parameters())
+    layers = [m for m in network.modules() if next(m.parameters(recurse=False), None) is not None]
+    sizes = list(network.head_sizes)
+
+    def norm(module, grads):
+        return sum(grads[p].square().sum() for p in module.parameters(recurse=False)).sqrt()
+
+    def gradient(loss_of_view):
+        grads = {p: torch.zeros_like(p) for p in params}
+        for v in range(VIEWS):
+            loss = loss_of_view(v) / VIEWS
+            found = torch.autograd.grad(loss, params, allow_unused=True)
+            for p, grad in zip(params, found, strict=True):
+                if grad is not None:
+                    grads[p] += grad
+        return grads
+
+    @torch.no_grad()
+    def update(grads, lr):
+        for p in params:
+            p -= lr * grads[p]
+
+    def step(images, labels):
+        bank = []
+
+        def heads(v):
+            return network(view_of(images, way, v)).split(sizes, 1)
+
+        def warm_up(v):
+            *old, new = heads(v)
+            bank.append([(z / TEMPERATURE).softmax(1).detach() for z in old])
+            return F.cross_entropy(new, labels, reduction="sum")
+
+        def new_task(v):
+            return F.cross_entropy(heads(v)[-1], labels, reduction="sum")
+
+        def distillation(v):
+            *old, _ = heads(v)
+            return sum(
+                -(target * (z / TEMPERATURE).log_softmax(1)).sum()
+                for z, target in zip(old, bank[v], strict=True)
+            )
+
+        warm = gradient(warm_up)
+        norms = [norm(layer, warm) for layer in layers]
+        update(warm, LR / 100)
+        for _ in range(2):
+            distilled = gradient(distillation)
+            for layer, reference in zip(layers, norms, strict=True):
+                size = norm(layer, distilled).item()
+                if size > 0:
+                    for p in layer.parameters(recurse=False):
+                        distilled[p] *= BALANCE * reference.item() / size
+            new = gradient(new_task)
+            update({p: distilled[p] + new[p] for p in params}, LR)
+
+    return step
+
+
+def wait():
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
+def seconds(call, rounds=9):
+    call()
+    times = []
+    for _ in range(rounds):
+        wait()
+        start = time.perf_counter()
+        call()
+        wait()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+@functools.cache
+def bare_passes():
+    """(seconds of a forward pass of all views, of a forward and backward pass, how), at best."""
+    network, found = model().train(), {}
+    with exact_float32():
+        for layout in (torch.contiguous_format, torch.channels_last):
+            network = network.to(memory_format=layout)
+            for count in dict.fromkeys((1, 4, 12, VIEWS)):
+                shape = (BATCH * count, 3, SIZE, SIZE)
+                images = torch.rand(shape, device=measure.DEVICE).contiguous(memory_format=layout)
+
+                def forward(images=images):
+                    return network(images)
+
+                def both(images=images):
+                    network(images).sum().backward()
+
+                each = seconds(forward) * VIEWS / count, seconds(both) * VIEWS / count
+                found[sum(each)] = (*each, f"{count} views a pass, {str(layout)[6:]}")
+    return found[min(found)]
+
+
+def floor(schedule):
+    """Seconds of the bare passes of a step."""
+    forwards, backwards = PASSES[schedule]
+    forward, both, _ = bare_passes()
+    return forwards * forward + backwards * (both - forward)
+
+
+def flops(schedule):
+    """Of the convolutions and matrix products in a step, counted by torch."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    network, counts = model(), []
+    images = torch.rand(BATCH, 3, SIZE, SIZE, device=measure.DEVICE)
+    for backward in (False, True):
+        with FlopCounterMode(display=False) as counter:
+            out = network(images)
+            if backward:
+                out.sum().backward()
+        counts.append(counter.get_total_flops())
+    forwards, backwards = PASSES[schedule]
+    return VIEWS * (forwards * counts[0] + backwards * (counts[1] - counts[0]))
+
+
+def record(benchmark, elapsed, call, schedule):
+    bare = floor(schedule)
+    benchmark.extra_info.update(
+        us=elapsed * 1e6,
+        views_per_s=VIEWS * BATCH / elapsed,
+        bare_us=bare * 1e6,
+        against_bare=elapsed / bare,
+        bare_best=bare_passes()[2],
+        gflops=flops(schedule) / 1e9,
+        peak_extra_bytes=measure.peak_extra_bytes(call),
+        launches=measure.launches(call),
+        **measure.machine(),
+    )
+
+
+def timed(benchmark, call, rounds):
+    def finished():
+        call()
+        wait()
+
+    benchmark.pedantic(finished, rounds=rounds, warmup_rounds=2)
+    return benchmark.stats and benchmark.stats.stats.median
+
+
+@pytest.mark.parametrize("op, name", [("step", f"straight line, {way}") for way in WAYS])
+def test_straight_line(benchmark, op, name):
+    way = name.rpartition(" ")[2]
+    if way == "kornia":
+        pytest.importorskip("kornia")
+    if not benchmark.enabled and way != "torchvision-batch":
+        pytest.skip("takes seconds, and is timed only")
+    network, (images, labels) = model(), batch()
+    step, before = straight_line(network, way), [p.detach().clone() for p in network.parameters()]
+    call = functools.partial(step, images, labels)
+    call()
+    moved = [not torch.equal(p, q) for p, q in zip(network.parameters(), before, strict=True)]
+    assert any(moved) and all(p.isfinite().all() for p in network.parameters())
+    benchmark.group = f"step, {NETWORK}"
+    with exact_float32():
+        elapsed = timed(benchmark, call, rounds=3)
+        if elapsed:
+            record(benchmark, elapsed, call, "two_forward")
+
+
+@pytest.mark.parametrize("op, name", [("step", name) for name in SETTINGS])
+def test_step(benchmark, op, name):
+    settings = SETTINGS[name]
+    network, (images, labels) = model(), batch()
+    optimizer = BLDOptimizer(
+        network, LR, temperature=TEMPERATURE, balance=BALANCE, views=VIEWS, augment=AUGMENT,
+        **settings,
+    )  # fmt: skip
+    optimizer.step(images, labels)
+    assert optimizer.last.distillation_norms[0].max() > 0  # it distils
+    benchmark.group = f"step, {NETWORK}"
+    call = functools.partial(optimizer.step, images, labels)
+    elapsed = timed(benchmark, call, rounds=15)
+    if elapsed:
+        record(benchmark, elapsed, call, settings.get("schedule", "two_forward"))

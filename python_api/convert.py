@@ -1,0 +1,90 @@
+"""Make a network ready for batches of several views, in place: BatchNorm by view, one kernel for
+BatchNorm and what follows it, weights as convolutions read them fastest.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from bld_ext.api.batch_norm import (
+    ViewBatchNorm,
+    ViewBatchNorm1d,
+    ViewBatchNorm2d,
+    ViewBatchNorm3d,
+)
+
+
+def unwatched(*modules: nn.Module) -> bool:
+    """No hook would miss what is between them."""
+    return not any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        for m in modules
+    )
+
+
+def in_step(norm: nn.Module) -> bool:
+    """Whether this is a BatchNorm that normalises view by view just now."""
+    return isinstance(norm, ViewBatchNorm) and norm.mode is not None and norm.training
+
+
+def absorbs(norm: nn.Module, relu: nn.Module) -> bool:
+    return in_step(norm) and type(relu) is nn.ReLU and unwatched(norm, relu)
+
+
+class FusedSequential(nn.Sequential):
+    """nn.Sequential, where each ViewBatchNorm takes the ReLU behind it along inside a step."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        done = None
+        for module, behind in zip(self, [*self][1:] + [None], strict=True):
+            if module is done:
+                done = None
+            elif behind is not None and absorbs(module, behind):
+                input, done = module(input, relu=True), behind
+            else:
+                input = module(input)
+        return input
+
+
+def _fuse(module: nn.Module) -> None:
+    """Let this container use them, in place, if it is one that is known."""
+    kind = type(module)
+    if kind is nn.Sequential:
+        children = [*module]
+        pairs = zip(children, children[1:], strict=False)
+        if any(isinstance(a, ViewBatchNorm) and type(b) is nn.ReLU for a, b in pairs):
+            module.__class__ = FusedSequential
+    elif kind.__module__ == "torchvision.models.resnet":
+        from bld_ext.api import resnet
+
+        module.__class__ = resnet.FUSED.get(kind, kind)
+
+
+_CONVERTED = {
+    nn.BatchNorm1d: ViewBatchNorm1d,
+    nn.BatchNorm2d: ViewBatchNorm2d,
+    nn.BatchNorm3d: ViewBatchNorm3d,
+}
+
+
+def convert_view_batchnorm(module: nn.Module) -> nn.Module:
+    """Turn every `nn.BatchNorm*d` inside into a `ViewBatchNorm`, in place, and return the module.
+
+    The modules, their parameters, buffers, hooks and state_dict stay the same objects; each is
+    still an instance of its PyTorch class and behaves as before outside a BLD step. Inside one, a
+    ReLU behind a BatchNorm of an `nn.Sequential`, and the shortcut and the ReLUs of torchvision's
+    residual blocks, are computed by the BatchNorm's kernel, unless a hook watches them.
+    """
+    for child in module.modules():
+        if type(child) in _CONVERTED:
+            child.__class__ = _CONVERTED[type(child)]
+    for child in module.modules():
+        _fuse(child)
+    return module
+
+
+@torch.no_grad()
+def keep_channels_last(model: nn.Module) -> None:
+    """Weights of two-dimensional convolutions in torch.channels_last, as `model.to` would."""
+    for param in model.parameters():
+        if param.dim() == 4 and not param.is_contiguous(memory_format=torch.channels_last):
+            param.data = param.data.contiguous(memory_format=torch.channels_last)
