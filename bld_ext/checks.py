@@ -106,27 +106,24 @@ def view_batch_norm(
 ) -> None:
     tensor("input", input)
     require(input.dtype in FLOATS, "input", "a floating-point dtype", input.dtype)
-    require(input.dim() >= 2, "input", "shape [V·B, C, *]", tuple(input.shape))
+    require(input.dim() >= 2, "input", "shape [V·B, C, *]", input.shape)
     whole = isinstance(views, Integral) and not isinstance(views, bool)
-    known = whole and views >= 1 and len(input) % views == 0
-    require(known, "views", f"a divisor of {len(input)}, the images of input", views)
+    if not (whole and views >= 1 and len(input) % views == 0):
+        require(False, "views", f"a divisor of {len(input)}, the images of input", views)
     known = isinstance(eps, Real) and 0 <= eps < math.inf
     require(known, "eps", "a finite number, at least 0", eps)
-    dtypes = (input.dtype, compute_dtype(input.dtype))
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value is not None:
-            tensor(name, value)
-            require(value.shape == input.shape[1:2], name, f"[{input.shape[1]}]", [*value.shape])
-            require(value.dtype in dtypes, name, " or ".join(map(str, dtypes)), value.dtype)
-            require(value.device == input.device, name, f"device {input.device}", value.device)
-    if residual is not None:
-        tensor("residual", residual)
-        shape = tuple(input.shape)
-        require(residual.shape == input.shape, "residual", f"shape {shape}", [*residual.shape])
-        require(residual.dtype == input.dtype, "residual", f"{input.dtype}", residual.dtype)
-        require(
-            residual.device == input.device, "residual", f"device {input.device}", residual.device
-        )
+    for name, value in (("weight", weight), ("bias", bias), ("residual", residual)):
+        if value is None:
+            continue
+        tensor(name, value)
+        if value.shape != (input.shape if name == "residual" else input.shape[1:2]):
+            expected = tuple(input.shape) if name == "residual" else f"[{input.shape[1]}]"
+            require(False, name, f"shape {expected}", tuple(value.shape))
+        if value.dtype != input.dtype:  # parameters may have more digits
+            known = name != "residual" and value.dtype == compute_dtype(input.dtype)
+            require(known, name, f"{input.dtype}, as input", value.dtype)
+        if value.device != input.device:
+            require(False, name, f"device {input.device}", value.device)
 
 
 def labels(labels: Tensor, logits: Tensor, classes: int, check_inputs: bool) -> None:

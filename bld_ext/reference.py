@@ -104,7 +104,8 @@ def joint_loss(
 
 def _by_view(x: Tensor, views: int, dtype: torch.dtype) -> Tensor:
     """[V·B, C, *] as [V, B, C, S]."""
-    return x.reshape(views, x.shape[0] // views, x.shape[1], -1).to(dtype)
+    shape = views, x.shape[0] // views, x.shape[1], math.prod(x.shape[2:])
+    return x.reshape(shape).to(dtype)
 
 
 def _channels(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -72,6 +72,8 @@ TRITON = {
     "distillation_loss": "distillation",
     "warm_up_loss": "distillation",
     "joint_loss": "distillation",
+    "view_batch_norm": "batch_norm",
+    "view_batch_norm_backward": "batch_norm",
     "augment": "augment",
 }  # op: its file in bld_ext/triton
 if importlib.util.find_spec("triton") is None:

@@ -41,7 +41,7 @@ def bank(value: Tensor, labels: Tensor, views: int, classes: int, dtype: torch.d
         raise ValueError("bank: expected finite probabilities, got nan or inf")
 
 
-def apart(name: str, value: str, unlike: str, **switch: bool) -> None:
+def apart(name: str, value: object, unlike: object, **switch: bool) -> None:
     """A choice that does not go with a switch."""
     ((other, is_on),) = switch.items()
     if not isinstance(is_on, bool):

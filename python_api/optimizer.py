@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from bld_ext import ops
 from bld_ext.api import checks
 from bld_ext.api.batch_norm import ViewBatchNorm, view_statistics
+from bld_ext.api.capture import CapturedStep, Scalars
 from bld_ext.api.convert import convert_view_batchnorm, keep_channels_last
 from bld_ext.api.gradients import Gradients
 from bld_ext.api.layers import KINDS, Layers
@@ -134,6 +135,12 @@ class BLDOptimizer(torch.optim.Optimizer):
             instructions for it.
         channels_last: keep images and convolution weights in torch.channels_last; default on a
             CPU, where it is faster. The weights keep values and identity.
+        capture: learn batches of one shape by replaying a CUDA graph of the whole step: the first
+            one runs without, the second is recorded; so again after a new head, another shape or
+            another setting. Learning rates, λ and seed may change at any time. The graph's memory,
+            with the last batch's values in it, is held from batch to batch; `last` and what is in
+            it change with each step. Not for models with dropout, nor with "in_backward" or
+            `check_finite`; `augment` gets seed and step as device scalars.
         base: the optimizer class that makes the updates, called as `base(params, lr=lr)`; options
             go through functools.partial. One that keeps state carries memory from batch to batch.
         check_finite: raise FloatingPointError on a loss or gradient norm that is not finite, and
@@ -176,6 +183,7 @@ class BLDOptimizer(torch.optim.Optimizer):
         statistics: str = "once",
         precision: str = "fp32",
         channels_last: bool | None = None,
+        capture: bool = False,
         base: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
         check_finite: bool = False,
         seed: int = 0,
@@ -190,6 +198,8 @@ class BLDOptimizer(torch.optim.Optimizer):
             "schedule", schedule, "shared_forward", balance_in_backward=balance_in_backward
         )
         checks.apart("schedule", schedule, "in_backward", keep_gradients=keep_gradients)
+        checks.apart("schedule", schedule, "in_backward", capture=capture)
+        checks.apart("check_finite", check_finite, True, capture=capture)
         checks.at_least("views", views, 1)
         checks.views_per_pass(views_per_pass, memory_budget)
         checks.precision(precision)
@@ -224,6 +234,7 @@ class BLDOptimizer(torch.optim.Optimizer):
         self.balance_in_backward = balance_in_backward
         self.statistics = statistics
         self.precision = precision
+        self.capture = capture
         self.check_finite = check_finite
         self.seed = int(seed)
         self.batches = 0  # learned so far; the step word of the views' random numbers
@@ -232,6 +243,8 @@ class BLDOptimizer(torch.optim.Optimizer):
         self._gradients = Gradients(keep_gradients)
         self._pass_size = PassSize(views_per_pass, memory_budget)
         self._looked_for_mixing = False
+        self._captured: CapturedStep | None = None
+        self._scalars: Scalars | None = None  # on the device, while a captured step runs
         self._warned_of_state = False
         self._share_with_base()
 
@@ -260,7 +273,9 @@ class BLDOptimizer(torch.optim.Optimizer):
             undo = self.check_finite or self._pass_size.on_trial
             try:
                 with self._undone_on_error() if undo else nullcontext():
-                    loss = self._step(images, labels, sizes)
+                    loss = (self._captured_step if self.capture else self._step)(
+                        images, labels, sizes
+                    )
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -278,6 +293,48 @@ class BLDOptimizer(torch.optim.Optimizer):
         finally:
             self.release()
         return loss
+
+    def _captured_step(self, images: Tensor, labels: Tensor, sizes: list[int]) -> Tensor:
+        self._follow_model()
+        key, batches = self._capture_key(images, labels, sizes), self.batches
+        if self._captured is None or self._captured.key != key:
+            self._captured = None  # its memory goes first
+            self._captured = CapturedStep(key, images, labels, len(self.param_groups))
+        captured = self._captured
+        captured.images.copy_(images)
+        captured.labels.copy_(labels)
+        rates = [group["lr"] for group in self.param_groups]
+        captured.scalars.fill(rates, self.balance or 0.0, self.seed, batches)
+
+        def step() -> tuple[Tensor, StepReport]:
+            loss = self._step(captured.images, captured.labels, sizes)
+            return loss, self.last
+
+        try:
+            self._scalars = captured.scalars
+            loss, self.last = captured.run(step)
+        except BaseException:
+            self._captured, self.batches = None, batches
+            raise
+        finally:
+            self._scalars = None
+        self.batches = batches + 1
+        return loss.clone()
+
+    def _capture_key(self, images: Tensor, labels: Tensor, sizes: list[int]) -> tuple:
+        """All that a recorded step has been made for."""
+        settings = [self.temperature, self.joint_steps, self.views, self.views_in_pass, self.layer]
+        settings += [self.schedule, self.statistics, self.precision, self.balance is None]
+        settings += [self.balance == 0, self.warmup_ratio, id(self.augment)]
+        batch = [(tuple(t.shape), t.stride(), t.dtype, t.device) for t in (images, labels)]
+        params = [(id(p), p.data_ptr(), p.requires_grad) for p in self._parameters()]
+        model = [m.training for m in self.model.modules()]
+        model += [b.data_ptr() for b in self.model.buffers()]
+        options = [
+            {k: v for k, v in group.items() if k not in ("lr", "initial_lr", "params")}
+            for group in self.param_groups
+        ]
+        return (*settings, *batch, *sizes, *params, *model, repr(options))
 
     def warm_up(self, images: Tensor, labels: Tensor) -> Tensor:
         """Algorithm 1: bank, ‖G_w‖ per layer, θ' = θ - α_w G_w. Returns L_t."""
@@ -424,10 +481,17 @@ class BLDOptimizer(torch.optim.Optimizer):
     # ---- passes over the views ----
 
     def _views(self, images: Tensor, labels: Tensor, sizes: list[int], number: int) -> Views:
+        seed = self.seed
+        if self._scalars is not None:
+            seed, number = self._scalars.seed, self._scalars.number
         return Views(
-            self.model, images, labels, sizes, number, self.views, self._pass_size.number,
-            self.augment, self.seed, self.precision, self._wants_channels_last(images.device),
+            self.model, self._norms(), images, labels, sizes, number, self.views,
+            self._pass_size.number, self.augment, seed, self.precision,
+            self._wants_channels_last(images.device),
         )  # fmt: skip
+
+    def _norms(self) -> list[ViewBatchNorm]:
+        return [m for m in self.model.modules() if isinstance(m, ViewBatchNorm)]
 
     @property
     def views_in_pass(self) -> int:
@@ -485,7 +549,7 @@ class BLDOptimizer(torch.optim.Optimizer):
         if in_backward:
             norms = batch.reference_norms
             after = batch.layers.balancing(
-                norms, self.balance, self._report_balance, self._gradients.arrived
+                norms, self._balance_now(), self._report_balance, self._gradients.arrived
             )
         loss = distillation_pass(views, batch.bank, self.temperature, after)
         self.last.distillation_loss.append(loss)
@@ -495,7 +559,16 @@ class BLDOptimizer(torch.optim.Optimizer):
 
     def _balance(self, grads: dict[Tensor, Tensor]) -> None:
         batch = self._batch
-        self._report_balance(*batch.layers.balance(grads, batch.reference_norms, self.balance))
+        balance = self._balance_now()
+        self._report_balance(*batch.layers.balance(grads, batch.reference_norms, balance))
+
+    def _balance_now(self) -> float | Tensor | None:
+        """λ: a number, or on the device in a captured step."""
+        return (
+            self.balance
+            if self._scalars is None or self.balance is None
+            else (self._scalars.balance)
+        )
 
     def _report_balance(self, factors: Tensor, norms: Tensor) -> None:
         self.last.factors.append(factors)
@@ -528,32 +601,43 @@ class BLDOptimizer(torch.optim.Optimizer):
                 param.grad = grad.clone() if param.grad is None else param.grad.add_(grad)
             return loss, False
         lists = (came, [grads[p] for p in came], [p.grad for p in came], [index[p] for p in came])
-        found = ops.balanced_sgd_(*lists, batch.reference_norms, self.balance, lr)
+        found = ops.balanced_sgd_(*lists, batch.reference_norms, self._balance_now(), lr)
         self._report_balance(*found)
         self._gradients.settle(index)
         self._gradients.release(index)
         return loss, True
 
-    def _plain_sgd_rate(self) -> float | Tensor | None:
-        """The learning rate where the base does nothing but θ - lr · G, which has a kernel."""
-        plain = type(self.base) is torch.optim.SGD
+    def _is_plain_sgd(self) -> bool:
+        """Whether the base does nothing but θ - lr · G, which has a kernel."""
         hooked = self.base._optimizer_step_pre_hooks or self.base._optimizer_step_post_hooks
-        rates = {group["lr"] for group in self.param_groups}
         options = ("momentum", "weight_decay", "maximize", "differentiable")
-        if any(group.get(name) for group in self.param_groups for name in options):
-            plain = False
-        return rates.pop() if plain and not hooked and len(rates) == 1 else None
+        other = any(group.get(name) for group in self.param_groups for name in options)
+        return type(self.base) is torch.optim.SGD and not hooked and not other
+
+    def _rates(self) -> list[float | Tensor]:
+        """The learning rate of each group: in a captured step on the device."""
+        own = [group["lr"] for group in self.param_groups]
+        return own if self._scalars is None else self._scalars.rates
+
+    def _plain_sgd_rate(self) -> float | Tensor | None:
+        """The one learning rate of a plain SGD."""
+        rates = set(self._rates())
+        return rates.pop() if self._is_plain_sgd() and len(rates) == 1 else None
 
     def _update(self, stage: str, ratio: float, params: list[Tensor]) -> None:
         """Update these parameters by the base, at `ratio` times each group's learning rate."""
         self._gradients.settle(params)
         before = [(group["lr"], group["params"]) for group in self.param_groups]
         chosen = set(params)
+        rates, on_device = self._rates(), self._scalars is not None and self._is_plain_sgd()
         try:
-            for group in self.param_groups:
-                group["lr"] = group["lr"] * ratio
+            for group, rate in zip(self.param_groups, rates, strict=True):
+                group["lr"] = rate * ratio
                 group["params"] = [p for p in group["params"] if p in chosen]
-            self.base.step()
+                if on_device:
+                    self._plain_update(group)
+            if not on_device:
+                self.base.step()
         finally:
             for group, (rate, members) in zip(self.param_groups, before, strict=True):
                 group["lr"], group["params"] = rate, members
@@ -569,13 +653,20 @@ class BLDOptimizer(torch.optim.Optimizer):
                 stacklevel=4,
             )
 
+    @staticmethod
+    def _plain_update(group: dict) -> None:
+        """θ - lr · G with lr on the device, which torch's SGD would wait for; the same bits."""
+        if params := [p for p in group["params"] if p.grad is not None]:
+            grads, layers = [p.grad for p in params], list(range(len(params)))
+            none = grads[0].new_zeros(len(params))
+            ops.balanced_sgd_(params, grads, grads, layers, none, 0.0, group["lr"])
+
     # ---- what surrounds a stage ----
 
     @contextmanager
     def _stage(self, statistics: str) -> Iterator[None]:
         """Exact arithmetic and BatchNorm by policy; on an error the gradients are released."""
-        norms = [m for m in self.model.modules() if isinstance(m, ViewBatchNorm)]
-        with torch.enable_grad(), exact_float32(), view_statistics(norms, statistics):
+        with torch.enable_grad(), exact_float32(), view_statistics(self._norms(), statistics):
             try:
                 yield
             except BaseException:
@@ -685,7 +776,8 @@ class BLDOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict:
         # a scheduler hangs a step of its own on the instance, bound to this very object
-        return {name: value for name, value in self.__dict__.items() if name != "step"}
+        state = {name: value for name, value in self.__dict__.items() if name != "step"}
+        return state | {"_captured": None}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)

@@ -44,7 +44,7 @@ def exact_float32() -> Iterator[None]:
             torch.backends.fp32_precision = root
 
 
-# In "mixed" the backward passes, whose rounding is relative to the gradient, may use what the device
+# In "mixed" the backward passes, whose rounding is relative to the gradient, use what the device
 # has; a forward pass may not: there it is relative to the activations, and what is distilled is
 # a difference of two of them.
 PRECISIONS = ("fp32", "mixed")
@@ -92,3 +92,25 @@ def replayable_rng(device: torch.device) -> Iterator[Callable[[int], None]]:
     finally:
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
+
+
+@contextmanager
+def no_random_numbers(device: torch.device) -> Iterator[None]:
+    """Around a forward pass of a captured step, which cannot seed a generator.
+
+    Raises:
+        ValueError: torch's generators moved. While a graph is being recorded nobody looks.
+    """
+    on_gpu = device.type == "cuda"
+    if on_gpu and torch.cuda.is_current_stream_capturing():
+        yield
+        return
+    generator = torch.cuda.default_generators[device.index] if on_gpu else torch.default_generator
+    before = generator.get_state()
+    yield
+    if not torch.equal(before, generator.get_state()):
+        raise ValueError(
+            "capture: expected a model that draws no random numbers; dropout and the like are "
+            "seeded anew in each pass, which a CUDA graph cannot do. Use capture=False, or set "
+            "their probability to 0"
+        )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bld_ext.api.batch_norm import ViewBatchNorm
-from bld_ext.api.precision import replayable_rng
+from bld_ext.api.precision import no_random_numbers, replayable_rng
 from bld_ext.philox import stream_seed
 
 FORWARD_RNG = 255  # the op word of the Philox counter that seeds a forward pass
@@ -18,31 +18,38 @@ class Views:
     """V views of a batch of B images; iterating makes them and runs the network on them."""
 
     model: nn.Module
+    norms: list[ViewBatchNorm]  # of the model
     images: Tensor  # [B, ...]
     labels: Tensor  # [B, *]
     sizes: list[int]  # of the heads
-    number: int  # of the batch in the stream
+    number: int | Tensor  # of the batch in the stream; on the device in a captured step
     count: int  # V
     per_pass: int
     augment: Callable[..., Tensor] | None
-    seed: int
+    seed: int | Tensor
     precision: str = "fp32"  # of the backward passes
     channels_last: bool = False
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """For each pass: its rows among all V·B, its logits, its labels."""
         B = len(self.images)
-        norms = [m for m in self.model.modules() if isinstance(m, ViewBatchNorm)]
         for first in range(0, self.count, self.per_pass):
             views = range(first, min(first + self.per_pass, self.count))
-            for norm in norms:
+            for norm in self.norms:
                 norm.views = len(views)
-            with replayable_rng(self.images.device) as reseed:
-                reseed(stream_seed(self.seed, self.number, first, FORWARD_RNG))
-                logits = self.model(self._make(views))
+            logits = self._run(self._make(views), first)
             labels = self.labels.repeat(len(views), *(1,) * (self.labels.dim() - 1))
             self._check(logits, labels)
             yield slice(first * B, first * B + len(labels)), logits, labels
+
+    def _run(self, made: Tensor, first: int) -> Tensor:
+        """The network on these views; its random numbers are a function of seed, batch and view."""
+        if isinstance(self.number, Tensor):
+            with no_random_numbers(made.device):
+                return self.model(made)
+        with replayable_rng(made.device) as reseed:
+            reseed(stream_seed(self.seed, self.number, first, FORWARD_RNG))
+            return self.model(made)
 
     def _make(self, views: range) -> Tensor:
         if self.augment is None:

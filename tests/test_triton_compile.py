@@ -34,6 +34,15 @@ AUGMENTS = {  # settings, image and view dtype, side, channels last, capability
 }
 
 
+NORMS = [
+    f"{direction}-{dtype}-{layout}-{capability}"
+    for direction in ("forward", "backward")
+    for dtype, layout, capability in (
+        ("fp32", "last", 90), ("fp32", "planes", 90), ("bf16", "last", 90), ("fp32", "last", 80)
+    )
+]  # fmt: skip
+
+
 def compile_augment(settings, image, view, side, channels_last, capability):
     """As `compile_kernel`, for augment."""
     from bld_ext import SeededAugment
@@ -67,6 +76,23 @@ def compile_kernel(op, dtype, widest, dense, on_device, capability):
     types |= dict.fromkeys(("N", "C", "C_old", "S", "old_heads", "rest_heads"), "i32")
     types["temperature"] = "*fp64" if on_device else "fp32"
     return compile_source(heads_kernel, types, constants, capability, WARPS)
+
+
+def compile_norm(direction, dtype, channels_last, capability):
+    """As `compile_kernel`, for view_batch_norm with everything it can have."""
+    from bld_ext.triton import batch_norm as kernels
+
+    rows, channels = kernels.tile_shape(256, channels_last)
+    constants = dict(ROWS=rows, CHANNELS=channels)
+    if direction == "forward":
+        constants["RELU"] = True
+    kernel = getattr(kernels, f"{direction}_kernel")
+    types = {parameter.name: f"*{dtype}" for parameter in kernel.params}
+    types |= dict.fromkeys(("weight_ptr", "bias_ptr", "mean_ptr", "variance_ptr"), "*fp32")
+    types |= dict.fromkeys(("B", "C", "S", "stride_b", "stride_c", "stride_s"), "i32")
+    types |= dict(parts_ptr="*fp64", eps="fp32")
+    types = {p.name: types[p.name] for p in kernel.params if p.name in types}
+    return compile_source(kernel, types, constants, capability, kernels.WARPS)
 
 
 def compile_source(kernel, types, constants, capability, warps):
@@ -129,6 +155,13 @@ def test_augment_rounds_every_operation_by_itself_and_spills_nothing(compiled, n
     assert result["inexact"] == []
 
 
+@pytest.mark.parametrize("name", NORMS, ids=str)
+def test_batch_norm_rounds_every_operation_by_itself_and_spills_nothing(compiled, name):
+    result = compiled[f"norm {name}"]
+    assert result["cubin"] > 1000 and result["local"] == 0 and result["registers"] <= 192
+    assert result["inexact"] == []
+
+
 def inexact(ptx):
     """Instructions that may be fused, or do not round correctly."""
     pattern = r"\b(?:fma|mad)\.[\w.]*f(?:32|64)|\b(?:div|sqrt|rcp)\.(?:full|approx)[\w.]*"
@@ -160,10 +193,15 @@ if __name__ == "__main__":
             softmax=sorted(softmax_layouts(asm["ttgir"])),
             local=resources(asm["cubin"])[0],
         )
-    for name, case in AUGMENTS.items():
-        asm = compile_augment(*case).asm
+    compilations = {f"augment {name}": (compile_augment, case) for name, case in AUGMENTS.items()}
+    for name in NORMS:
+        direction, dtype, layout, capability = name.split("-")
+        case = direction, dtype, layout == "last", int(capability)
+        compilations[f"norm {name}"] = compile_norm, case
+    for name, (function, case) in compilations.items():
+        asm = function(*case).asm
         local, registers = resources(asm["cubin"])
-        results[f"augment {name}"] = dict(
+        results[name] = dict(
             cubin=len(asm["cubin"]), local=local, registers=registers, inexact=inexact(asm["ptx"])
         )
     json.dump(results, sys.stdout)

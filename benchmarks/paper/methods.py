@@ -55,6 +55,7 @@ PRESETS = {
         {"crop_padding": 1, "rotation": 15, "jitter": 0.2},
         views_per_pass=12,
         momentum=0.3,
+        schedule="shared_forward",
     ),  # fmt: skip
     "mnist": Settings("resnet18", 1e-4, 50, PAPER_VIEWS, l2_weight=0.1),
     "cifar10": Settings("resnet18", 1e-4, 50, PAPER_VIEWS | {"flip": 0.5}, offline_epochs=120),

@@ -1,0 +1,89 @@
+"""A whole step as one CUDA graph, replayed for every batch of the same shape.
+
+What differs from batch to batch is data on the device: images, labels, the learning rates, λ, the
+seed and the batch's number. Everything else belongs to the key; where it changes, the next batch is
+learned without a graph, and the one after it records a new one.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class CudaGraph:
+    """Records what a function asks of the device, without running it, and runs that again."""
+
+    def __init__(self, device: torch.device):
+        if device.type != "cuda":
+            raise ValueError(f"capture: expected False on {device}; CUDA graphs need a GPU")
+        self._graph = torch.cuda.CUDAGraph()
+
+    def rehearse(self, function: Callable[[], Tensor]) -> Tensor:
+        """Run it beside the current stream, as torch asks for before a recording."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            result = function()
+        torch.cuda.current_stream().wait_stream(side)
+        return result
+
+    def record(self, function: Callable[[], Tensor]) -> Tensor:
+        with torch.cuda.graph(self._graph):
+            return function()
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+class Scalars:
+    """What may change between two replays, as scalars on the device."""
+
+    def __init__(self, device: torch.device, groups: int):
+        def scalar(dtype):
+            return torch.zeros((), dtype=dtype, device=device)
+
+        self.rates = [scalar(torch.float64) for _ in range(groups)]
+        self.balance = scalar(torch.float64)
+        self.seed, self.number = scalar(torch.int64), scalar(torch.int64)
+
+    def fill(self, rates: list[float | Tensor], balance: float, seed: int, number: int) -> None:
+        """Set them, in the order of the stream and without waiting for the device."""
+        scalars = (*self.rates, self.balance, self.seed, self.number)
+        for scalar, value in zip(scalars, (*rates, balance, seed, number), strict=True):
+            scalar.copy_(value) if isinstance(value, Tensor) else scalar.fill_(value)
+
+
+class CapturedStep:
+    """A step on images, labels and scalars that always lie in the same place.
+
+    The first batch runs without a graph, the second one is recorded and replayed, the others are
+    replayed.
+    """
+
+    def __init__(self, key: object, images: Tensor, labels: Tensor, groups: int):
+        self.key = key
+        self.graph = CudaGraph(images.device)
+        self.images, self.labels = torch.empty_like(images), torch.empty_like(labels)
+        self.scalars = Scalars(images.device, groups)
+        self.rehearsed = False
+        self.recorded: tuple[Tensor, object] | None = None  # loss and report
+
+    def run(self, step: Callable[[], tuple[Tensor, object]]) -> tuple[Tensor, object]:
+        """Loss and report of `step()`, which reads what lies here; they change with each replay."""
+        if not self.rehearsed:
+            result = self.graph.rehearse(step)
+            self.rehearsed = True
+            return result
+        if self.recorded is None:
+            try:
+                self.recorded = self.graph.record(step)
+            except Exception as error:
+                raise RuntimeError(
+                    f"capture: the step cannot be recorded as a CUDA graph ({error}). Look for "
+                    "what waits for the device or allocates outside of torch: a hook or an augment "
+                    "of your own, or a base optimizer without capturable=True or fused=True. The "
+                    "network has not changed; capture=False goes without a graph"
+                ) from error
+        self.graph.replay()
+        return self.recorded

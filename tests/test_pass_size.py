@@ -1,0 +1,287 @@
+"""views_per_pass: a number or "auto", running out of memory, and models that mix their images."""
+
+import copy
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from bld_ext import BLDOptimizer, SeededAugment
+from bld_ext.api import pass_size
+
+AUGMENT = SeededAugment(crop_padding=1, rotation=15, jitter=0.2)
+OPTIONS = dict(lr=0.05, views=8, augment=AUGMENT, seed=3)
+
+
+def state(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_same_bits(a, b):
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def optimizer_of(model, **options):
+    return BLDOptimizer(model, **OPTIONS | options)
+
+
+# ---- "auto" ----
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"), [(1, 1), (2**40, 8), (None, 8)], ids=["none", "plenty", "default"]
+)
+def test_auto_takes_what_fits(budget, expected, make_model, make_batch):
+    optimizer = optimizer_of(make_model(heads=(2, 2)), views_per_pass="auto", memory_budget=budget)
+    optimizer.step(*make_batch(2))
+    assert optimizer.views_in_pass == expected
+
+
+def test_auto_stays_below_the_budget_and_uses_it(make_model, make_batch):
+    """Activations of a pass, counted from outside, against the budget."""
+    model, batch = make_model(heads=(2, 2)), make_batch(2, size=20)
+
+    def saved_by(views):
+        saved = {}
+
+        def note(t):
+            saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        twin = copy.deepcopy(model)
+        optimizer = optimizer_of(twin, views=views, views_per_pass=views, joint_steps=0)
+        optimizer._looked_for_mixing = True
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            optimizer.step(*batch)
+        return sum(saved.values())
+
+    budget = 5 * saved_by(1)
+    optimizer = optimizer_of(model, views_per_pass="auto", memory_budget=budget)
+    optimizer.step(*batch)
+    assert 2 <= optimizer.views_in_pass <= 4  # beside activations there are two gradients
+    assert saved_by(optimizer.views_in_pass) <= budget
+
+
+def test_passes_are_even(make_model, make_batch):
+    """7 of 8 views would leave a pass of one."""
+    optimizer = optimizer_of(make_model(heads=(2,)), views_per_pass="auto")
+    optimizer.warm_up(*make_batch(2))
+    views = optimizer._views(*make_batch(2), [2], 0)
+    with optimizer._stage("keep"):
+        each = pass_size.activation_bytes(replace(views, count=1, per_pass=1))
+    size = pass_size.PassSize("auto", 7 * each)
+    with optimizer._stage("keep"):
+        size.fit(replace(views, count=1, per_pass=1), 8, "key")
+    assert size.number == 4
+
+
+def test_auto_computes_what_that_number_of_views_computes(make_model, make_batch):
+    states = []
+    for views in ("auto", 8):
+        model = make_model(heads=(2, 2), dropout=0.2)
+        optimizer = optimizer_of(model, views_per_pass=views)
+        for number in range(2):
+            optimizer.step(*make_batch(2, number))
+        states.append(state(model))
+    assert_same_bits(*states)
+
+
+def test_measuring_leaves_no_trace(make_model, make_batch):
+    model = make_model(heads=(2, 2), dropout=0.2)
+    optimizer = optimizer_of(model, views_per_pass="auto")
+    before, images, rng = state(model), make_batch(2), torch.get_rng_state()
+    optimizer._choose_pass_size(*images, [2, 2])
+    assert optimizer.views_in_pass == 8
+    assert_same_bits(before, model.state_dict())
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert all(p.grad is None for p in model.parameters()) and optimizer.batches == 0
+
+
+def test_another_batch_size_is_measured_anew(make_model, make_batch):
+    model = make_model(heads=(2, 2))
+    optimizer = optimizer_of(model, views_per_pass="auto", memory_budget=2**20)
+    numbers = []
+    for size in (5, 200):
+        optimizer.step(*make_batch(2, size=size))
+        numbers.append(optimizer.views_in_pass)
+    assert numbers[0] > numbers[1]
+
+
+# ---- running out of memory ----
+
+
+class Small(nn.Module):
+    """A device on which only so many images fit at once."""
+
+    def __init__(self, inner, limit, error):
+        super().__init__()
+        self.inner, self.limit, self.error, self.calls = inner, limit, error, 0
+
+    def forward(self, images):
+        self.calls += 1
+        if torch.is_grad_enabled() and len(images) > self.limit:
+            raise self.error
+        return self.inner(images)
+
+
+ERRORS = {
+    "gpu": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "cpu": RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+}
+
+
+def small_model(make_model, limit, error, heads=(2, 2)):
+    model = make_model(heads=heads)
+    model.backbone = Small(model.backbone, limit, error)
+    return model
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+@pytest.mark.parametrize("schedule", ["two_forward", "shared_forward", "in_backward"])
+def test_auto_backs_off_and_loses_nothing(kind, schedule, make_model, make_batch):
+    states = []
+    for views, limit in (("auto", 10), (2, 10**6)):
+        model = small_model(make_model, limit, ERRORS[kind])
+        optimizer = optimizer_of(model, views_per_pass=views, schedule=schedule)
+        for number in range(2):
+            optimizer.step(*make_batch(2, number))
+        assert optimizer.views_in_pass == 2 and optimizer.batches == 2
+        states.append(state(model))
+    assert_same_bits(*states)
+
+
+@pytest.mark.parametrize("stage", ["warm-up", "joint"])
+@pytest.mark.parametrize("kind", ERRORS)
+def test_the_error_names_the_setting_to_lower(kind, stage, make_model, make_batch):
+    model = small_model(make_model, 10**6, ERRORS[kind])
+    optimizer = optimizer_of(model, views_per_pass=4)
+    batch = make_batch(2)
+    if stage == "joint":
+        optimizer.warm_up(*batch)
+    model.backbone.limit = 10
+    call = optimizer.joint if stage == "joint" else optimizer.step
+    with pytest.raises(torch.OutOfMemoryError, match="^views_per_pass: 4 views of 5 images .* low"):
+        call(*batch)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_one_view_that_does_not_fit(make_model, make_batch):
+    model = small_model(make_model, 4, ERRORS["gpu"])
+    before = state(model)
+    with pytest.raises(torch.OutOfMemoryError, match="fewer images a batch"):
+        optimizer_of(model, views_per_pass=1).step(*make_batch(2))
+    assert_same_bits(before, model.state_dict())
+
+
+def test_another_error_is_not_retried(make_model, make_batch):
+    model = small_model(make_model, 10, RuntimeError("shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        optimizer_of(model, views_per_pass="auto").step(*make_batch(2))
+
+
+# ---- what it changes ----
+
+
+class Centred(nn.Module):
+    """Subtracts the mean of its batch."""
+
+    def forward(self, x):
+        return x - x.mean(0)
+
+
+class Mixing(nn.Module):
+    """Mixes in its own forward."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, images):
+        features = self.inner(images)
+        return features - features.mean(0)
+
+
+def mixing_model(make_model, how):
+    model = make_model(heads=(2, 2))
+    if how == "module":
+        model.backbone.add_module("centred", Centred())
+        return model, "backbone.centred"
+    model.backbone = Mixing(model.backbone)
+    return model, "MultiHead"
+
+
+@pytest.mark.parametrize("how", ["module", "forward"])
+def test_a_model_that_mixes_its_images_is_warned_about_once(how, make_model, make_batch):
+    model, name = mixing_model(make_model, how)
+    optimizer = optimizer_of(model, views_per_pass=4)
+    with pytest.warns(
+        UserWarning, match=f"{name} computes an image differently .*views_per_pass=1"
+    ):
+        optimizer.step(*make_batch(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step(*make_batch(2, 1))
+        optimizer_of(mixing_model(make_model, how)[0], views_per_pass=1).step(*make_batch(2))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_batch_norm_and_dropout_are_not(dropout, make_model, make_batch):
+    model = make_model(heads=(2, 2), dropout=dropout)
+    before = [m.training for m in model.modules()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer_of(model, views_per_pass=4).step(*make_batch(2))
+    assert [m.training for m in model.modules()] == before
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_looking_for_mixing_leaves_no_trace(make_model, make_batch):
+    states = []
+    for look in (True, False):
+        model = make_model(heads=(2, 2), dropout=0.2)
+        optimizer = optimizer_of(model, views_per_pass=4)
+        optimizer._looked_for_mixing = not look
+        optimizer.step(*make_batch(2))
+        states.append(state(model))
+    assert_same_bits(*states)
+
+
+@pytest.mark.parametrize("schedule", ["two_forward", "shared_forward", "in_backward"])
+@pytest.mark.parametrize("views", [3, 5, 8, 100, "auto"])
+def test_any_number_of_views_is_one_view_a_pass_in_float64(schedule, views, make_model, make_batch):
+    """Losses, weights and buffers; the last pass is smaller where the number divides no V."""
+    results = []
+    augment = SeededAugment(crop_padding=1, rotation=15, jitter=0.2, dtype=torch.float64)
+    for count in (1, views):
+        model = make_model(heads=(2, 3, 2), dtype=torch.float64)
+        optimizer = optimizer_of(model, views_per_pass=count, schedule=schedule, augment=augment)
+        losses = []
+        for number in range(3):
+            loss = optimizer.step(*make_batch(2, number, dtype=torch.float64))
+            losses += [loss, *optimizer.last.new_loss, *optimizer.last.distillation_loss]
+            losses += [*optimizer.last.factors]
+        results.append((losses, state(model)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            dict(views_per_pass="all"),
+            "views_per_pass: expected a whole number or 'auto', got 'all'",
+        ),
+        (dict(views_per_pass=0), "views_per_pass: expected a whole number of at least 1, got 0"),
+        (dict(memory_budget=10), "memory_budget: expected None with views_per_pass=1, got 10"),
+        (
+            dict(views_per_pass="auto", memory_budget=0.5),
+            "memory_budget: expected a whole number of at least 1, got 0.5",
+        ),
+    ],
+)
+def test_bad_settings(options, message, make_model):
+    with pytest.raises(ValueError, match=message):
+        optimizer_of(make_model(heads=(2,)), **options)
