@@ -4,7 +4,7 @@
 #     OUT=folder bash benchmarks/gpu.sh [part]...
 #
 # Parts: build tests memcheck racecheck head_softmax distillation warm_up joint balance update
-# augment table; the seven names of ops are benchmarks. Runs those named, or all, in this order; each ends
+# augment step profile table; the names of ops, and step, are benchmarks. Runs those named, or all, in this order; each ends
 # within nine minutes, and one that fails does not keep the others from running. Logs,
 # pytest-benchmark's JSON and a readable table go to $OUT (default: runs/gpu).
 set -uo pipefail
@@ -12,12 +12,13 @@ cd "$(dirname "$0")/.."
 export OUT=${OUT:-runs/gpu}
 export CUBLAS_WORKSPACE_CONFIG=:4096:8 # the tests turn deterministic algorithms on
 mkdir -p "$OUT"
-all=(build tests memcheck racecheck head_softmax distillation warm_up joint balance update augment
-  table)
+all=(build tests memcheck racecheck step head_softmax distillation warm_up joint balance update
+  augment profile table)
 limit=(timeout --kill-after=10 530)
 # The ops alone, without graphs and large inputs. Without torch's caching every tensor is an
 # allocation of its own, with bounds that can be overstepped.
-watched=(tests/test_triton.py tests/test_triton_augment.py tests/test_gpu_layers.py
+watched=(tests/test_triton.py tests/test_triton_augment.py tests/test_triton_batch_norm.py
+  tests/test_gpu_layers.py
   -k "parity or bit_for_bit or layout or inside or no_class or rows or agree or views or outside or \
   any_length or any_size or definition")
 sanitizer=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${limit[@]}" compute-sanitizer
@@ -37,9 +38,12 @@ run() {
   case $1 in
     build) "${limit[@]}" python3 -m pip install --no-build-isolation --no-deps -e . ;;
     tests) "${limit[@]}" python3 -m pytest -q tests/test_gpu.py tests/test_gpu_layers.py \
-      tests/test_triton.py tests/test_triton_augment.py tests/test_losses.py ;;
+      tests/test_gpu_step.py tests/test_triton.py tests/test_triton_augment.py \
+      tests/test_triton_batch_norm.py tests/test_losses.py ;;
     memcheck | racecheck) "${sanitizer[@]}" --tool "$1" python3 -m pytest -q -x "${watched[@]}" ;;
     table) python3 -m benchmarks.table "$OUT"/*.json | tee "$OUT/table.md" ;;
+    step) measure benchmarks/test_step.py "$1" ;;
+    profile) "${limit[@]}" python3 -m benchmarks.profile_step --trace "$OUT/step-trace.json" ;;
     augment) measure benchmarks/test_augment.py "$1" ;;
     balance | update) measure benchmarks/test_layers.py "$1" ;;
     *) measure benchmarks/test_distillation.py "$1" ;;

@@ -25,29 +25,56 @@ def rows(benchmarks: list[dict]) -> dict[str, list[dict]]:
     return {group: sorted(found, key=lambda row: -row["us"]) for group, found in groups.items()}
 
 
+def times_of_ours(found: list[dict], row: dict) -> str:
+    ours = next((other["us"] for other in found if other["name"] == "ours"), None)
+    return f"{row['us'] / ours:.2f} ×" if ours else ""
+
+
+def table_of_ops(group: str, found: list[dict]) -> list[str]:
+    more = {name: key for name, key in MORE.items() if key in found[0]}
+    lines = [
+        f"**{group}**, {found[0]['bytes']:,} bytes; "
+        f"a copy runs at {found[0]['copy_gb_per_s']:.1f} GB/s",
+        "",
+        "| implementation | µs | against ours | GB/s | of a copy | extra memory "
+        "| launches | CPU µs |" + "".join(f" {name} |" for name in more),
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |" + " ---: |" * len(more),
+    ]
+    for row in found:
+        share = f"{100 * row['gb_per_s'] / row['copy_gb_per_s']:.0f} %"
+        launches = "" if row["launches"] is None else row["launches"]
+        host = "" if row.get("host_us") is None else f"{row['host_us']:.1f}"
+        lines.append(
+            f"| {row['name']} | {row['us']:.1f} | {times_of_ours(found, row)} "
+            f"| {row['gb_per_s']:.1f} | {share} "
+            f"| {row['peak_extra_bytes']:,} B | {launches} | {host} |"
+            + "".join(f" {row[key]:,.4g} |" for key in more.values())
+        )
+    return lines
+
+
+def table_of_steps(group: str, found: list[dict]) -> list[str]:
+    lines = [
+        f"**{group}**; bare passes are fastest with {found[0]['bare_best']}",
+        "",
+        "| implementation | ms | views/s | against ours | against its bare passes | GFLOP "
+        "| extra memory | launches |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in found:
+        launches = "" if row["launches"] is None else row["launches"]
+        lines.append(
+            f"| {row['name']} | {row['us'] / 1e3:.1f} | {row['views_per_s']:,.0f} "
+            f"| {times_of_ours(found, row)} | {row['against_bare']:.2f} × | {row['gflops']:.1f} "
+            f"| {row['peak_extra_bytes'] / 1e6:.1f} MB | {launches} |"
+        )
+    return lines
+
+
 def table(benchmarks: list[dict]) -> str:
     lines = []
     for group, found in rows(benchmarks).items():
-        more = {name: key for name, key in MORE.items() if key in found[0]}
-        ours = next((row["us"] for row in found if row["name"] == "ours"), None)
-        lines += [
-            f"**{group}**, {found[0]['bytes']:,} bytes; "
-            f"a copy runs at {found[0]['copy_gb_per_s']:.1f} GB/s",
-            "",
-            "| implementation | µs | against ours | GB/s | of a copy | extra memory "
-            "| launches | CPU µs |" + "".join(f" {name} |" for name in more),
-            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |" + " ---: |" * len(more),
-        ]
-        for row in found:
-            ratio = f"{row['us'] / ours:.2f} ×" if ours else ""
-            share = f"{100 * row['gb_per_s'] / row['copy_gb_per_s']:.0f} %"
-            launches = "" if row["launches"] is None else row["launches"]
-            host = "" if row.get("host_us") is None else f"{row['host_us']:.1f}"
-            lines.append(
-                f"| {row['name']} | {row['us']:.1f} | {ratio} | {row['gb_per_s']:.1f} | {share} "
-                f"| {row['peak_extra_bytes']:,} B | {launches} | {host} |"
-                + "".join(f" {row[key]:,.4g} |" for key in more.values())
-            )
+        lines += (table_of_steps if "views_per_s" in found[0] else table_of_ops)(group, found)
         lines.append("")
     return "\n".join(lines)
 

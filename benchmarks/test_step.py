@@ -45,6 +45,15 @@ SETTINGS = {
     "shared_forward": dict(views_per_pass=VIEWS, schedule="shared_forward"),
     "ours": dict(views_per_pass="auto", schedule="shared_forward"),
 }
+if ON_GPU:
+    graph = dict(views_per_pass=VIEWS, capture=True)
+    SETTINGS |= {
+        "two_forward, captured": graph,
+        "two_forward, mixed, channels last, captured": graph
+        | dict(precision="mixed", channels_last=True),
+        "shared_forward, captured": graph | dict(schedule="shared_forward"),
+        "ours": dict(views_per_pass="auto", schedule="shared_forward", capture=True),
+    }
 WAYS = ("torchvision-image", "torchvision-batch", "kornia")
 
 
@@ -281,7 +290,8 @@ def test_step(benchmark, op, name):
         network, LR, temperature=TEMPERATURE, balance=BALANCE, views=VIEWS, augment=AUGMENT,
         **settings,
     )  # fmt: skip
-    optimizer.step(images, labels)
+    for _ in range(3 if settings.get("capture") else 1):  # a graph is recorded at the second step
+        optimizer.step(images, labels)
     assert optimizer.last.distillation_norms[0].max() > 0  # it distils
     benchmark.group = f"step, {NETWORK}"
     call = functools.partial(optimizer.step, images, labels)

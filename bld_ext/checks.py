@@ -24,11 +24,7 @@ def logits(logits: Tensor, head_sizes: Sequence[int], exact: bool) -> list[int]:
     tensor("logits", logits)
     require(logits.dtype in FLOATS, "logits", "a floating-point dtype", logits.dtype)
     require(logits.dim() >= 2, "logits", "shape [N, C, *]", tuple(logits.shape))
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(logits).tangent is not None:
-        raise NotImplementedError(
-            "logits: expected a plain tensor, got a dual tensor of forward-mode differentiation, "
-            "which the ops do not have; use reverse mode (backward, torch.autograd.grad)"
-        )
+    plain("logits", logits)
     sizes = list(head_sizes)
     require(all(s >= 1 for s in sizes), "head_sizes", "sizes of at least 1", sizes)
     total, classes = sum(sizes), logits.shape[1]
@@ -77,6 +73,15 @@ def may_look(tensor: Tensor, check_inputs: bool) -> bool:
     return tensor.device.type == "cpu" or check_inputs
 
 
+def plain(argument: str, value: Tensor) -> None:
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
+        raise NotImplementedError(
+            f"{argument}: expected a plain tensor, got a dual tensor of forward-mode "
+            "differentiation, which the ops do not have; use reverse mode (backward, "
+            "torch.autograd.grad)"
+        )
+
+
 def tensor(argument: str, value: Tensor) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument}: expected a tensor, got {type(value).__name__}")
@@ -107,6 +112,7 @@ def view_batch_norm(
     tensor("input", input)
     require(input.dtype in FLOATS, "input", "a floating-point dtype", input.dtype)
     require(input.dim() >= 2, "input", "shape [V·B, C, *]", input.shape)
+    plain("input", input)
     whole = isinstance(views, Integral) and not isinstance(views, bool)
     if not (whole and views >= 1 and len(input) % views == 0):
         require(False, "views", f"a divisor of {len(input)}, the images of input", views)

@@ -17,7 +17,8 @@ class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
     training mode, a batch holds `views` views one after the other, and what happens to the running
     statistics is the mode's affair:
 
-    "every_pass"  PyTorch's rule at each view: running ← (1 - m)·running + m·statistics.
+    "every_pass"  PyTorch's rule at each view: running ← (1 - m)·running + m·statistics. A module
+                  that is used twice in a forward pass moves for all views of one use first.
     "pool"        they wait; `pooled` gathers every view, and `commit` makes one update of it.
     "keep"        they are left alone.
 
@@ -27,33 +28,56 @@ class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     views = 1
     mode: str | None = None
-    pooled: tuple[Tensor, Tensor, int, int] | None = None  # Σ mean, Σ E[x²], views, elements
+    pooled: Tensor | None = None  # [2, C], Σ mean and Σ E[x²] over the views
+    counted: Tensor | None = None  # [2], views, and values of a channel in all of them
 
     def forward(self, input: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
-        if not self.training or self.mode is None:
+        if not self.by_view():
             out = super().forward(input)
             out = out if residual is None else out + residual
             return out.relu() if relu else out
         self._check_input_dim(input)  # [views·B, C, *]
+        if len(input) % self.views:
+            raise ValueError(
+                f"views_per_pass: expected 1, since a BatchNorm of the model gets {len(input)} "
+                f"images of {self.views} views, which is not as many of each"
+            )
         elements = input.numel() // (input.shape[1] * self.views)  # of a channel in a view
         if elements == 1:
             raise ValueError(
-                f"images: BatchNorm expected more than 1 value per channel when training, got input"
-                f" size {list(input.shape)} for {self.views} views"
+                "images: BatchNorm expected more than 1 value per channel in training, got shape "
+                f"{list(input.shape)} of {self.views} views; use more images a batch"
             )
         out, mean, variance = ops.view_batch_norm(
             input, self.weight, self.bias, residual, views=self.views, eps=self.eps, relu=relu
         )
-        if self.mode != "keep" and self.track_running_stats:
+        if self.mode != "keep" and self.track_running_stats and not recomputing():
             gather = self._gather if self.mode == "pool" else self._move
             gather(mean.double(), variance.double(), elements)
         return out
 
+    def by_view(self) -> bool:
+        """Whether it normalises, and view by view: in a step, unless it is frozen."""
+        return self.mode is not None and (self.training or self.running_mean is None)
+
+    def begin(self, mode: str) -> None:
+        """From now on a batch holds views."""
+        self.mode = mode
+        if mode == "pool" and self.track_running_stats:
+            like = dict(dtype=torch.float64, device=self.running_mean.device)
+            self.pooled = torch.zeros(2, self.num_features, **like)
+            self.counted = torch.zeros(2, **like)
+
+    def end(self) -> None:
+        self.mode = self.pooled = self.counted = None
+        self.views = 1
+
     @torch.no_grad()
     def _gather(self, mean: Tensor, variance: Tensor, n: int) -> None:  # [V, C]
-        means, squares, count, elements = self.pooled or (0, 0, 0, 0)
-        squares = squares + (variance + mean * mean).sum(0)
-        self.pooled = means + mean.sum(0), squares, count + len(mean), elements + n * len(mean)
+        self.pooled[0] += mean.sum(0)
+        self.pooled[1] += (variance + mean * mean).sum(0)
+        self.counted[0] += len(mean)
+        self.counted[1] += n * len(mean)
 
     @torch.no_grad()
     def _move(self, mean: Tensor, variance: Tensor, n: int) -> None:  # [V, C]
@@ -82,20 +106,20 @@ class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
         """
         if self.pooled is None:
             return
-        means, squares, count, n = self.pooled
-        self.pooled = None
-        mean = means / count
-        variance = (squares / count - mean**2).clamp(min=0) * (n / max(n - 1, 1))
+        came = self.counted[0] > 0  # an idle module keeps what it has
+        views, n = self.counted.clamp(min=1)
+        mean, square = self.pooled / views
+        variance = (square - mean**2).clamp(min=0) * (n / (n - 1).clamp(min=1))
         m = self.momentum
         if m:
             initial = (self.running_mean == 0).all() & (self.running_var == 1).all()
-            loaded = (self.num_batches_tracked == 0) & ~initial
+            loaded = came & (self.num_batches_tracked == 0) & ~initial
             self.num_batches_tracked += loaded * math.ceil(20 / m)  # (1 - m)^(20 / m) < 1e-8
-        self.num_batches_tracked += 1
-        t = self.num_batches_tracked.double()
+        self.num_batches_tracked += came
+        t = self.num_batches_tracked.double().clamp(min=1)
         weight = 1 / t if m is None else m / (1 - (1 - m) ** t) if m > 0 else torch.zeros_like(t)
         for running, new in ((self.running_mean, mean), (self.running_var, variance)):
-            running.copy_(torch.lerp(running.double(), new, weight))
+            running.copy_(torch.lerp(running.double(), new, weight * came))
 
 
 class ViewBatchNorm1d(ViewBatchNorm, nn.BatchNorm1d):
@@ -110,11 +134,16 @@ class ViewBatchNorm3d(ViewBatchNorm, nn.BatchNorm3d):
     pass
 
 
+def recomputing() -> bool:
+    """Whether backward is running: what a checkpoint computes again has been counted before."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 @contextmanager
 def view_statistics(layers: Sequence[ViewBatchNorm], mode: str) -> Iterator[None]:
     """Put the layers into a mode; commit what they gathered, or undo it if anything raises."""
     for layer in layers:
-        layer.mode, layer.pooled = mode, None
+        layer.begin(mode)
     moving = [b for layer in layers for b in layer.buffers()] if mode == "every_pass" else []
     before = [b.clone() for b in moving]
     try:
@@ -127,4 +156,4 @@ def view_statistics(layers: Sequence[ViewBatchNorm], mode: str) -> Iterator[None
         raise
     finally:
         for layer in layers:
-            layer.mode, layer.pooled, layer.views = None, None, 1
+            layer.end()

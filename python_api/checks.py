@@ -70,7 +70,7 @@ def views_per_pass(value: int | str, budget: int | None) -> None:
 
 
 def precision(value: str) -> None:
-    if value in REFUSED:
+    if str(value).lower().removeprefix("torch.") in REFUSED:
         raise ValueError(
             f"precision: expected 'fp32' or 'mixed', got {value!r}. Forward passes in TF32 or "
             "bfloat16 leave rounding noise of the distillation gradient (cosine to float64 below "

@@ -4,6 +4,7 @@ BatchNorm and what follows it, weights as convolutions read them fastest.
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from bld_ext.api.batch_norm import (
     ViewBatchNorm,
@@ -14,20 +15,22 @@ from bld_ext.api.batch_norm import (
 
 
 def unwatched(*modules: nn.Module) -> bool:
-    """No hook would miss what is between them."""
-    return not any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+    """No hook, and no forward of an instance's own, would miss what is between them."""
+    watchers = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
+    return not any(watchers) and not any(
+        m._forward_hooks
+        or m._forward_pre_hooks
+        or m._backward_hooks
+        or m._backward_pre_hooks
+        or "forward" in vars(m)
         for m in modules
     )
 
 
-def in_step(norm: nn.Module) -> bool:
-    """Whether this is a BatchNorm that normalises view by view just now."""
-    return isinstance(norm, ViewBatchNorm) and norm.mode is not None and norm.training
-
-
 def absorbs(norm: nn.Module, relu: nn.Module) -> bool:
-    return in_step(norm) and type(relu) is nn.ReLU and unwatched(norm, relu)
+    """Whether this BatchNorm may compute the ReLU behind it too, just now."""
+    by_view = isinstance(norm, ViewBatchNorm) and norm.by_view()
+    return by_view and type(relu) is nn.ReLU and unwatched(norm, relu)
 
 
 class FusedSequential(nn.Sequential):
@@ -70,7 +73,8 @@ def convert_view_batchnorm(module: nn.Module) -> nn.Module:
     """Turn every `nn.BatchNorm*d` inside into a `ViewBatchNorm`, in place, and return the module.
 
     The modules, their parameters, buffers, hooks and state_dict stay the same objects; each is
-    still an instance of its PyTorch class and behaves as before outside a BLD step. Inside one, a
+    still an instance of its PyTorch class and computes as before outside a BLD step; tools that go
+    by a module's exact type, such as torch.jit.script, want a copy from before. Inside a step, a
     ReLU behind a BatchNorm of an `nn.Sequential`, and the shortcut and the ReLUs of torchvision's
     residual blocks, are computed by the BatchNorm's kernel, unless a hook watches them.
     """
@@ -82,9 +86,32 @@ def convert_view_batchnorm(module: nn.Module) -> nn.Module:
     return module
 
 
+def _may_move(param: Tensor, storages: dict[int, int]) -> bool:
+    """Nothing else would be left behind: no other tensor, no other process."""
+    storage = param.untyped_storage()
+    alone = storages[storage.data_ptr()] == 1 and storage.nbytes() == param.nbytes
+    return alone and not param.is_shared()
+
+
 @torch.no_grad()
-def keep_channels_last(model: nn.Module) -> None:
-    """Weights of two-dimensional convolutions in torch.channels_last, as `model.to` would."""
+def lay_out(model: nn.Module, layout: torch.memory_format) -> None:
+    """Weights of two-dimensional convolutions in this format, as `model.to` would, one by one."""
+    storages: dict[int, int] = {}
     for param in model.parameters():
-        if param.dim() == 4 and not param.is_contiguous(memory_format=torch.channels_last):
-            param.data = param.data.contiguous(memory_format=torch.channels_last)
+        at = param.untyped_storage().data_ptr()
+        storages[at] = storages.get(at, 0) + 1
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            for param in module.parameters(recurse=False):
+                if param.dim() == 4 and not param.is_contiguous(memory_format=layout):
+                    if _may_move(param, storages):
+                        param.data = param.data.contiguous(memory_format=layout)
+
+
+def lay_out_state(state: dict) -> None:
+    """An optimizer's state as its parameters lie: torch's fused kernels pair them by address."""
+    for param, entry in state.items():
+        for name, value in entry.items():
+            if isinstance(value, Tensor) and value.shape == param.shape:
+                if value.stride() != param.stride():
+                    entry[name] = torch.empty_like(param).copy_(value)

@@ -19,11 +19,11 @@ from bld_ext import ops
 from bld_ext.api import checks
 from bld_ext.api.batch_norm import ViewBatchNorm, view_statistics
 from bld_ext.api.capture import CapturedStep, Scalars
-from bld_ext.api.convert import convert_view_batchnorm, keep_channels_last
+from bld_ext.api.convert import convert_view_batchnorm, lay_out, lay_out_state
 from bld_ext.api.gradients import Gradients
 from bld_ext.api.layers import KINDS, Layers
 from bld_ext.api.memory import tensor_bytes
-from bld_ext.api.pass_size import PassSize, is_out_of_memory, warn_of_mixing
+from bld_ext.api.pass_size import PassSize, is_out_of_memory, no_trace, warn_of_mixing
 from bld_ext.api.passes import (
     distillation_pass,
     new_task_pass,
@@ -32,7 +32,7 @@ from bld_ext.api.passes import (
     warm_up_pass,
 )
 from bld_ext.api.precision import exact_float32
-from bld_ext.api.views import Views
+from bld_ext.api.views import NeedsContiguousError, Views
 
 LOSSES = ("new", "distillation")
 SCHEDULES = ("two_forward", "shared_forward", "in_backward")
@@ -132,14 +132,16 @@ class BLDOptimizer(torch.optim.Optimizer):
         precision: of products. "fp32": all of them, TF32 off. "mixed": the forward passes are as in
             fp32, whose rounding would drown what is distilled; the backward passes, whose rounding
             is relative to the gradient, run in TF32 on a GPU, and in bfloat16 on a CPU that has
-            instructions for it.
-        channels_last: keep images and convolution weights in torch.channels_last; default on a
-            CPU, where it is faster. The weights keep values and identity.
+            instructions for it; what a checkpoint computes again is part of the backward pass.
+        channels_last: keep images and the weights of two-dimensional convolutions in
+            torch.channels_last. Default: on a CPU, where it is faster, unless the model needs
+            contiguous activations, for a `view`. Weights that share memory stay as they are.
         capture: learn batches of one shape by replaying a CUDA graph of the whole step: the first
-            one runs without, the second is recorded; so again after a new head, another shape or
-            another setting. Learning rates, λ and seed may change at any time. The graph's memory,
-            with the last batch's values in it, is held from batch to batch; `last` and what is in
-            it change with each step. Not for models with dropout, nor with "in_backward" or
+            one runs without, the second is recorded; so again after a new head, another shape,
+            module, hook or setting. Learning rates, λ and seed may change at any time; what a
+            module of your own decides in Python stays as it was recorded. The graph's memory, with
+            the last batch's values in it, is held from batch to batch; `last` and what is in it
+            change with each step. Not for models with dropout, nor with "in_backward" or
             `check_finite`; `augment` gets seed and step as device scalars.
         base: the optimizer class that makes the updates, called as `base(params, lr=lr)`; options
             go through functools.partial. One that keeps state carries memory from batch to batch.
@@ -217,8 +219,9 @@ class BLDOptimizer(torch.optim.Optimizer):
 
         self.model = convert_view_batchnorm(model)
         self.channels_last = channels_last
+        self._needs_contiguous = False  # whether the model was seen to
         if self._wants_channels_last(next(model.parameters()).device):
-            keep_channels_last(model)
+            lay_out(model, torch.channels_last)
         self.base = base(list(model.named_parameters()), lr=lr)
         checks.base(self.base)
         super().__init__(self.base.param_groups, self.base.defaults)
@@ -227,7 +230,6 @@ class BLDOptimizer(torch.optim.Optimizer):
         self.balance = balance
         self.joint_steps = joint_steps
         self.views = views
-        self.views_per_pass = views_per_pass
         self.augment = augment
         self.layer = layer
         self.schedule = schedule
@@ -279,15 +281,16 @@ class BLDOptimizer(torch.optim.Optimizer):
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
+                problem = self._no_memory(images)
                 if not (self._pass_size.halve() and undo):
-                    raise self._no_memory(images) from error
+                    raise problem from error
             else:
                 self._pass_size.on_trial = False
                 return loss
 
     def _step(self, images: Tensor, labels: Tensor, sizes: list[int]) -> Tensor:
         try:
-            loss = self._warm_up(images, labels, sizes)
+            loss = self._in_either_format(lambda: self._warm_up(images, labels, sizes))
             for _ in range(self.joint_steps):
                 self._joint(images, labels, sizes)
         finally:
@@ -324,24 +327,28 @@ class BLDOptimizer(torch.optim.Optimizer):
     def _capture_key(self, images: Tensor, labels: Tensor, sizes: list[int]) -> tuple:
         """All that a recorded step has been made for."""
         settings = [self.temperature, self.joint_steps, self.views, self.views_in_pass, self.layer]
-        settings += [self.schedule, self.statistics, self.precision, self.balance is None]
-        settings += [self.balance == 0, self.warmup_ratio, id(self.augment)]
+        settings += [self.schedule, self.balance_in_backward, self.statistics, self.precision]
+        settings += [self.balance is None, self.balance == 0, self.warmup_ratio]
+        settings += [self._wants_channels_last(images.device), self.augment, repr(self.augment)]
         batch = [(tuple(t.shape), t.stride(), t.dtype, t.device) for t in (images, labels)]
         params = [(id(p), p.data_ptr(), p.requires_grad) for p in self._parameters()]
-        model = [m.training for m in self.model.modules()]
-        model += [b.data_ptr() for b in self.model.buffers()]
+        buffers = [b.data_ptr() for b in self.model.buffers()]
+        modules = [
+            (id(m), type(m), m.training, m.extra_repr(), *m._forward_hooks, *m._forward_pre_hooks)
+            for m in self.model.modules()
+        ]
         options = [
             {k: v for k, v in group.items() if k not in ("lr", "initial_lr", "params")}
             for group in self.param_groups
         ]
-        return (*settings, *batch, *sizes, *params, *model, repr(options))
+        return (*settings, *batch, *sizes, *params, *buffers, *modules, repr(options))
 
     def warm_up(self, images: Tensor, labels: Tensor) -> Tensor:
         """Algorithm 1: bank, ‖G_w‖ per layer, θ' = θ - α_w G_w. Returns L_t."""
         sizes = self._check(images, labels)
         self._choose_pass_size(images, labels, sizes)
         with self._naming_the_remedy(images):
-            return self._warm_up(images, labels, sizes)
+            return self._in_either_format(lambda: self._warm_up(images, labels, sizes))
 
     def _warm_up(self, images: Tensor, labels: Tensor, sizes: list[int]) -> Tensor:
         self._follow_model()
@@ -494,29 +501,70 @@ class BLDOptimizer(torch.optim.Optimizer):
         return [m for m in self.model.modules() if isinstance(m, ViewBatchNorm)]
 
     @property
+    def views_per_pass(self) -> int | str:
+        """As it was asked for: a number, or "auto"."""
+        return self._pass_size.wanted
+
+    @views_per_pass.setter
+    def views_per_pass(self, value: int | str) -> None:
+        budget = self._pass_size.budget if value == "auto" else None
+        checks.views_per_pass(value, budget)
+        self._pass_size = PassSize(value, budget)
+
+    @property
     def views_in_pass(self) -> int:
         """Views that go through the network at once: `views_per_pass`, or what "auto" chose."""
         return min(self._pass_size.number, self.views)
 
     def _wants_channels_last(self, device: torch.device) -> bool:
-        return device.type == "cpu" if self.channels_last is None else self.channels_last
+        if self.channels_last is None:
+            return device.type == "cpu" and not self._needs_contiguous
+        return self.channels_last
 
     def _choose_pass_size(self, images: Tensor, labels: Tensor, sizes: list[int]) -> None:
         """Measure what a view takes, where the batch is of a new shape; look for layers that mix
         images, once. Neither leaves a trace.
         """
-        key = (tuple(images.shape), images.device, next(self.model.parameters()).dtype)
+        dtype = next(self.model.parameters()).dtype
+        key = (tuple(images.shape), images.device, dtype, self.views)
         fits = self._pass_size.fits(key)
         if fits and (self._looked_for_mixing or self.views_in_pass == 1):
             return
-        views = self._views(images, labels, sizes, self.batches)
-        one = replace(views, count=1, per_pass=1)
-        with self._stage("keep"):
-            if not fits:
-                self._pass_size.fit(one, self.views, key)
-            if not self._looked_for_mixing and self.views_in_pass > 1:
-                warn_of_mixing(one, replace(views, count=2, per_pass=2), self.views_in_pass)
-                self._looked_for_mixing = True
+
+        def measure() -> None:
+            views = self._views(images, labels, sizes, self.batches)
+            one = replace(views, count=1, per_pass=1)
+            with no_trace(self.model), self._stage("keep"):
+                if not fits:
+                    self._pass_size.fit(one, self.views, key)
+                if not self._looked_for_mixing and self.views_in_pass > 1:
+                    self._look_for_mixing(one)
+
+        with self._naming_the_remedy(images):
+            self._in_either_format(measure)
+
+    def _in_either_format(self, run: Callable[[], Tensor | None]) -> Tensor | None:
+        """Where channels_last is the default and the model cannot, contiguous from now on."""
+        try:
+            return run()
+        except NeedsContiguousError:
+            if self.channels_last is not None:
+                raise
+        self._needs_contiguous = True
+        lay_out(self.model, torch.contiguous_format)
+        return run()
+
+    def _look_for_mixing(self, one: Views) -> None:
+        self._looked_for_mixing = True
+        compiled = (m._compiled_call_impl is not None for m in self.model.modules())
+        if any(compiled) or any(hasattr(m, "_orig_mod") for m in self.model.modules()):
+            return  # each of these passes would be compiled
+        both = replace(one, count=2, per_pass=2)
+        try:
+            warn_of_mixing(one, replace(one, start=1), both, self.views_in_pass)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
 
     @contextmanager
     def _naming_the_remedy(self, images: Tensor) -> Iterator[None]:
@@ -525,16 +573,20 @@ class BLDOptimizer(torch.optim.Optimizer):
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            self._pass_size.halve()
-            raise self._no_memory(images) from error
+            problem = self._no_memory(images)
+            if self._batch is None:  # both stages of a batch have the same passes
+                self._pass_size.halve()
+            raise problem from error
 
     def _no_memory(self, images: Tensor) -> torch.OutOfMemoryError:
-        smaller = "set views_per_pass lower, or to 'auto'"
+        remedy = "set views_per_pass lower, or to 'auto'"
+        if self._pass_size.automatic:
+            remedy = "the next batch will have fewer; a smaller memory_budget has them at once"
         if self.views_in_pass == 1:
-            smaller = "use fewer images a batch, schedule='in_backward', or a smaller network"
+            remedy = "use fewer images a batch, schedule='in_backward', or a smaller network"
         return torch.OutOfMemoryError(
             f"views_per_pass: {self.views_in_pass} views of {len(images)} images in one pass, and "
-            f"their gradients, do not fit into memory; {smaller}"
+            f"their gradients, do not fit into memory; {remedy}"
         )
 
     # ---- gradients per layer ----
@@ -564,11 +616,8 @@ class BLDOptimizer(torch.optim.Optimizer):
 
     def _balance_now(self) -> float | Tensor | None:
         """λ: a number, or on the device in a captured step."""
-        return (
-            self.balance
-            if self._scalars is None or self.balance is None
-            else (self._scalars.balance)
-        )
+        on_device = self._scalars is not None and self.balance is not None
+        return self._scalars.balance if on_device else self.balance
 
     def _report_balance(self, factors: Tensor, norms: Tensor) -> None:
         self.last.factors.append(factors)
@@ -714,7 +763,8 @@ class BLDOptimizer(torch.optim.Optimizer):
         checks.batch_norms(self.model, self.views_per_pass, self.statistics)
         checks.trainable(self.model)
         if self._wants_channels_last(device):
-            keep_channels_last(self.model)
+            lay_out(self.model, torch.channels_last)
+        lay_out_state(self.state)
         if device.type == "cpu" or self.check_finite:
             checks.batch_values(images, labels, sizes[-1])
         return sizes
@@ -785,6 +835,6 @@ class BLDOptimizer(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         options = ("lr", "temperature", "balance", "joint_steps", "views", "views_per_pass")
-        values = {"lr": self.param_groups[0]["lr"], **self.__dict__}
-        shown = ", ".join(f"{name}={values[name]}" for name in options)
+        lr = self.param_groups[0]["lr"]
+        shown = ", ".join(f"{n}={lr if n == 'lr' else getattr(self, n)}" for n in options)
         return f"BLDOptimizer({shown}, base={type(self.base).__name__})"

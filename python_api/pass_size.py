@@ -32,15 +32,18 @@ class PassSize:
     """
 
     def __init__(self, wanted: int | str, budget: int | None):
+        self.wanted, self.budget = wanted, budget
         self.automatic = wanted == "auto"
         self.number = 1 if self.automatic else wanted
-        self.budget = budget
         self.on_trial = False  # no step has ended with this number yet
-        self._fitted_to: object = None
+        self._key: object = None
+        self._known: dict[object, int] = {}
 
     def fits(self, key: object) -> bool:
         """Whether nothing has to be measured for such a batch."""
-        return not self.automatic or key == self._fitted_to
+        if self.automatic and key in self._known:
+            self._key, self.number = key, self._known[key]
+        return not self.automatic or key == self._key
 
     def fit(self, one: Views, count: int, key: object) -> None:
         """Choose a number for V = `count` views, from a forward pass of `one` view."""
@@ -52,17 +55,18 @@ class PassSize:
         largest = (CPU_BYTES if free is None else free) // max(1, activation_bytes(one))
         passes = -(-count // min(count, max(1, largest)))
         self.number = -(-count // passes)  # as even as they get
-        self.on_trial, self._fitted_to = True, key
+        self.on_trial, self._key = True, key
+        self._known[key] = self.number
 
     def halve(self) -> bool:
         """After running out of memory; False where it cannot be less."""
         if not self.automatic or self.number == 1:
             return False
-        self.number = -(-self.number // 2)
+        self.number = self._known[self._key] = -(-self.number // 2)
         return True
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_fitted_to": None}
+        return self.__dict__ | {"_key": None, "_known": {}}
 
 
 def activation_bytes(one: Views) -> int:
@@ -83,14 +87,32 @@ def activation_bytes(one: Views) -> int:
 
 
 @contextmanager
-def _watched(model: nn.Module, calls: list) -> Iterator[None]:
-    """Note the first input and the output of every call of a module without children."""
+def no_trace(model: nn.Module) -> Iterator[None]:
+    """What a forward pass changes of the buffers, as the iteration of spectral_norm, is undone."""
+    buffers = [*model.buffers()]
+    before = [b.clone() for b in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
+
+
+# A call of a module: its name, its first input and its output.
+Call = tuple[str, Tensor, Tensor]
+
+
+@contextmanager
+def _watched(model: nn.Module, calls: list[Call]) -> Iterator[None]:
+    """Note the calls of all modules, inner ones first; dropout does nothing meanwhile."""
 
     def note(module: nn.Module, inputs: tuple, output: object) -> None:
         if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
-            calls.append((names[module], inputs[0].clone(), output.clone()))
+            calls.append((names[module], inputs[0].detach(), output.detach()))
 
-    names = {m: name for name, m in model.named_modules() if not any(m.children())}
+    scripted = torch.jit.ScriptModule  # takes no hooks
+    names = {m: name for name, m in model.named_modules() if not isinstance(m, scripted)}
     masks = [m for m in names if isinstance(m, _DropoutNd) and m.training]
     hooks = [m.register_forward_hook(note) for m in names]
     for mask in masks:
@@ -104,40 +126,50 @@ def _watched(model: nn.Module, calls: list) -> Iterator[None]:
             mask.training = True
 
 
-def _same(few: Tensor, many: Tensor) -> bool:
-    """Whether `many` begins with `few`, but for rounding."""
-    if few.dim() == 0 or few.shape[1:] != many.shape[1:] or len(many) < len(few):
-        return False
-    few, many = few.double(), many[: len(few)].double()
-    return torch.allclose(few, many, rtol=1e-3, atol=1e-3 * few.abs().max().item(), equal_nan=True)
+def _same(alone: tuple[Tensor, ...], beside: Tensor) -> bool:
+    """Whether the views have the same values side by side, but for rounding."""
+    if any(x.dim() == 0 or x.shape[1:] != beside.shape[1:] for x in alone):
+        return all(x.shape == beside.shape and _close(x, beside) for x in alone)
+    expected = torch.cat(alone)
+    return len(expected) == len(beside) and _close(expected, beside)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    wide = torch.complex128 if a.is_complex() else torch.float64
+    a, b = a.to(wide), b.to(wide)
+    finite = a.abs().nan_to_num(0, 0, 0)
+    scale = finite.max().item() if finite.numel() else 0
+    return torch.allclose(a, b, rtol=1e-3, atol=1e-3 * scale, equal_nan=True)
 
 
 @torch.no_grad()
-def layers_that_mix(one: Views, two: Views) -> list[str]:
-    """Modules that compute a view differently where another one is beside it.
+def what_mixes(first: Views, second: Views, both: Views) -> str | None:
+    """The module that computes a view differently where another one is beside it, if there is one.
 
-    Dropout, whose masks are drawn a pass, is left out.
+    The innermost, and of those the first. Dropout, whose masks are drawn a pass, is left out.
+    "augment" where it makes another view of the same number.
     """
-    alone, beside = [], []
-    results = []
-    for views, calls in ((one, alone), (two, beside)):
-        with _watched(one.model, calls):
-            ((_, logits, _),) = views
-        results.append(logits)
-    found = []
-    for (name, few, out), (_, many, wide) in zip(alone, beside, strict=False):
-        if _same(few, many) and not _same(out, wide):
-            found.append(name)
-    if not found and not _same(*results):
-        found.append(type(one.model).__name__)
-    return list(dict.fromkeys(found))
+    calls: list[list[Call]] = [[], [], []]
+    logits = []
+    for views, noted in zip((first, second, both), calls, strict=True):
+        with no_trace(first.model), _watched(first.model, noted):
+            ((_, found, _),) = views
+        logits.append(found)
+    for (name, *one), (_, *two), (_, *pair) in zip(*calls, strict=False):
+        same_input, same_output = (_same((one[i], two[i]), pair[i]) for i in (0, 1))
+        if name == "" and not same_input:
+            return "augment"
+        if same_input and not same_output:
+            return name or type(first.model).__name__
+    # a model that takes no hooks
+    return None if _same(tuple(logits[:2]), logits[2]) else type(first.model).__name__
 
 
-def warn_of_mixing(one: Views, two: Views, per_pass: int) -> None:
-    if layers := layers_that_mix(one, two):
+def warn_of_mixing(first: Views, second: Views, both: Views, per_pass: int) -> None:
+    if name := what_mixes(first, second, both):
         warnings.warn(
-            f"BLDOptimizer: {', '.join(layers)} computes an image differently beside other images, "
-            f"or at random. With views_per_pass={per_pass} it sees {per_pass} views at a time, "
-            "which changes what is learned and not only how fast; use views_per_pass=1",
-            stacklevel=4,
+            f"BLDOptimizer: {name} computes an image differently beside other images, or at "
+            f"random. With views_per_pass={per_pass} it sees {per_pass} views at a time, which "
+            "changes what is learned and not only how fast; use views_per_pass=1",
+            stacklevel=5,
         )

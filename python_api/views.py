@@ -13,6 +13,10 @@ from bld_ext.philox import stream_seed
 FORWARD_RNG = 255  # the op word of the Philox counter that seeds a forward pass
 
 
+class NeedsContiguousError(RuntimeError):
+    """The model cannot run on images in torch.channels_last."""
+
+
 @dataclass(frozen=True)
 class Views:
     """V views of a batch of B images; iterating makes them and runs the network on them."""
@@ -29,27 +33,37 @@ class Views:
     seed: int | Tensor
     precision: str = "fp32"  # of the backward passes
     channels_last: bool = False
+    start: int = 0  # the first view
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """For each pass: its rows among all V·B, its logits, its labels."""
         B = len(self.images)
-        for first in range(0, self.count, self.per_pass):
-            views = range(first, min(first + self.per_pass, self.count))
+        for first in range(self.start, self.start + self.count, self.per_pass):
+            views = range(first, min(first + self.per_pass, self.start + self.count))
             for norm in self.norms:
                 norm.views = len(views)
             logits = self._run(self._make(views), first)
             labels = self.labels.repeat(len(views), *(1,) * (self.labels.dim() - 1))
             self._check(logits, labels)
-            yield slice(first * B, first * B + len(labels)), logits, labels
+            row = (first - self.start) * B
+            yield slice(row, row + len(labels)), logits, labels
 
     def _run(self, made: Tensor, first: int) -> Tensor:
         """The network on these views; its random numbers are a function of seed, batch and view."""
-        if isinstance(self.number, Tensor):
-            with no_random_numbers(made.device):
+        try:
+            if isinstance(self.number, Tensor):
+                with no_random_numbers(made.device):
+                    return self.model(made)
+            with replayable_rng(made.device) as reseed:
+                reseed(stream_seed(self.seed, self.number, first, FORWARD_RNG))
                 return self.model(made)
-        with replayable_rng(made.device) as reseed:
-            reseed(stream_seed(self.seed, self.number, first, FORWARD_RNG))
-            return self.model(made)
+        except RuntimeError as error:
+            if self.channels_last and "view size is not compatible" in str(error):
+                raise NeedsContiguousError(
+                    f"channels_last: expected False, since the model needs contiguous activations "
+                    f"({error})"
+                ) from error
+            raise
 
     def _make(self, views: range) -> Tensor:
         if self.augment is None:

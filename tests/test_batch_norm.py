@@ -259,3 +259,36 @@ def test_views_in_bfloat16_have_statistics_in_float32(mode):
         expected = norm(images)
     assert norm.running_mean.dtype == torch.float32 and norm.running_mean.isfinite().all()
     torch.testing.assert_close(found.float(), expected, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("mode", ["every_pass", "pool"])
+def test_what_a_checkpoint_computes_again_is_counted_once(mode):
+    _, ours = pair("1d")
+    twin, x = copy.deepcopy(ours), torch.randn(4, 5, requires_grad=True)
+    with view_statistics([ours, twin], mode):
+        ours(x).square().sum().backward()
+        torch.utils.checkpoint.checkpoint(twin, x, use_reentrant=False).square().sum().backward()
+    assert_close(buffers(ours), buffers(twin))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_module_that_is_not_used_keeps_its_statistics(mode):
+    _, ours = pair()
+    before = buffers(ours)
+    with view_statistics([ours], mode):
+        pass
+    assert_same(buffers(ours), before)
+
+
+def test_images_that_the_model_has_cut():
+    _, ours = pair()
+    with pytest.raises(ValueError, match="^views_per_pass: expected 1, .* 11 images of 3 views"):
+        run(ours, batch()[1:], "pool")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_frozen_without_statistics_it_goes_view_by_view(mode):
+    plain, ours = pair(track_running_stats=False)
+    x = batch()
+    found = run(ours.eval(), x, mode)
+    assert_close(found, torch.cat([plain.eval()(view) for view in x.chunk(VIEWS)]))

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from bld_ext import BLDOptimizer, MultiHead, ViewBatchNorm, convert_view_batchnorm
 from bld_ext.api.batch_norm import view_statistics
-from bld_ext.api.convert import keep_channels_last
+from bld_ext.api.convert import lay_out
 
 
 def sequential():
@@ -135,6 +136,24 @@ def test_hooks_see_what_they_saw_before(make):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_a_forward_of_an_instance_s_own_is_used():
+    plain, ours, images = pair(sequential)
+    for network in (plain, ours):
+        network[2].forward = lambda x: x * 0 + 0.5
+    torch.testing.assert_close(in_step(ours, images), plain(images), rtol=1e-4, atol=1e-5)
+
+
+def test_global_hooks_see_every_module():
+    _, ours, images = pair(sequential)
+    seen = []
+    hook = nn.modules.module.register_module_forward_hook(lambda m, x, y: seen.append(type(m)))
+    try:
+        in_step(ours, images)
+    finally:
+        hook.remove()
+    assert nn.ReLU in seen
+
+
 def test_a_norm_that_was_replaced_later_is_used():
     _, ours, images = pair(NETWORKS["basic"])
     ours.bn1 = nn.GroupNorm(3, 3)
@@ -174,7 +193,7 @@ def test_a_block_of_one_s_own():
 def test_weights_keep_values_identity_and_other_shapes():
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv1d(3, 4, 3), nn.Linear(3, 4))
     before = [(p, p.detach().clone(), p.stride()) for p in network.parameters()]
-    keep_channels_last(network)
+    lay_out(network, torch.channels_last)
     for param, (same, value, stride) in zip(network.parameters(), before, strict=True):
         assert param is same and torch.equal(param, value)
         if param.dim() != 4:
@@ -208,6 +227,62 @@ def test_formats_agree_in_float64(make_model, make_batch):
         results.append([*model.parameters(), *model.buffers()])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+class Viewing(nn.Module):
+    """Needs contiguous activations."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, images):
+        return self.conv(images).view(len(images), -1)
+
+
+@pytest.mark.parametrize("views_per_pass", [1, 2, "auto"])
+def test_a_model_with_view_falls_back_to_contiguous(views_per_pass, make_batch):
+    states = []
+    for channels_last in (None, False):
+        torch.manual_seed(0)
+        model = MultiHead(Viewing(), 144)
+        model.add_head(2)
+        model.add_head(2)
+        optimizer = BLDOptimizer(
+            model, 0.05, views=2, views_per_pass=views_per_pass, channels_last=channels_last
+        )
+        for number in range(2):
+            optimizer.step(*make_batch(2, number))
+        states.append([p.detach().clone() for p in model.parameters()])
+        assert model.backbone.conv.weight.is_contiguous()
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+    with pytest.raises(RuntimeError, match="^channels_last: expected False, since the model needs"):
+        BLDOptimizer(model, 0.05, channels_last=True).step(*make_batch(2))
+
+
+def test_weights_that_share_memory_stay_where_they_are():
+    a, b = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+    b.weight = nn.Parameter(a.weight.data)
+    shared = nn.Conv2d(3, 4, 3).share_memory()
+    lay_out(nn.ModuleList([a, b, shared]), torch.channels_last)
+    assert a.weight.data_ptr() == b.weight.data_ptr() and shared.weight.is_shared()
+
+
+def test_a_base_with_state_that_was_saved_in_the_other_format(make_model, make_batch):
+    """torch's fused kernels pair parameters and momentum by address."""
+    base, weights = partial(torch.optim.SGD, momentum=0.9, fused=True), []
+    for formats in ((False, None), (False, False)):
+        model, saved = make_model(heads=(2, 2)), None
+        for number, channels_last in enumerate(formats):
+            optimizer = BLDOptimizer(model, 0.01, base=base, channels_last=channels_last)
+            if saved:
+                optimizer.load_state_dict(saved)
+            optimizer._warned_of_state = True
+            optimizer.step(*make_batch(2, number))
+            saved = optimizer.state_dict()
+        weights.append([p.detach().clone() for p in model.parameters()])
+    for a, b in zip(*weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("value", [1, "yes"])

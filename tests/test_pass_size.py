@@ -203,16 +203,36 @@ class Mixing(nn.Module):
         return features - features.mean(0)
 
 
+class Later(nn.Module):
+    """Adds to each image what came before it in the batch."""
+
+    def forward(self, x):
+        return x.cumsum(0)
+
+
 def mixing_model(make_model, how):
     model = make_model(heads=(2, 2))
-    if how == "module":
-        model.backbone.add_module("centred", Centred())
+    if how in ("module", "later"):
+        model.backbone.add_module("centred", Centred() if how == "module" else Later())
         return model, "backbone.centred"
+    if how == "attention":
+        attention = nn.MultiheadAttention(6, 1)  # along the batch
+
+        class Attending(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.attention = attention
+
+            def forward(self, x):
+                return x + self.attention(x, x, x)[0]
+
+        model.backbone.add_module("attending", Attending())
+        return model, "backbone.attending"
     model.backbone = Mixing(model.backbone)
-    return model, "MultiHead"
+    return model, "backbone"
 
 
-@pytest.mark.parametrize("how", ["module", "forward"])
+@pytest.mark.parametrize("how", ["module", "later", "attention", "forward"])
 def test_a_model_that_mixes_its_images_is_warned_about_once(how, make_model, make_batch):
     model, name = mixing_model(make_model, how)
     optimizer = optimizer_of(model, views_per_pass=4)
@@ -224,6 +244,82 @@ def test_a_model_that_mixes_its_images_is_warned_about_once(how, make_model, mak
         warnings.simplefilter("error")
         optimizer.step(*make_batch(2, 1))
         optimizer_of(mixing_model(make_model, how)[0], views_per_pass=1).step(*make_batch(2))
+
+
+def test_an_augment_that_makes_another_view_is_named(make_model, make_batch):
+    def augment(images, views, **_):
+        return torch.rand(len(views) * len(images), *images.shape[1:])
+
+    optimizer = optimizer_of(make_model(heads=(2,)), views_per_pass=2, augment=augment)
+    with pytest.warns(UserWarning, match="augment computes an image differently .* or at random"):
+        optimizer.step(*make_batch(2))
+
+
+QUIET = {
+    "group norm": lambda: nn.GroupNorm(2, 6),
+    "instance norm": lambda: nn.InstanceNorm2d(6, track_running_stats=True),
+    "nothing": lambda: nn.Identity(),
+    "not a number": lambda: nn.Threshold(torch.inf, torch.nan),
+    "spectral norm": lambda: nn.utils.spectral_norm(nn.Conv2d(6, 6, 1)),
+    "scripted": lambda: torch.jit.script(nn.Tanh()),
+    "frozen without statistics": lambda: nn.BatchNorm2d(6, track_running_stats=False).eval(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("layer", QUIET.values(), ids=QUIET)
+def test_what_does_not_mix_is_not_warned_about_and_left_as_it_is(layer, make_model, make_batch):
+    model = make_model(heads=(2,))
+    model.backbone.insert(6, layer())
+    optimizer = optimizer_of(model, views_per_pass="auto")
+    before = state(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer._choose_pass_size(*make_batch(2), [2])
+    assert_same_bits(before, model.state_dict())
+
+
+def test_memory_that_runs_out_while_measuring(make_model, make_batch):
+    class Tiny(Small):
+        def forward(self, images):
+            if len(images) > self.limit:
+                raise self.error
+            return self.inner(images)
+
+    for views, limit, message in ((4, 4, "4 views"), ("auto", 4, "fewer images a batch")):
+        model = make_model(heads=(2, 2))
+        model.backbone = Tiny(model.backbone, limit, ERRORS["gpu"])
+        with pytest.raises(torch.OutOfMemoryError, match=f"^views_per_pass: .*{message}|{message}"):
+            optimizer_of(model, views_per_pass=views).step(*make_batch(2))
+    model = make_model(heads=(2, 2))
+    model.backbone = Tiny(model.backbone, 5, ERRORS["gpu"])
+    optimizer = optimizer_of(model, views_per_pass="auto")
+    optimizer.step(*make_batch(2))
+    assert optimizer.views_in_pass == 1
+
+
+def test_memory_that_runs_out_later_is_less_from_then_on(make_model, make_batch):
+    model = small_model(make_model, 10**6, ERRORS["gpu"])
+    optimizer = optimizer_of(model, views_per_pass="auto")
+    optimizer.step(*make_batch(2))
+    model.backbone.limit = 20
+    with pytest.raises(torch.OutOfMemoryError, match="^views_per_pass: 8 views.* next batch"):
+        optimizer.step(*make_batch(2))
+    optimizer.step(*make_batch(2))
+    assert optimizer.views_in_pass == 4
+
+
+def test_the_number_may_be_set_later(make_model, make_batch):
+    optimizer = optimizer_of(make_model(heads=(2, 2)))
+    optimizer.views_per_pass = 3
+    assert optimizer.views_in_pass == 3 and "views_per_pass=3" in repr(optimizer)
+    optimizer.views_per_pass = "auto"
+    optimizer.step(*make_batch(2))
+    optimizer.views = 50
+    optimizer.step(*make_batch(2))
+    assert optimizer.views_in_pass == 50
+    with pytest.raises(ValueError, match="^views_per_pass: expected"):
+        optimizer.views_per_pass = -1
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

@@ -73,10 +73,15 @@ def test_the_switches_are_put_back_after_an_error_in_backward(make_model, make_b
     assert [s.fp32_precision for s in SWITCHES] == before
 
 
-@pytest.mark.parametrize("name", ["tf32", "bf16", "fp16", "autocast"])
+@pytest.mark.parametrize("name", ["tf32", "bf16", "fp16", "autocast", "TF32"])
 def test_a_mode_that_would_not_distil_is_refused_with_the_reason(name, make_model):
     with pytest.raises(ValueError, match=f"^precision: .*got '{name}'.*rounding noise.*'mixed'"):
         BLDOptimizer(make_model(heads=(2,)), precision=name)
+
+
+def test_a_dtype_is_refused_with_the_reason_too(make_model):
+    with pytest.raises(ValueError, match="^precision: .*got torch.bfloat16.*rounding noise"):
+        BLDOptimizer(make_model(heads=(2,)), precision=torch.bfloat16)
 
 
 def test_an_unknown_mode_is_refused(make_model):

@@ -228,20 +228,39 @@ def test_views_per_pass_changes_no_result(
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels-last"])
-@pytest.mark.parametrize("seed", range(6))
-def test_views_per_pass_agrees_to_rounding_in_float32(seed, channels_last, make_model, make_batch):
-    start, models = state(make_model(heads=(2, 2), seed=seed)), []
-    for count in (1, 4):
-        model = make_model(heads=(2, 2), seed=seed)
-        optimizer = make_optimizer(model, views_per_pass=count, channels_last=channels_last)
-        optimizer.step(*make_batch(2, seed))
-        models.append(state(model))
-    for name in start:
-        moved = (models[0][name] - start[name]).double().norm()
-        apart = (models[0][name] - models[1][name]).double().norm()
-        # 1e-7 of a logit, in a difference of two that is some 1e-4 of it; and one rounding of the
-        # parameter: a bias in front of BatchNorm has no gradient
-        assert apart <= 2e-3 * moved + 2e-7 * start[name].double().norm(), name
+def test_views_per_pass_is_as_exact_in_float32_as_one_view_a_pass(
+    channels_last, make_model, make_batch
+):
+    """Rounding of logits stands in a difference of two of them, and balancing scales what is left
+    to full size; how far that goes depends on the weights. So: against float64, over many weights.
+    """
+
+    def learn(seed, count, dtype):
+        model = make_model(heads=(2, 2), seed=seed).to(dtype)
+        augment = SeededAugment(crop_padding=1, rotation=15)
+        images, labels = make_batch(2, seed)
+        made = [augment(images, seed=3, step=0, views=[v]).to(dtype) for v in range(4)]
+        optimizer = make_optimizer(
+            model, views_per_pass=count, channels_last=channels_last,
+            augment=lambda x, views, **_: torch.cat([made[v] for v in views]),
+        )  # fmt: skip
+        optimizer.step(images.to(dtype), labels)
+        return torch.cat([p.detach().double().flatten() for p in model.parameters()])
+
+    errors = {1: [], 4: []}
+    for seed in range(8):
+        exact = learn(seed, 1, torch.float64)
+        moved = (exact - learn_nothing(make_model, seed)).norm()
+        for count in errors:
+            errors[count].append((learn(seed, count, torch.float32) - exact).norm() / moved)
+    one, four = (torch.stack(errors[count]) for count in (1, 4))
+    assert four.max() < 0.01
+    assert four.square().mean().sqrt() <= 3 * one.square().mean().sqrt()
+
+
+def learn_nothing(make_model, seed):
+    model = make_model(heads=(2, 2), seed=seed)
+    return torch.cat([p.detach().double().flatten() for p in model.parameters()])
 
 
 class SharedGradients(nn.Module):

@@ -270,6 +270,12 @@ def test_a_second_derivative_is_refused():
         grad.sum().backward()
 
 
+def test_forward_mode_is_refused():
+    x = torch.randn(4, 3, 2)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="^input"):
+        ops.view_batch_norm(torch.autograd.forward_ad.make_dual(x, x))
+
+
 def test_nothing_unwritten(poison):
     for shape in SHAPES.values():
         for last in (False, True):
