@@ -4,16 +4,16 @@
 #     OUT=folder bash benchmarks/gpu.sh [part]...
 #
 # Parts: build tests memcheck racecheck head_softmax distillation warm_up joint balance update
-# augment step profile table; the names of ops, and step, are benchmarks. Runs those named, or all, in this order; each ends
-# within nine minutes, and one that fails does not keep the others from running. Logs,
-# pytest-benchmark's JSON and a readable table go to $OUT (default: runs/gpu).
+# augment norm step profile table; the names of ops, and step, are benchmarks. Runs those named, or
+# all; each ends within nine minutes, and one that fails does not keep the others from running. Logs,
+# pytest-benchmark's JSON, a trace and a readable table go to $OUT (default: runs/gpu).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export OUT=${OUT:-runs/gpu}
 export CUBLAS_WORKSPACE_CONFIG=:4096:8 # the tests turn deterministic algorithms on
 mkdir -p "$OUT"
 all=(build tests memcheck racecheck step head_softmax distillation warm_up joint balance update
-  augment profile table)
+  augment norm profile table)
 limit=(timeout --kill-after=10 530)
 # The ops alone, without graphs and large inputs. Without torch's caching every tensor is an
 # allocation of its own, with bounds that can be overstepped.
@@ -44,6 +44,7 @@ run() {
     table) python3 -m benchmarks.table "$OUT"/*.json | tee "$OUT/table.md" ;;
     step) measure benchmarks/test_step.py "$1" ;;
     profile) "${limit[@]}" python3 -m benchmarks.profile_step --trace "$OUT/step-trace.json" ;;
+    norm) measure benchmarks/test_batch_norm.py "$1" ;;
     augment) measure benchmarks/test_augment.py "$1" ;;
     balance | update) measure benchmarks/test_layers.py "$1" ;;
     *) measure benchmarks/test_distillation.py "$1" ;;

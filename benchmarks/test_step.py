@@ -6,8 +6,8 @@ norms, views drawn by torchvision or kornia from a seed that is set again in eac
 is the network's bare forward and backward passes, as many as the schedule has, in whichever batch
 size and memory format is fastest. CPU: the preset of the digits. GPU: ResNet18 at 32×32, 20 images,
 50 views. Views a second are those of images that were learned, V · B a step. Times are the least of
-all rounds, and the bare passes are timed again beside each row: a shared machine adds, and never
-takes away.
+all rounds, and the bare passes take turns with each row: a shared machine adds, and never takes
+away.
 """
 
 import functools
@@ -213,13 +213,24 @@ def best():
     return min(cost, key=cost.get)
 
 
-def floor(schedule):
-    """Seconds of the bare passes of a step."""
-    with exact_float32():
-        count, layout = best()
-        forward, both = (least(call) * VIEWS / count for call in bare_passes(count, layout))
-    forwards, backwards = PASSES[schedule]
-    return forwards * forward + backwards * (both - forward)
+class Floor:
+    """The bare passes, timed in turns with what is compared with them."""
+
+    def __init__(self):
+        self.count, layout = best()
+        self.calls = bare_passes(self.count, layout)
+        self.seconds = [float("inf")] * 2
+
+    def time(self):
+        with exact_float32():
+            found = [least(call, rounds=2) for call in self.calls]
+        self.seconds = [min(pair) for pair in zip(self.seconds, found, strict=True)]
+
+    def of(self, schedule):
+        """Seconds of the passes of a step."""
+        forward, both = (t * VIEWS / self.count for t in self.seconds)
+        forwards, backwards = PASSES[schedule]
+        return forwards * forward + backwards * (both - forward)
 
 
 def flops(schedule):
@@ -238,8 +249,17 @@ def flops(schedule):
     return VIEWS * (forwards * counts[0] + backwards * (counts[1] - counts[0]))
 
 
-def record(benchmark, elapsed, call, schedule):
-    bare = floor(schedule)
+def time_and_record(benchmark, call, schedule, rounds):
+    def finished():
+        call()
+        wait()
+
+    call()
+    floor = Floor() if benchmark.enabled else None
+    benchmark.pedantic(finished, setup=floor and floor.time, rounds=rounds)
+    if floor is None:
+        return
+    elapsed, bare = benchmark.stats.stats.min, floor.of(schedule)
     benchmark.extra_info.update(
         us=elapsed * 1e6,
         views_per_s=VIEWS * BATCH / elapsed,
@@ -251,15 +271,6 @@ def record(benchmark, elapsed, call, schedule):
         launches=measure.launches(call),
         **measure.machine(),
     )
-
-
-def timed(benchmark, call, rounds):
-    def finished():
-        call()
-        wait()
-
-    benchmark.pedantic(finished, rounds=rounds, warmup_rounds=2)
-    return benchmark.stats and benchmark.stats.stats.min
 
 
 @pytest.mark.parametrize("op, name", [("step", f"straight line, {way}") for way in WAYS])
@@ -277,9 +288,7 @@ def test_straight_line(benchmark, op, name):
     assert any(moved) and all(p.isfinite().all() for p in network.parameters())
     benchmark.group = f"step, {NETWORK}"
     with exact_float32():
-        elapsed = timed(benchmark, call, rounds=3)
-        if elapsed:
-            record(benchmark, elapsed, call, "two_forward")
+        time_and_record(benchmark, call, "two_forward", rounds=5)
 
 
 @pytest.mark.parametrize("op, name", [("step", name) for name in SETTINGS])
@@ -295,6 +304,4 @@ def test_step(benchmark, op, name):
     assert optimizer.last.distillation_norms[0].max() > 0  # it distils
     benchmark.group = f"step, {NETWORK}"
     call = functools.partial(optimizer.step, images, labels)
-    elapsed = timed(benchmark, call, rounds=20)
-    if elapsed:
-        record(benchmark, elapsed, call, settings.get("schedule", "two_forward"))
+    time_and_record(benchmark, call, settings.get("schedule", "two_forward"), rounds=30)

@@ -172,11 +172,12 @@ def view_batch_norm_backward(
 
 
 def like_input(input: Tensor) -> Tensor:
-    """Empty, contiguous or with the channels last, whichever the input is."""
+    """Empty, contiguous or with the channels last, whichever the input is; not a view."""
     last = input.movedim(1, -1)
     if input.is_contiguous() or not last.is_contiguous():
         return input.new_empty(input.shape)
-    return input.new_empty(last.shape).movedim(-1, 1)
+    strides = torch.empty(last.shape, device="meta").movedim(-1, 1).stride()
+    return input.new_empty_strided(input.shape, strides)
 
 
 def _laid_out(values: Tensor, input: Tensor) -> Tensor:

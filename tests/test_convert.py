@@ -94,12 +94,13 @@ def test_inside_a_step_it_computes_the_same_and_in_fewer_calls(make):
     assert fused.relus == left and fused.sums == 0
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
 @each_network
-def test_gradients_in_float64(make):
+def test_gradients_in_float64(make, last):
     plain, ours, images = pair(make)
-    gradients = []
+    gradients, layout = [], torch.channels_last if last else torch.contiguous_format
     for network in (plain.double(), ours.double()):
-        x = images.double().requires_grad_()
+        x = images.double().contiguous(memory_format=layout).requires_grad_()
         if network is plain:
             out = torch.cat([network(view) for view in x.chunk(2)])
         else:

@@ -230,6 +230,20 @@ def test_only_wanted_gradients(frozen):
     assert [t.grad is not None for t in inputs] == [i != frozen for i in range(4)]
 
 
+@each_layout
+@each_shape
+def test_results_may_be_changed_in_place(shape, last):
+    """As the ReLU behind a BatchNorm does."""
+    tensors, options = arguments(shape, (True, False, False), last=last)
+    found, wanted = (differentiable(tensors)[:3] for _ in range(2))
+    out, *_ = ops.view_batch_norm(*found, views=options["views"])
+    out.relu_().sum().backward()
+    ops.view_batch_norm(*wanted, **options | dict(relu=True))[0].sum().backward()
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.equal(a.grad, b.grad)
+    assert not out._is_view()
+
+
 def test_strides_that_are_neither():
     turned, sliced = torch.randn(6, 5, 4, 3).transpose(2, 3), torch.randn(6, 10, 4, 3)[:, ::2]
     for x in (turned, sliced, torch.randn(6, 1, 4, 3).expand(6, 5, 4, 3)):

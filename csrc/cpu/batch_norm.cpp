@@ -2,6 +2,7 @@
 // channels, or of one channel where positions are next to each other: its statistics, then the
 // output, while it is still in the cache. Items do not depend on each other, so a view's results do
 // not depend on the views beside it, on threads or on registers.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -378,14 +379,11 @@ template <typename Pass> void run(const Pass &pass) {
 
 // ---- the ops; their documentation is in bld_ext/ops.py ----
 
-// The order of dimensions that makes a tensor [N, C, *] one of rows of channels, and back.
-std::vector<int64_t> channels_last(const Tensor &tensor, bool back) {
+// The order of dimensions that makes a tensor [N, C, *] one of rows of channels.
+std::vector<int64_t> channels_last(const Tensor &tensor) {
   std::vector<int64_t> order(tensor.dim());
   std::iota(order.begin(), order.end(), 0);
-  if (back)
-    std::rotate(order.begin() + 1, order.end() - 1, order.end());
-  else
-    std::rotate(order.begin() + 1, order.begin() + 2, order.end());
+  std::rotate(order.begin() + 1, order.begin() + 2, order.end());
   return order;
 }
 
@@ -407,23 +405,33 @@ public:
     for (int64_t d = 2; d < input.dim(); ++d)
       S *= input.size(d);
     permuted = !input.is_contiguous() &&
-               torch::stable::permute(input, channels_last(input, false)).is_contiguous();
+               torch::stable::permute(input, channels_last(input)).is_contiguous();
     shape = {views, input.size(0) / views, C, S, permuted || S == 1};
   }
   Tensor in(const Tensor &tensor) const {
-    const Tensor t =
-        permuted ? torch::stable::permute(tensor, channels_last(tensor, false)) : tensor;
+    const Tensor t = permuted ? torch::stable::permute(tensor, channels_last(tensor)) : tensor;
     return t.is_contiguous() ? t : torch::stable::contiguous(t);
   }
   std::optional<Tensor> in(const std::optional<Tensor> &tensor) const {
     return tensor ? std::optional(in(*tensor)) : std::nullopt;
   }
-  Tensor make(const Tensor &like) const { // like: what in() made
-    return torch::stable::new_empty(like,
-                                    std::vector<int64_t>(like.sizes().begin(), like.sizes().end()));
-  }
-  Tensor out(const Tensor &tensor) const {
-    return permuted ? torch::stable::permute(tensor, channels_last(tensor, true)) : tensor;
+  // A tensor of its own, and no view of one: autograd lets nobody change views in place.
+  Tensor make(const Tensor &input) const {
+    const std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
+    if (!permuted)
+      return torch::stable::new_empty(input, sizes);
+    std::vector<int64_t> strides(sizes.size(), 1);
+    int64_t stride = sizes[1];
+    for (size_t d = sizes.size() - 1; d > 1; stride *= sizes[d--])
+      strides[d] = stride;
+    strides[0] = stride;
+    int32_t dtype, device;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(input.get(), &dtype));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(input.get(), &device));
+    AtenTensorHandle made;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(input.dim(), sizes.data(), strides.data(),
+                                                    dtype, device, 0, &made));
+    return Tensor(made);
   }
 };
 
@@ -475,7 +483,7 @@ std::tuple<Tensor, Tensor, Tensor> view_batch_norm(const Tensor &input,
   const std::optional<Tensor> beside = layout.in(residual);
   const std::vector<int64_t> each{shape.V, shape.C};
   Tensor mean = torch::stable::new_empty(x, each, acc_dtype(x));
-  Tensor variance = torch::stable::new_empty(x, each, acc_dtype(x)), y = layout.make(x);
+  Tensor variance = torch::stable::new_empty(x, each, acc_dtype(x)), y = layout.make(input);
   const auto launch = [&](auto zero) {
     using scalar_t = decltype(zero);
     using acc_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
@@ -485,7 +493,7 @@ std::tuple<Tensor, Tensor, Tensor> view_batch_norm(const Tensor &input,
   };
   THO_DISPATCH_V2(x.scalar_type(), "view_batch_norm", AT_WRAP([&] { launch(scalar_t{}); }),
                   AT_EXPAND(AT_FLOATING_TYPES), ScalarType::Half, ScalarType::BFloat16);
-  return {layout.out(y), mean, variance};
+  return {y, mean, variance};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor>
@@ -502,7 +510,7 @@ view_batch_norm_backward(const Tensor &grad_output, const Tensor &input,
   check_statistics("variance", variance, shape, input);
   const Tensor x = layout.in(input), grad = layout.in(grad_output);
   const std::optional<Tensor> y = layout.in(output);
-  Tensor grad_x = layout.make(x), grad_residual = residual ? layout.make(x) : grad;
+  Tensor grad_x = layout.make(input), grad_residual = residual ? layout.make(input) : grad;
   Tensor grad_weight = torch::stable::new_empty(mean, std::vector<int64_t>{shape.C});
   Tensor grad_bias = torch::stable::new_empty(mean, std::vector<int64_t>{shape.C});
   const std::unique_ptr<double[]> parts(new double[2 * shape.V * shape.C]);
@@ -528,8 +536,7 @@ view_batch_norm_backward(const Tensor &grad_output, const Tensor &input,
                   AT_EXPAND(AT_FLOATING_TYPES), ScalarType::Half, ScalarType::BFloat16);
   if (!residual)
     grad_residual = torch::stable::new_empty(grad_x, std::vector<int64_t>{0});
-  return {layout.out(grad_x), grad_weight, grad_bias,
-          residual ? layout.out(grad_residual) : grad_residual};
+  return {grad_x, grad_weight, grad_bias, grad_residual};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bld_ext, CPU, m) {
