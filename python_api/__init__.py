@@ -5,7 +5,8 @@ from bld_ext.api.batch_norm import ViewBatchNorm
 from bld_ext.api.convert import convert_view_batchnorm
 from bld_ext.api.heads import MultiHead
 from bld_ext.api.memory import bank_bytes, tensor_bytes
-from bld_ext.api.optimizer import BLDOptimizer, StepReport
+from bld_ext.api.optimizer import BLDOptimizer
+from bld_ext.api.report import StepReport
 
 __all__ = [
     "BLDOptimizer",

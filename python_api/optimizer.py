@@ -9,7 +9,7 @@ their gradients.
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -23,6 +23,7 @@ from bld_ext.api.convert import convert_view_batchnorm, lay_out, lay_out_state
 from bld_ext.api.gradients import Gradients
 from bld_ext.api.layers import KINDS, Layers
 from bld_ext.api.memory import tensor_bytes
+from bld_ext.api.model_optimizer import ModelOptimizer
 from bld_ext.api.pass_size import PassSize, is_out_of_memory, no_trace, warn_of_mixing
 from bld_ext.api.passes import (
     distillation_pass,
@@ -32,6 +33,7 @@ from bld_ext.api.passes import (
     warm_up_pass,
 )
 from bld_ext.api.precision import exact_float32
+from bld_ext.api.report import Batch, StepReport
 from bld_ext.api.views import NeedsContiguousError, Views
 
 LOSSES = ("new", "distillation")
@@ -39,47 +41,7 @@ SCHEDULES = ("two_forward", "shared_forward", "in_backward")
 STATISTICS = {"once": ("pool", "keep"), "every_pass": ("every_pass", "every_pass")}
 
 
-@dataclass
-class StepReport:
-    """What the last step did, as device tensors; only reading one waits for the device.
-
-    The optimizer never reads it again: it is no memory from batch to batch.
-
-    Attributes:
-        warm_up_loss: L_t before the batch was learned, summed over images, averaged over views;
-            None where no warm-up was made.
-        layers: the name of each layer, L of them.
-        reference_norms: ‖G_w‖, `[L]`.
-        new_loss: L_t of each joint repetition.
-        distillation_loss: L_d of each; empty while there is no old head.
-        distillation_norms: ‖G_d‖ before balancing, `[L]` each. All zero means: no distillation.
-        factors: λ‖G_w‖/‖G_d‖, `[L]` each.
-        memory: bytes held while the batch was learned, beside the network and the activations;
-            "kept_gradients" are held between batches too, as zeros.
-    """
-
-    warm_up_loss: Tensor | None
-    layers: tuple[str, ...]
-    reference_norms: Tensor
-    new_loss: list[Tensor] = field(default_factory=list)
-    distillation_loss: list[Tensor] = field(default_factory=list)
-    distillation_norms: list[Tensor] = field(default_factory=list)
-    factors: list[Tensor] = field(default_factory=list)
-    memory: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass
-class _Batch:
-    """What the warm-up leaves for the joint repetitions; released before the next batch."""
-
-    bank: Tensor  # [V·B, C_old, *]
-    layers: Layers
-    reference_norms: Tensor  # [L]
-    number: int  # of this batch in the stream
-    shape: tuple[int, ...]
-
-
-class BLDOptimizer(torch.optim.Optimizer):
+class BLDOptimizer(ModelOptimizer):
     """Learns a stream of tasks, distilling the network into itself within each batch.
 
     One `step` makes 1 + `joint_steps` updates. Warm-up: L_t of the newest head over all views gives
@@ -217,14 +179,11 @@ class BLDOptimizer(torch.optim.Optimizer):
         if warmup_lr is not None:
             checks.number("warmup_lr", warmup_lr)
 
-        self.model = convert_view_batchnorm(model)
         self.channels_last = channels_last
         self._needs_contiguous = False  # whether the model was seen to
         if self._wants_channels_last(next(model.parameters()).device):
             lay_out(model, torch.channels_last)
-        self.base = base(list(model.named_parameters()), lr=lr)
-        checks.base(self.base)
-        super().__init__(self.base.param_groups, self.base.defaults)
+        super().__init__(convert_view_batchnorm(model), base, lr, seed)
         self.warmup_ratio = 0.01 if warmup_lr is None else warmup_lr / lr
         self.temperature = temperature
         self.balance = balance
@@ -238,17 +197,14 @@ class BLDOptimizer(torch.optim.Optimizer):
         self.precision = precision
         self.capture = capture
         self.check_finite = check_finite
-        self.seed = int(seed)
-        self.batches = 0  # learned so far; the step word of the views' random numbers
         self.last: StepReport | None = None
-        self._batch: _Batch | None = None
+        self._batch: Batch | None = None
         self._gradients = Gradients(keep_gradients)
         self._pass_size = PassSize(views_per_pass, memory_budget)
         self._looked_for_mixing = False
         self._captured: CapturedStep | None = None
         self._scalars: Scalars | None = None  # on the device, while a captured step runs
         self._warned_of_state = False
-        self._share_with_base()
 
     # ---- the step ----
 
@@ -383,7 +339,7 @@ class BLDOptimizer(torch.optim.Optimizer):
         self.last = StepReport(loss, layers.names, norms, memory=memory)
         if not in_backward:
             self._update("warm-up", self.warmup_ratio, self._parameters())
-        self._batch = _Batch(bank, layers, norms, self.batches, tuple(images.shape))
+        self._batch = Batch(bank, layers, norms, self.batches, tuple(images.shape))
         self.batches += 1
         return loss
 
@@ -474,7 +430,7 @@ class BLDOptimizer(torch.optim.Optimizer):
             params = [p for p in layers.index if p.requires_grad]
             memory = {"layer_norms": 0, "seed": 16, "gradients": tensor_bytes(params)}
             self.last = StepReport(None, layers.names, norms, memory=memory)
-            self._batch = _Batch(bank, layers, norms, self.batches, tuple(images.shape))
+            self._batch = Batch(bank, layers, norms, self.batches, tuple(images.shape))
             self.batches += 1
         self.last.memory["bank"] = tensor_bytes([bank])
 
@@ -591,9 +547,6 @@ class BLDOptimizer(torch.optim.Optimizer):
 
     # ---- gradients per layer ----
 
-    def _parameters(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
-
     def _distil(self, views: Views) -> Tensor:
         """G_d into .grad, balanced; returns L_d."""
         batch, after = self._batch, nullcontext()
@@ -656,13 +609,6 @@ class BLDOptimizer(torch.optim.Optimizer):
         self._gradients.release(index)
         return loss, True
 
-    def _is_plain_sgd(self) -> bool:
-        """Whether the base does nothing but θ - lr · G, which has a kernel."""
-        hooked = self.base._optimizer_step_pre_hooks or self.base._optimizer_step_post_hooks
-        options = ("momentum", "weight_decay", "maximize", "differentiable")
-        other = any(group.get(name) for group in self.param_groups for name in options)
-        return type(self.base) is torch.optim.SGD and not hooked and not other
-
     def _rates(self) -> list[float | Tensor]:
         """The learning rate of each group: in a captured step on the device."""
         own = [group["lr"] for group in self.param_groups]
@@ -722,27 +668,6 @@ class BLDOptimizer(torch.optim.Optimizer):
                 self._gradients.release(self._parameters())
                 raise
 
-    @contextmanager
-    def _undone_on_error(self) -> Iterator[None]:
-        """Put parameters, buffers, the base's state and the batch count back if anything raises."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        before = [t.detach().clone() for t in tensors]
-        state = {
-            p: {k: v.clone() if isinstance(v, Tensor) else v for k, v in entry.items()}
-            for p, entry in self.state.items()
-        }
-        batches = self.batches
-        try:
-            yield
-        except BaseException:
-            with torch.no_grad():
-                for tensor, saved in zip(tensors, before, strict=True):
-                    tensor.copy_(saved)
-            self.state.clear()
-            self.state.update(state)
-            self.batches = batches
-            raise
-
     def _require_finite(self, stage: str, *values: Tensor) -> None:
         if not self.check_finite:
             return
@@ -772,66 +697,16 @@ class BLDOptimizer(torch.optim.Optimizer):
     # ---- a torch optimizer's life ----
 
     def _follow_model(self) -> None:
-        """Group 0 holds what the model does: new heads join it, replaced parameters leave it.
-
-        New ones take the group's options, so that a scheduler reaches them.
-        """
-        named = {param: name for name, param in self.model.named_parameters()}
-        first, *others = self.param_groups
-        kept = [param for param in first["params"] if param in named]
-        for param in set(first["params"]) - set(kept):
-            self.state.pop(param, None)
-        known = {*kept, *(param for group in others for param in group["params"])}
-        first["params"] = kept + [param for param in named if param not in known]
-        first["param_names"] = [named[param] for param in first["params"]]
+        super()._follow_model()
         self._gradients.forget(self._parameters())
-
-    def _share_with_base(self) -> None:
-        """One list of groups and one state for both, so schedulers and state_dict see it all."""
-        self.base.__setstate__({"state": self.state, "param_groups": self.param_groups})
-        self.state, self.param_groups = self.base.state, self.base.param_groups
-
-    def state_dict(self) -> dict:
-        """As every torch optimizer's, with "bld": seed, batches learned, parameter shapes."""
-        ours = {"seed": self.seed, "batches": self.batches, "shapes": self._shapes()}
-        return super().state_dict() | {"bld": ours}
-
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(p.shape) for name, p in self.model.named_parameters()}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Resume bit for bit. The model must have the heads it had when the state was saved."""
-        if not {"bld", "state", "param_groups"} <= set(state_dict):
-            keys = sorted(state_dict)
-            raise ValueError(f"state_dict: expected one of a BLDOptimizer, got the keys {keys}")
-        self._follow_model()
-        params = dict(self.model.named_parameters())
-        saved = state_dict["param_groups"][0].get("param_names", [])
-        shapes = state_dict["bld"]["shapes"].items()
-        if apart := sorted({name for name, _ in shapes ^ self._shapes().items()}):
-            raise ValueError(
-                f"state_dict: its parameters differ from the model's by {apart}. Load the model's "
-                "state_dict, or add its heads, before the optimizer's"
-            )
-        first = self.param_groups[0]
-        before = first["params"]
-        first["params"] = [params[name] for name in saved]
-        try:
-            super().load_state_dict({k: v for k, v in state_dict.items() if k != "bld"})
-        except BaseException:
-            first["params"] = before
-            raise
-        self.seed, self.batches = state_dict["bld"]["seed"], state_dict["bld"]["batches"]
+        super().load_state_dict(state_dict)
         self.release()
 
     def __getstate__(self) -> dict:
-        # a scheduler hangs a step of its own on the instance, bound to this very object
-        state = {name: value for name, value in self.__dict__.items() if name != "step"}
-        return state | {"_captured": None}
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        self._share_with_base()
+        return super().__getstate__() | {"_captured": None}
 
     def __repr__(self) -> str:
         options = ("lr", "temperature", "balance", "joint_steps", "views", "views_per_pass")

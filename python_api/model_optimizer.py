@@ -1,0 +1,120 @@
+"""A torch optimizer around another one, for a model that grows."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from bld_ext.api import checks
+
+
+class ModelOptimizer(torch.optim.Optimizer):
+    """Holds the parameters of a model, whichever it has by now, and a base that updates them.
+
+    Groups and state are those of the base, so that schedulers, hooks and state_dict see one
+    optimizer. `seed` and `batches`, learned so far, are the place in a stream.
+    """
+
+    def __init__(
+        self, model: nn.Module, base: Callable[..., torch.optim.Optimizer], lr: float, seed: int
+    ):
+        self.model = model
+        self.base = base(list(model.named_parameters()), lr=lr)
+        checks.base(self.base)
+        super().__init__(self.base.param_groups, self.base.defaults)
+        self.seed = int(seed)
+        self.batches = 0  # the step word of the views' random numbers
+        self._share_with_base()
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _is_plain_sgd(self) -> bool:
+        """Whether the base does nothing but θ - lr · G, which has a kernel."""
+        hooked = self.base._optimizer_step_pre_hooks or self.base._optimizer_step_post_hooks
+        options = ("momentum", "weight_decay", "maximize", "differentiable")
+        other = any(group.get(name) for group in self.param_groups for name in options)
+        return type(self.base) is torch.optim.SGD and not hooked and not other
+
+    @contextmanager
+    def _undone_on_error(self) -> Iterator[None]:
+        """Put parameters, buffers, the base's state and the batch count back if anything raises."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        before = [t.detach().clone() for t in tensors]
+        state = {
+            p: {k: v.clone() if isinstance(v, Tensor) else v for k, v in entry.items()}
+            for p, entry in self.state.items()
+        }
+        batches = self.batches
+        try:
+            yield
+        except BaseException:
+            with torch.no_grad():
+                for tensor, saved in zip(tensors, before, strict=True):
+                    tensor.copy_(saved)
+            self.state.clear()
+            self.state.update(state)
+            self.batches = batches
+            raise
+
+    def _follow_model(self) -> None:
+        """Group 0 holds what the model does: new heads join it, replaced parameters leave it.
+
+        New ones take the group's options, so that a scheduler reaches them.
+        """
+        named = {param: name for name, param in self.model.named_parameters()}
+        first, *others = self.param_groups
+        kept = [param for param in first["params"] if param in named]
+        for param in set(first["params"]) - set(kept):
+            self.state.pop(param, None)
+        known = {*kept, *(param for group in others for param in group["params"])}
+        first["params"] = kept + [param for param in named if param not in known]
+        first["param_names"] = [named[param] for param in first["params"]]
+
+    def _share_with_base(self) -> None:
+        """One list of groups and one state for both, so schedulers and state_dict see it all."""
+        self.base.__setstate__({"state": self.state, "param_groups": self.param_groups})
+        self.state, self.param_groups = self.base.state, self.base.param_groups
+
+    def state_dict(self) -> dict:
+        """As every torch optimizer's, with "bld": seed, batches learned, parameter shapes."""
+        ours = {"seed": self.seed, "batches": self.batches, "shapes": self._shapes()}
+        return super().state_dict() | {"bld": ours}
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(p.shape) for name, p in self.model.named_parameters()}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Resume bit for bit. The model must have the heads it had when the state was saved."""
+        if not {"bld", "state", "param_groups"} <= set(state_dict):
+            keys = sorted(state_dict)
+            raise ValueError(
+                f"state_dict: expected one of a {type(self).__name__}, got the keys {keys}"
+            )
+        self._follow_model()
+        params = dict(self.model.named_parameters())
+        saved = state_dict["param_groups"][0].get("param_names", [])
+        shapes = state_dict["bld"]["shapes"].items()
+        if apart := sorted({name for name, _ in shapes ^ self._shapes().items()}):
+            raise ValueError(
+                f"state_dict: its parameters differ from the model's by {apart}. Load the model's "
+                "state_dict, or add its heads, before the optimizer's"
+            )
+        first = self.param_groups[0]
+        before = first["params"]
+        first["params"] = [params[name] for name in saved]
+        try:
+            super().load_state_dict({k: v for k, v in state_dict.items() if k != "bld"})
+        except BaseException:
+            first["params"] = before
+            raise
+        self.seed, self.batches = state_dict["bld"]["seed"], state_dict["bld"]["batches"]
+
+    def __getstate__(self) -> dict:
+        # a scheduler hangs a step of its own on the instance, bound to this very object
+        return {name: value for name, value in self.__dict__.items() if name != "step"}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._share_with_base()
