@@ -70,6 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--views", type=int, default=4)
     parser.add_argument("--repeat", type=int, default=5, help="steps that are timed")
+    parser.add_argument("--tasks", type=int, nargs="+", default=[1, 2], help="heads there are")
     arguments = parser.parse_args()
     print(
         f"{measure.DEVICE}, {torch.get_num_threads()} threads, torch {torch.__version__}, ", end=""
@@ -77,7 +78,7 @@ def main() -> None:
     print(f"{arguments.views} views\n")
     print("| task | schedule | views a pass | warm-up | joint | held between steps | step |")
     print("| ---: | --- | --- | ---: | ---: | ---: | ---: |")
-    for tasks in (1, 2):
+    for tasks in arguments.tasks:
         rows = {
             (name, count): Row(tasks, arguments.views, per_pass, options)
             for name, options in WAYS.items()
