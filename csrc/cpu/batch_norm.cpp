@@ -88,9 +88,9 @@ BLD_EXT_INLINE void visit(const Shape &shape, int64_t view, int64_t block, Funct
 }
 
 // Lanes that are not there become 0.
-template <typename acc_t, int64_t W, typename T, typename Count>
-BLD_EXT_INLINE Side<acc_t, W> load(const T *from, Count lanes) {
-  if constexpr (std::is_same_v<T, acc_t> && std::is_same_v<Count, All>) {
+template <typename acc_t, int64_t W, typename Count>
+BLD_EXT_INLINE Side<acc_t, W> load(const acc_t *from, Count lanes) {
+  if constexpr (std::is_same_v<Count, All>) {
     return each<acc_t, W>([&](int64_t k) BLD_EXT_INLINE_LAMBDA {
       Lanes<acc_t, W> part; // one register a copy, so that none goes through memory
       std::memcpy(&part, from + k * W, sizeof part);
@@ -99,21 +99,21 @@ BLD_EXT_INLINE Side<acc_t, W> load(const T *from, Count lanes) {
   } else {
     alignas(64) acc_t buffer[SIDE] = {};
     for (int64_t i = 0; i < lanes; ++i)
-      buffer[i] = static_cast<acc_t>(from[i]);
+      buffer[i] = from[i];
     return load<acc_t, W>(buffer, All{});
   }
 }
 
-template <typename acc_t, int64_t W, typename T, typename Count>
-BLD_EXT_INLINE void store(const Side<acc_t, W> &x, T *to, Count lanes) {
-  if constexpr (std::is_same_v<T, acc_t> && std::is_same_v<Count, All>) {
+template <typename acc_t, int64_t W, typename Count>
+BLD_EXT_INLINE void store(const Side<acc_t, W> &x, acc_t *to, Count lanes) {
+  if constexpr (std::is_same_v<Count, All>) {
     for (int64_t k = 0; k < Side<acc_t, W>::K; ++k)
       std::memcpy(to + k * W, &x.part[k], sizeof x.part[k]);
   } else {
     alignas(64) acc_t buffer[SIDE];
     store(x, buffer, All{});
     for (int64_t i = 0; i < lanes; ++i)
-      to[i] = static_cast<T>(buffer[i]);
+      to[i] = buffer[i];
   }
 }
 
@@ -166,13 +166,12 @@ template <typename acc_t> BLD_EXT_INLINE void inverse_deviation(acc_t *variance,
     variance[i] = static_cast<acc_t>(1 / std::sqrt(static_cast<double>(variance[i]) + eps));
 }
 
-template <typename scalar_t_, typename acc_t_> struct Forward {
-  using acc_t = acc_t_;
-  using scalar_t = scalar_t_;
+template <typename T> struct Forward {
+  using acc_t = T;
   Shape shape;
-  const scalar_t *x, *residual; // residual, weight, bias: or null
-  const acc_t *weight, *bias;   // [C]
-  scalar_t *y;
+  const acc_t *x, *residual;  // residual, weight, bias: or null
+  const acc_t *weight, *bias; // [C]
+  acc_t *y;
   acc_t *mean, *variance; // [V, C]
   double eps;
   bool relu;
@@ -255,15 +254,14 @@ template <typename scalar_t_, typename acc_t_> struct Forward {
   }
 };
 
-template <typename scalar_t_, typename acc_t_> struct Backward {
-  using acc_t = acc_t_;
-  using scalar_t = scalar_t_;
+template <typename T> struct Backward {
+  using acc_t = T;
   Shape shape;
-  const scalar_t *grad_y, *x, *y;   // y, and weight: or null
-  const acc_t *weight;              // [C]
-  const acc_t *mean, *variance;     // [V, C]
-  scalar_t *grad_x, *grad_residual; // grad_residual: or null
-  double *grad_weight, *grad_bias;  // [V, C], of each view
+  const acc_t *grad_y, *x, *y;     // y, and weight: or null
+  const acc_t *weight;             // [C]
+  const acc_t *mean, *variance;    // [V, C]
+  acc_t *grad_x, *grad_residual;   // grad_residual: or null
+  double *grad_weight, *grad_bias; // [V, C], of each view
   double eps;
 
   template <int64_t W, typename Count>
@@ -469,6 +467,16 @@ template <typename T> T *out(const Tensor &tensor) {
   return static_cast<T *>(tensor.mutable_data_ptr());
 }
 
+// Half precision is computed in float: converted before and after, as it is too rare on a CPU to
+// have kernels of its own.
+bool is_half(const Tensor &tensor) {
+  return tensor.scalar_type() == ScalarType::Half || tensor.scalar_type() == ScalarType::BFloat16;
+}
+Tensor wide(const Tensor &tensor) { return torch::stable::to(tensor, ScalarType::Float); }
+std::optional<Tensor> wide(const std::optional<Tensor> &tensor) {
+  return tensor ? std::optional(wide(*tensor)) : std::nullopt;
+}
+
 std::tuple<Tensor, Tensor, Tensor> view_batch_norm(const Tensor &input,
                                                    const std::optional<Tensor> &weight,
                                                    const std::optional<Tensor> &bias,
@@ -479,20 +487,23 @@ std::tuple<Tensor, Tensor, Tensor> view_batch_norm(const Tensor &input,
   check_channels("weight", weight, input);
   check_channels("bias", bias, input);
   check_same("residual", residual, input);
+  if (is_half(input)) {
+    const auto [y, mean, variance] =
+        view_batch_norm(wide(input), weight, bias, wide(residual), views, eps, relu);
+    return {torch::stable::to(y, input.scalar_type()), mean, variance};
+  }
   const Tensor x = layout.in(input);
   const std::optional<Tensor> beside = layout.in(residual);
   const std::vector<int64_t> each{shape.V, shape.C};
   Tensor mean = torch::stable::new_empty(x, each, acc_dtype(x));
   Tensor variance = torch::stable::new_empty(x, each, acc_dtype(x)), y = layout.make(input);
   const auto launch = [&](auto zero) {
-    using scalar_t = decltype(zero);
-    using acc_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
-    run(Forward<scalar_t, acc_t>{shape, in<scalar_t>(x), in<scalar_t>(beside), in<acc_t>(weight),
-                                 in<acc_t>(bias), out<scalar_t>(y), out<acc_t>(mean),
-                                 out<acc_t>(variance), eps, relu});
+    using acc_t = decltype(zero);
+    run(Forward<acc_t>{shape, in<acc_t>(x), in<acc_t>(beside), in<acc_t>(weight), in<acc_t>(bias),
+                       out<acc_t>(y), out<acc_t>(mean), out<acc_t>(variance), eps, relu});
   };
   THO_DISPATCH_V2(x.scalar_type(), "view_batch_norm", AT_WRAP([&] { launch(scalar_t{}); }),
-                  AT_EXPAND(AT_FLOATING_TYPES), ScalarType::Half, ScalarType::BFloat16);
+                  AT_EXPAND(AT_FLOATING_TYPES));
   return {y, mean, variance};
 }
 
@@ -508,6 +519,12 @@ view_batch_norm_backward(const Tensor &grad_output, const Tensor &input,
   check_channels("weight", weight, input);
   check_statistics("mean", mean, shape, input);
   check_statistics("variance", variance, shape, input);
+  if (is_half(input)) {
+    const auto [grad_x, grad_weight, grad_bias, grad_residual] = view_batch_norm_backward(
+        wide(grad_output), wide(input), wide(output), weight, mean, variance, views, eps, residual);
+    return {torch::stable::to(grad_x, input.scalar_type()), grad_weight, grad_bias,
+            torch::stable::to(grad_residual, input.scalar_type())};
+  }
   const Tensor x = layout.in(input), grad = layout.in(grad_output);
   const std::optional<Tensor> y = layout.in(output);
   Tensor grad_x = layout.make(input), grad_residual = residual ? layout.make(input) : grad;
@@ -515,13 +532,11 @@ view_batch_norm_backward(const Tensor &grad_output, const Tensor &input,
   Tensor grad_bias = torch::stable::new_empty(mean, std::vector<int64_t>{shape.C});
   const std::unique_ptr<double[]> parts(new double[2 * shape.V * shape.C]);
   const auto launch = [&](auto zero) {
-    using scalar_t = decltype(zero);
-    using acc_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
-    run(Backward<scalar_t, acc_t>{shape, in<scalar_t>(grad), in<scalar_t>(x), in<scalar_t>(y),
-                                  in<acc_t>(weight), in<acc_t>(mean), in<acc_t>(variance),
-                                  out<scalar_t>(grad_x),
-                                  residual ? out<scalar_t>(grad_residual) : nullptr, parts.get(),
-                                  parts.get() + shape.V * shape.C, eps});
+    using acc_t = decltype(zero);
+    run(Backward<acc_t>{shape, in<acc_t>(grad), in<acc_t>(x), in<acc_t>(y), in<acc_t>(weight),
+                        in<acc_t>(mean), in<acc_t>(variance), out<acc_t>(grad_x),
+                        residual ? out<acc_t>(grad_residual) : nullptr, parts.get(),
+                        parts.get() + shape.V * shape.C, eps});
     for (int64_t c = 0; c < shape.C; ++c) {
       double gain = 0, shift = 0;
       for (int64_t v = 0; v < shape.V; ++v) {
@@ -533,7 +548,7 @@ view_batch_norm_backward(const Tensor &grad_output, const Tensor &input,
     }
   };
   THO_DISPATCH_V2(x.scalar_type(), "view_batch_norm_backward", AT_WRAP([&] { launch(scalar_t{}); }),
-                  AT_EXPAND(AT_FLOATING_TYPES), ScalarType::Half, ScalarType::BFloat16);
+                  AT_EXPAND(AT_FLOATING_TYPES));
   if (!residual)
     grad_residual = torch::stable::new_empty(grad_x, std::vector<int64_t>{0});
   return {grad_x, grad_weight, grad_bias, grad_residual};
