@@ -205,11 +205,12 @@ SIZES = tuple(dict.fromkeys((1, 4, 12, VIEWS)))
 @functools.cache
 def best():
     """The number of views and the layout in which the bare passes are fastest."""
-    cost = {
-        (count, layout): least(bare_passes(count, layout)[1]) / count
-        for count in SIZES
-        for layout in LAYOUTS
-    }
+    with exact_float32():
+        cost = {
+            (count, layout): least(bare_passes(count, layout)[1]) / count
+            for count in SIZES
+            for layout in LAYOUTS
+        }
     return min(cost, key=cost.get)
 
 

@@ -2,6 +2,8 @@
 BatchNorm and what follows it, weights as convolutions read them fastest.
 """
 
+from collections import Counter
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
@@ -86,7 +88,7 @@ def convert_view_batchnorm(module: nn.Module) -> nn.Module:
     return module
 
 
-def _may_move(param: Tensor, storages: dict[int, int]) -> bool:
+def _may_move(param: Tensor, storages: Counter[int]) -> bool:
     """Nothing else would be left behind: no other tensor, no other process."""
     storage = param.untyped_storage()
     alone = storages[storage.data_ptr()] == 1 and storage.nbytes() == param.nbytes
@@ -96,16 +98,15 @@ def _may_move(param: Tensor, storages: dict[int, int]) -> bool:
 @torch.no_grad()
 def lay_out(model: nn.Module, layout: torch.memory_format) -> None:
     """Weights of two-dimensional convolutions in this format, as `model.to` would, one by one."""
-    storages: dict[int, int] = {}
-    for param in model.parameters():
-        at = param.untyped_storage().data_ptr()
-        storages[at] = storages.get(at, 0) + 1
-    for module in model.modules():
-        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-            for param in module.parameters(recurse=False):
-                if param.dim() == 4 and not param.is_contiguous(memory_format=layout):
-                    if _may_move(param, storages):
-                        param.data = param.data.contiguous(memory_format=layout)
+    convolutions = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
+    weights = [p for m in convolutions for p in m.parameters(recurse=False) if p.dim() == 4]
+    apart = [p for p in weights if not p.is_contiguous(memory_format=layout)]
+    if not apart:  # at every step but the first
+        return
+    storages = Counter(p.untyped_storage().data_ptr() for p in model.parameters())
+    for param in apart:
+        if _may_move(param, storages):
+            param.data = param.data.contiguous(memory_format=layout)
 
 
 def lay_out_state(state: dict) -> None:

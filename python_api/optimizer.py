@@ -559,8 +559,13 @@ class BLDOptimizer(ModelOptimizer):
         loss = distillation_pass(views, batch.bank, self.temperature, after)
         self.last.distillation_loss.append(loss)
         if not in_backward:
-            self._balance({p: p.grad for p in self._gradients.arrived(batch.layers.index)})
+            self._balance_arrived()
         return loss
+
+    def _balance_arrived(self) -> None:
+        """Rescale the G_d that is in .grad."""
+        index = self._batch.layers.index
+        self._balance({p: p.grad for p in self._gradients.arrived(index)})
 
     def _balance(self, grads: dict[Tensor, Tensor]) -> None:
         batch = self._batch
@@ -581,10 +586,7 @@ class BLDOptimizer(ModelOptimizer):
         """Both losses from one forward pass a view; returns L_t, and whether θ is updated."""
         batch, index = self._batch, self._batch.layers.index
         if self.views_in_pass == self.views:
-
-            def balance() -> None:
-                self._balance({p: p.grad for p in self._gradients.arrived(index)})
-
+            balance = self._balance_arrived
             loss, old_loss = one_graph_pass(views, batch.bank, self.temperature, balance)
             self.last.distillation_loss.append(old_loss)
             return loss, False
@@ -687,11 +689,11 @@ class BLDOptimizer(ModelOptimizer):
         checks.dtypes(self.model)
         checks.batch_norms(self.model, self.views_per_pass, self.statistics)
         checks.trainable(self.model)
+        if device.type == "cpu" or self.check_finite:
+            checks.batch_values(images, labels, sizes[-1])
         if self._wants_channels_last(device):
             lay_out(self.model, torch.channels_last)
         lay_out_state(self.state)
-        if device.type == "cpu" or self.check_finite:
-            checks.batch_values(images, labels, sizes[-1])
         return sizes
 
     # ---- a torch optimizer's life ----
