@@ -4,16 +4,17 @@
 #     OUT=folder bash benchmarks/gpu.sh [part]...
 #
 # Parts: build tests memcheck racecheck head_softmax distillation warm_up joint balance update
-# augment norm step profile table; the names of ops, and step, are benchmarks. Runs those named, or
-# all; each ends within nine minutes, and one that fails does not keep the others from running. Logs,
-# pytest-benchmark's JSON, a trace and a readable table go to $OUT (default: runs/gpu).
+# augment norm step profile precision table; the names of ops, and step, are benchmarks. Runs those
+# named, or all; each ends within nine minutes, and one that fails does not keep the others from
+# running. Logs, pytest-benchmark's JSON, a trace and a readable table go to $OUT (default:
+# runs/gpu).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export OUT=${OUT:-runs/gpu}
 export CUBLAS_WORKSPACE_CONFIG=:4096:8 # the tests turn deterministic algorithms on
 mkdir -p "$OUT"
 all=(build tests memcheck racecheck step head_softmax distillation warm_up joint balance update
-  augment norm profile table)
+  augment norm profile precision table)
 limit=(timeout --kill-after=10 530)
 # The ops alone, without graphs and large inputs. Without torch's caching every tensor is an
 # allocation of its own, with bounds that can be overstepped.
@@ -21,7 +22,7 @@ watched=(tests/test_triton.py tests/test_triton_augment.py tests/test_triton_bat
   tests/test_gpu_layers.py
   -k "parity or bit_for_bit or layout or inside or no_class or rows or agree or views or outside or \
   any_length or any_size or definition")
-sanitizer=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${limit[@]}" compute-sanitizer
+sanitizer=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${limit[@]}" compute-sanitizer --target-processes all
   --error-exitcode 9 --print-limit 20)
 
 machine() {
@@ -40,10 +41,11 @@ run() {
     tests) "${limit[@]}" python3 -m pytest -q tests/test_gpu.py tests/test_gpu_layers.py \
       tests/test_gpu_step.py tests/test_triton.py tests/test_triton_augment.py \
       tests/test_triton_batch_norm.py tests/test_losses.py ;;
-    memcheck | racecheck) "${sanitizer[@]}" --tool "$1" python3 -m pytest -q -x "${watched[@]}" ;;
+    memcheck | racecheck) "${sanitizer[@]}" --tool "$1" python3 -m pytest -q "${watched[@]}" ;;
     table) python3 -m benchmarks.table "$OUT"/*.json | tee "$OUT/table.md" ;;
     step) measure benchmarks/test_step.py "$1" ;;
     profile) "${limit[@]}" python3 -m benchmarks.profile_step --trace "$OUT/step-trace.json" ;;
+    precision) "${limit[@]}" python3 -m benchmarks.precision --device cuda ;;
     norm) measure benchmarks/test_batch_norm.py "$1" ;;
     augment) measure benchmarks/test_augment.py "$1" ;;
     balance | update) measure benchmarks/test_layers.py "$1" ;;

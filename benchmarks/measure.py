@@ -18,9 +18,13 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CACHE_BYTES = 200e6  # more than any second-level cache
 
 
-def calls_in_a_graph(nbytes: int) -> int:
-    """Enough to hide the start of a replay, and few enough to end soon."""
-    return max(5, min(200, int(20e9 // max(1, nbytes))))
+def calls_in_a_graph(nbytes: int, seconds: float = 0) -> int:
+    """Enough to hide the start of a replay, and few enough to end soon.
+
+    `seconds`: what the CPU needs to issue a call; a graph of many small kernels is slow to record.
+    """
+    most = min(200, int(20e9 // max(1, nbytes)), int(0.2 / max(1e-6, seconds)))
+    return max(5, most)
 
 
 def copies(nbytes: int) -> int:
@@ -50,7 +54,8 @@ def time_calls(
         benchmark(calls[0])
         per_round = 1
     else:
-        graph, per_round = capture(calls, calls_in_a_graph(nbytes))
+        count = calls_in_a_graph(nbytes, host_seconds(calls[0]))
+        graph, per_round = capture(calls[:count], count)
 
         def replay():
             graph.replay()
@@ -158,11 +163,12 @@ def copy_bandwidth(n: int | None = None) -> float:
 
 
 def host_seconds(call: Callable[[], object]) -> float | None:
-    """What the CPU needs to issue one call to the GPU."""
+    """What the CPU needs to issue one call to the GPU, after one call that may compile."""
     if DEVICE.type == "cpu":
         return None
-    times = []
-    for _ in range(50):
+    call()
+    times: list[float] = []
+    while len(times) < 3 or (len(times) < 50 and sum(times) < 0.5):
         torch.cuda.synchronize()
         start = time.perf_counter()
         call()

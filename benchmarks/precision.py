@@ -3,7 +3,8 @@
 For a batch early in the second task, and for one late in it (mean cross-entropy at most 1e-2), G_d
 is computed in float64, then in each mode, at the same θ and θ' and on the same views. What tensor
 cores do is emulated: the factors of every product are rounded, products are summed in float32. That
-is kinder than a GPU, which may also sum in another order. "bf16 autocast" is torch's own.
+is kinder than a GPU, which may also sum in another order; with `--device cuda` there are rows that
+the GPU computes itself. "bf16 autocast" is torch's own.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from benchmarks.paper.networks import NETWORKS, make_model
 from benchmarks.paper.streams import LOADERS, load_dataset
 from bld_ext import BLDOptimizer, SeededAugment, ops
-from bld_ext.api.precision import exact_float32
+from bld_ext.api.precision import backward_arithmetic, exact_float32
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Mode:
 
     forward: str = "fp32"
     backward: str = "fp32"
+    by_gpu: bool = False  # not emulated: by its tensor cores, where the precision is tf32
 
 
 def round_tf32(x: Tensor) -> Tensor:
@@ -127,14 +129,30 @@ MODES = {
 }
 
 
+MODES_OF_A_GPU = {
+    "mixed, by the GPU": Mode("fp32", "tf32", by_gpu=True),
+    "TF32, by the GPU": Mode("tf32", "tf32", by_gpu=True),
+}
+
+
 @contextmanager
-def arithmetic(mode: Mode | None) -> Iterator[None]:
+def arithmetic(mode: Mode | None, device: str) -> Iterator[None]:
+    """Around forward and backward passes."""
     if mode is None:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(device, dtype=torch.bfloat16):
+            yield
+    elif mode.by_gpu:
+        with exact_float32(), backward_arithmetic("mixed" if mode.forward == "tf32" else "fp32"):
             yield
     else:
         with exact_float32(), nullcontext() if mode == Mode() else Emulated(mode):
             yield
+
+
+def of_backward_pass(mode: Mode | None):
+    """What differs around the backward pass."""
+    mixed = mode is not None and mode.by_gpu and mode.forward == "fp32"
+    return backward_arithmetic("mixed" if mixed else "fp32")
 
 
 def distillation_gradient(
@@ -144,13 +162,14 @@ def distillation_gradient(
     old = list(model.head_sizes[:-1])
     model.load_state_dict(before)
     model.train().zero_grad()
-    with arithmetic(mode):
+    with arithmetic(mode, views[0].device.type):
         with torch.no_grad():
             bank = [ops.head_softmax(model(x), old) for x in views]
         model.load_state_dict(after)
         for x, targets in zip(views, bank, strict=True):
             loss = ops.distillation_loss(model(x), targets, old) / len(views)
-            loss.backward()
+            with of_backward_pass(mode):
+                loss.backward()
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -190,6 +209,7 @@ def situations(
     augment = SeededAugment(crop_padding=size // 8, rotation=15, jitter=0.2)
     optimizer = BLDOptimizer(model, train_lr, views=4, views_per_pass=4, augment=augment)
     found: dict[str, Situation] = {}
+    device = next(model.parameters()).device
 
     def task(number: int) -> Iterator[tuple[Tensor, Tensor]]:
         mine = (data.y_train // 2 == number).nonzero().flatten()
@@ -198,7 +218,7 @@ def situations(
                 images = data.x_train[rows]
                 if images.shape[-1] < 32:
                     images = F.interpolate(images.float(), 32).byte()
-                yield images, data.y_train[rows] % 2
+                yield images.to(device), (data.y_train[rows] % 2).to(device)
 
     def at(images: Tensor, labels: Tensor) -> Situation:
         twin = copy.deepcopy(model)
@@ -233,7 +253,8 @@ def table(found: dict[str, Situation], model: nn.Module) -> Iterator[list[str]]:
         wide = [{k: v.double() for k, v in state.items()} for state in (s.before, s.after)]
         views = [x.double() for x in s.views]
         exact[name] = distillation_gradient(double, *wide, views, Mode())
-    for label, mode in MODES.items():
+    on_gpu = found and next(iter(found.values())).views[0].is_cuda
+    for label, mode in (MODES | MODES_OF_A_GPU if on_gpu else MODES).items():
         row = [label]
         for name, s in found.items():
             gradient = distillation_gradient(model, s.before, s.after, s.views, mode)
@@ -253,9 +274,10 @@ def main() -> None:
     parser.add_argument("--train-lr", type=float, default=1e-3, help="of the batches before")
     parser.add_argument("--views", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.manual_seed(options.seed)
-    model = make_model(options.network)
+    model = make_model(options.network).to(options.device)
     found = situations(
         model, options.dataset, options.data, options.lr, options.views, options.train_lr
     )

@@ -34,7 +34,7 @@ def main() -> None:
     images, labels = setting.batch()
     optimizer = BLDOptimizer(
         setting.model(), setting.LR, views=setting.VIEWS, augment=setting.AUGMENT,
-        capture=arguments.capture, **setting.SETTINGS[arguments.setting],
+        **setting.SETTINGS[arguments.setting] | ({"capture": True} if arguments.capture else {}),
     )  # fmt: skip
     for _ in range(4):
         optimizer.step(images, labels)

@@ -157,7 +157,8 @@ def test_op(benchmark, case, op, name):
     )
     del found
     waits = measure.DEVICE.type == "cuda" and name != "ours"
-    rounds = 3 if size == 224 and name != "ours" else 20 if waits else None
+    slow = name == "torchvision-image" or (size == 224 and name != "ours")
+    rounds = 3 if slow else 20 if waits else None
     call = functools.partial(run, images, views)
     seconds = measure.time_calls(benchmark, [call], nbytes, rounds)
     measure.record(benchmark, seconds, nbytes, call)

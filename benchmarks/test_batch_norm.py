@@ -58,6 +58,18 @@ def both_passes(function, x, weight, bias, upstream):
     return out, *torch.autograd.grad(out, (x, weight, bias), upstream)
 
 
+def make_inputs(C, side, last, seed):
+    """x, weight, bias and dL/dy."""
+    on = dict(generator=torch.Generator(measure.DEVICE).manual_seed(seed), device=measure.DEVICE)
+    layout = torch.channels_last if last else torch.contiguous_format
+    x, upstream = (
+        torch.randn(VIEWS * BATCH, C, side, side, **on).contiguous(memory_format=layout)
+        for _ in range(2)
+    )
+    weight, bias = torch.rand(2, C, **on)
+    return [*(t.requires_grad_() for t in (x, weight, bias)), upstream]
+
+
 def check(function, arguments):
     """Against float64, view by view."""
     x, weight, bias, upstream = (t.detach().double() for t in arguments)
@@ -77,19 +89,12 @@ def test_op(benchmark, case, op, name):
             pytest.skip("takes a compilation, and is timed only")
         torch._dynamo.reset()
         function = torch.compile(function, fullgraph=True)
-    generator = torch.Generator().manual_seed(0)
-    shape = (VIEWS * BATCH, C, side, side)
-    layout = torch.channels_last if last else torch.contiguous_format
-    x, upstream = (
-        torch.randn(shape, generator=generator).to(measure.DEVICE).contiguous(memory_format=layout)
-        for _ in range(2)
-    )
-    weight, bias = torch.rand(2, C, generator=generator).to(measure.DEVICE)
-    arguments = [*(t.requires_grad_() for t in (x, weight, bias)), upstream]
+    elements = VIEWS * BATCH * C * side * side
+    nbytes = 24 * elements
+    sets = [make_inputs(C, side, last, seed) for seed in range(measure.copies(nbytes))]
     if name != "whole-batch":
-        check(function, arguments)
-    nbytes = 24 * x.numel()
+        check(function, sets[0])
     benchmark.group = f"{op} {case}"
-    call = functools.partial(both_passes, function, *arguments)
-    seconds = measure.time_calls(benchmark, [call], nbytes)
-    measure.record(benchmark, seconds, nbytes, call, copied=x.numel())
+    calls = [functools.partial(both_passes, function, *arguments) for arguments in sets]
+    seconds = measure.time_calls(benchmark, calls, nbytes)
+    measure.record(benchmark, seconds, nbytes, calls[0], copied=elements)

@@ -154,14 +154,12 @@ IMPLEMENTATIONS = {
 
 def make_inputs(op, case, seed):
     """The lists that the op works on, and the reference norms."""
-    generator = torch.Generator().manual_seed(seed)
+    on = dict(generator=torch.Generator(measure.DEVICE).manual_seed(seed), device=measure.DEVICE)
     shapes, layers = shapes_and_layers(case)
     lists = [
-        [torch.randn(shape, generator=generator).to(measure.DEVICE) for shape in shapes]
-        for _ in range(1 if op == "balance" else 3)
+        [torch.randn(shape, **on) for shape in shapes] for _ in range(1 if op == "balance" else 3)
     ]
-    norms = 1 + torch.rand(max(layers) + 1, generator=generator)
-    return [*lists, layers, norms.to(measure.DEVICE)]
+    return [*lists, layers, 1 + torch.rand(max(layers) + 1, **on)]
 
 
 def check(op, run, inputs):

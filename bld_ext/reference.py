@@ -439,10 +439,10 @@ def augment(
     p = view_parameters(settings, seed, step, views, indices, images.shape[2:])
     p = ViewParameters(*(field.flatten() for field in p))  # [V·N]
     x = resample(images.to(compute_dtype(images.dtype)), p, settings)
-    x = recolor(x / 255 if images.dtype == torch.uint8 else x, p, settings)
+    x = recolor(quotient(x, 255) if images.dtype == torch.uint8 else x, p, settings)
     if settings.mean:
         channels = zip(x.unbind(1), settings.mean, settings.std, strict=True)
-        x = torch.stack([(channel - mean) / std for channel, mean, std in channels], 1)
+        x = torch.stack([quotient(channel - mean, std) for channel, mean, std in channels], 1)
     if settings.erase:
         x = erase(x, p)
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -465,8 +465,8 @@ def inverse_matrix(p: ViewParameters, settings: Policy, size: tuple[int, int]) -
     shift_x, shift_y = p.translate_x.double(), p.translate_y.double()
     c, f = -(a * shift_x + b * shift_y), -(d * shift_x + e * shift_y)
     # the crop, mirrored, and where its centre is
-    zoom_x = torch.where(p.flip, -1.0, 1.0).double() * (p.width.double() / W)
-    zoom_y = p.height.double() / H
+    zoom_x = torch.where(p.flip, -1.0, 1.0).double() * quotient(p.width.double(), W)
+    zoom_y = quotient(p.height.double(), H)
     middle_x = (p.left - settings.crop_padding).double() + (p.width - 1).double() * 0.5
     middle_y = (p.top - settings.crop_padding).double() + (p.height - 1).double() * 0.5
     return [
@@ -541,8 +541,13 @@ def reflect(source: Tensor, size: int) -> Tensor:
     if size == 1:
         return torch.zeros_like(source)
     period = 2 * (size - 1)
-    folded = source - period * (source / period).floor()
+    folded = source - period * quotient(source, period).floor()
     return torch.minimum(folded, period - folded)
+
+
+def quotient(x: Tensor, divisor: float) -> Tensor:
+    """x / divisor rounded once, as on a CPU; on CUDA PyTorch multiplies by 1 / divisor."""
+    return x / torch.full((), divisor, dtype=x.dtype, device=x.device)
 
 
 def erase(x: Tensor, p: ViewParameters) -> Tensor:
@@ -566,7 +571,7 @@ def recolor(x: Tensor, p: ViewParameters, settings: Policy) -> Tensor:
     if settings.contrast:
         # in integers the mean does not depend on the order of summation, so neither on the batch
         levels = (gray(x).double() * MEAN_SCALE).round().long().sum((1, 2, 3), keepdim=True)
-        mean = levels.double() / (MEAN_SCALE * x.shape[2] * x.shape[3])
+        mean = quotient(levels.double(), MEAN_SCALE * x.shape[2] * x.shape[3])
         x = blend(x, mean.to(x.dtype), p.contrast)
     if x.shape[1] == 3 and settings.saturation:
         x = blend(x, gray(x), p.saturation)

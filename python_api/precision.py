@@ -26,7 +26,7 @@ def exact_float32() -> Iterator[None]:
     Inside, torch's older switches such as `torch.backends.cudnn.allow_tf32` raise its own error
     about mixing them with the newer ones.
     """
-    root, changed = torch.backends.fp32_precision, []
+    root, before = torch.backends.fp32_precision, [s.fp32_precision for s in _SWITCHES]
     with ExitStack() as stack:
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
@@ -35,13 +35,20 @@ def exact_float32() -> Iterator[None]:
             torch.backends.fp32_precision = "ieee"
             for switch in _SWITCHES:
                 if switch.fp32_precision != "ieee":
-                    changed.append((switch, switch.fp32_precision))
                     switch.fp32_precision = "ieee"
             yield
         finally:
-            for switch, precision in reversed(changed):
-                switch.fp32_precision = precision
             torch.backends.fp32_precision = root
+            for switch, precision in zip(_SWITCHES, before, strict=True):
+                _put_back(switch, precision)
+
+
+def _put_back(switch, precision: str) -> None:
+    """To its parent's, if that is what it was, so that it follows the parent later on."""
+    if switch.fp32_precision != precision:
+        switch.fp32_precision = "none"
+        if switch.fp32_precision != precision:
+            switch.fp32_precision = precision
 
 
 # In "mixed" the backward passes, whose rounding is relative to the gradient, use what the device

@@ -1,6 +1,7 @@
 """precision=: what it changes, and what each mode leaves of the distillation gradient."""
 
 import copy
+import random
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from benchmarks import precision as emulation
 from bld_ext import BLDOptimizer, SeededAugment
+from bld_ext.api.precision import _SWITCHES, backward_arithmetic, exact_float32
 
 AUGMENT = SeededAugment(crop_padding=1, rotation=15, jitter=0.2)
 SWITCHES = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.conv)
@@ -52,6 +54,44 @@ def test_only_backward_passes_are_reduced(
     assert spy.forward and all(found == ["ieee"] * 3 for found in spy.forward)
     assert spy.backward and all(found == expected for found in spy.backward)
     assert [s.fp32_precision for s in SWITCHES] == before
+
+
+@pytest.fixture
+def unset():
+    """All switches of float32 products, the root first, as nobody ever set them."""
+    every = (torch.backends, *_SWITCHES)
+    before = [s.fp32_precision for s in every]
+    for switch in every:
+        switch.fp32_precision = "none"
+    yield every
+    for switch, precision in zip(every, before, strict=True):
+        switch.fp32_precision = precision
+
+
+def test_all_switches_are_put_back_and_go_on_following_their_parents(unset):
+    draw = random.Random(0)
+
+    def reports():
+        return [s.fp32_precision for s in unset]
+
+    for _ in range(300):
+        root, values = draw.choice(["none", "ieee", "tf32"]), []
+        for switch in unset[1:]:
+            values.append(draw.choice(["none", "none", "ieee", "tf32"]))
+            switch.fp32_precision = values[-1]
+        unset[0].fp32_precision = root
+        before = reports()
+        with exact_float32():
+            assert reports() == ["ieee"] * len(unset)
+            with backward_arithmetic("mixed"):
+                assert reports()[1:] != ["ieee"] * len(_SWITCHES)
+            assert reports() == ["ieee"] * len(unset)
+        assert reports() == before
+    for switch in unset:
+        switch.fp32_precision = "none"
+    with exact_float32(), backward_arithmetic("mixed"):
+        pass
+    assert reports() == ["none"] * len(unset)
 
 
 def test_the_switches_are_put_back_after_an_error_in_backward(make_model, make_batch):

@@ -43,6 +43,9 @@ def assert_same_bits(*given):
         exact = reference.augment(*given[:-2], torch.float32, given[-1])
         same = torch.equal(found, (exact.view(torch.int32) & -(2**16)).view(torch.float32))
     assert same
+    if not INTERPRETED:
+        on_cpu = (x.cpu() if isinstance(x, torch.Tensor) else x for x in given)
+        assert torch.equal(found.cpu(), reference.augment(*on_cpu))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)

@@ -150,6 +150,8 @@ def make_parser() -> argparse.ArgumentParser:
         help="see BLDOptimizer",
     )
     add("--views-per-pass", type=positive, help="views that go through the network at once")
+    add("--capture", action="store_const", const=True,
+        help="replay the step of BLD and finetune as a CUDA graph")  # fmt: skip
     add("--jobs", type=positive, help="runs at a time (default: one a core, or one on a GPU)")
     add("--threads", type=positive, default=1, help="CPU threads of each run (default: 1)")
     return parser
@@ -158,7 +160,7 @@ def make_parser() -> argparse.ArgumentParser:
 def make_settings(args: argparse.Namespace, dataset: str, tasks: int | None = None):
     """The dataset's preset with what the command line changes in it."""
     names = ("tasks", "views", "network", "lr", "limit", "balance", "temperature", "statistics",
-             "momentum", "schedule", "views_per_pass")  # fmt: skip
+             "momentum", "schedule", "views_per_pass", "capture")  # fmt: skip
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if tasks is not None:
         given["tasks"] = tasks

@@ -36,6 +36,7 @@ class Settings:
     warmup_ratio: float = 0.01
     joint_steps: int = 2
     layer: str = "module"
+    capture: bool = False  # the step of BLD, without balancing and of finetune as a CUDA graph
     precision: str = "fp32"  # "bf16": the backbone under autocast, see networks.py
     l2_weight: float = 0.3  # of L2's penalty, in units of 1 / (2 α_j): at 1 it undoes a step
     offline_epochs: int = 10  # of offline LwF, in batches of `offline_batch`
@@ -71,6 +72,7 @@ class Method:
 
     balance: float | None = None
     epochs = 1
+    capturable = False  # learns by `step` alone
 
     def __init__(self, model: MultiHead, settings: Settings, seed: int):
         self.model, self.settings = model, settings
@@ -89,6 +91,7 @@ class Method:
             schedule=s.schedule,
             joint_steps=s.joint_steps,
             layer=s.layer,
+            capture=s.capture and self.capturable,
         )
 
     def begin(self, task: Task) -> None:
@@ -120,10 +123,13 @@ class Finetune(Method):
     """L_t alone, in as many updates as BLD makes: λ = 0."""
 
     balance = 0.0
+    capturable = True
 
 
 class BLD(Method):
     """Batch-Level Distillation: Algorithms 1 and 2."""
+
+    capturable = True
 
     def options(self, s: Settings) -> dict:
         return super().options(s) | {"balance": s.balance}
@@ -131,6 +137,8 @@ class BLD(Method):
 
 class NoBalancing(Method):
     """BLD with factor 1 in the place of λ‖G_w‖/‖G_d‖ (table 5)."""
+
+    capturable = True
 
 
 class Alternated(Method):

@@ -15,7 +15,6 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
-#include <numeric>
 #include <optional>
 #include <tuple>
 #include <type_traits>
@@ -377,12 +376,11 @@ template <typename Pass> void run(const Pass &pass) {
 
 // ---- the ops; their documentation is in bld_ext/ops.py ----
 
-// The order of dimensions that makes a tensor [N, C, *] one of rows of channels.
-std::vector<int64_t> channels_last(const Tensor &tensor) {
-  std::vector<int64_t> order(tensor.dim());
-  std::iota(order.begin(), order.end(), 0);
-  std::rotate(order.begin() + 1, order.begin() + 2, order.end());
-  return order;
+// A tensor [N, C, *] seen as [N, *, C].
+Tensor rows_of_channels(Tensor tensor) {
+  for (int64_t d = 1; d < tensor.dim() - 1; ++d)
+    tensor = torch::stable::transpose(tensor, d, d + 1);
+  return tensor;
 }
 
 // Tensors of one shape and layout: contiguous, or with the channels last where the first of them
@@ -402,12 +400,11 @@ public:
     int64_t S = 1;
     for (int64_t d = 2; d < input.dim(); ++d)
       S *= input.size(d);
-    permuted = !input.is_contiguous() &&
-               torch::stable::permute(input, channels_last(input)).is_contiguous();
+    permuted = !input.is_contiguous() && rows_of_channels(input).is_contiguous();
     shape = {views, input.size(0) / views, C, S, permuted || S == 1};
   }
   Tensor in(const Tensor &tensor) const {
-    const Tensor t = permuted ? torch::stable::permute(tensor, channels_last(tensor)) : tensor;
+    const Tensor t = permuted ? rows_of_channels(tensor) : tensor;
     return t.is_contiguous() ? t : torch::stable::contiguous(t);
   }
   std::optional<Tensor> in(const std::optional<Tensor> &tensor) const {

@@ -36,7 +36,7 @@ struct Launch {
 
   explicit Launch(const Tensor &tensor) : device(tensor.get_device_index()) {
     void *current = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
     stream = static_cast<cudaStream_t>(current);
     cudaStreamCaptureStatus status;
     STD_CUDA_CHECK(cudaStreamGetCaptureInfo(stream, &status, &capture));
