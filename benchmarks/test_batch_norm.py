@@ -67,6 +67,9 @@ def make_inputs(C, side, last, seed):
         for _ in range(2)
     )
     weight, bias = torch.rand(2, C, **on)
+    exact = (t.double() for t in (x, weight, bias))
+    # where y is all but 0 before the ReLU, rounding decides whether a gradient passes
+    upstream *= ops.view_batch_norm(*exact, views=VIEWS)[0].abs() > 1e-5
     return [*(t.requires_grad_() for t in (x, weight, bias)), upstream]
 
 

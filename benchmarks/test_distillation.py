@@ -12,16 +12,13 @@ from benchmarks import measure
 from bld_ext import ops, reference
 
 TAU = 2.0
-CASES = {
-    "20x20x5": (20, [5] * 20),
-    "1000x4x2": (1_000, [2] * 4),
-    "1000x20x5": (1_000, [5] * 20),
-    "100000x4x2": (100_000, [2] * 4),
-    "20000x2x100": (20_000, [100] * 2),
-}
+CASES = {"20x20x5": (20, [5] * 20), "1000x20x5": (1_000, [5] * 20)}
 if measure.DEVICE.type == "cuda":
     CASES |= {"1000x200x5": (1_000, [5] * 200), "1000x10x100": (1_000, [100] * 10)}
     CASES |= {"100000x20x5": (100_000, [5] * 20), "1000000x20x5": (1_000_000, [5] * 20)}
+else:
+    CASES |= {"1000x4x2": (1_000, [2] * 4), "100000x4x2": (100_000, [2] * 4)}
+    CASES |= {"20000x2x100": (20_000, [100] * 2)}
 # Bytes an op has to move for a float32 logit: old columns, new columns.
 BYTES = {"head_softmax": (8, 0), "distillation": (12, 0), "warm_up": (12, 8), "joint": (16, 12)}
 
@@ -208,5 +205,7 @@ def test_op(benchmark, case, op, name):
         torch.testing.assert_close(value.double(), exact, rtol=rtol, atol=atol)
 
     benchmark.group = f"{op} {case}"
-    seconds = measure.time_calls(benchmark, [lambda s=s: run(*s) for s in sets], nbytes)
+    # Liger-Kernel copies a number from the CPU in its backward pass, which no graph can hold
+    rounds = 50 if name == "liger" else None
+    seconds = measure.time_calls(benchmark, [lambda s=s: run(*s) for s in sets], nbytes, rounds)
     measure.record(benchmark, seconds, nbytes, lambda: run(*sets[0]))

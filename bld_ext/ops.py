@@ -19,7 +19,6 @@ them by what comes in; then they are rounded once to the dtype of logits.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import torch
@@ -237,8 +236,7 @@ def _on_layers(name: str, *arguments):
             return op(*arguments)
         except (RuntimeError, TypeError) as error:
             getattr(checks, name)(*arguments)
-            text = re.sub(r"^\w+, [^,]*:\d+, ", "", str(error))  # without the place in the source
-            raise ValueError(text.partition("\nException raised from")[0]) from error
+            raise ValueError(str(error).partition("\nException raised from")[0]) from error
 
 
 def _mark_written(tensors: Sequence[Tensor]) -> None:

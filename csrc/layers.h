@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cmath>
@@ -19,6 +18,7 @@
 #include <vector>
 
 #include "balance.h"
+#include "check.h"
 #include "chunks.h"
 
 namespace bld_ext {
@@ -45,7 +45,7 @@ inline Dtype dtype_of(const char *name, const Tensor &tensor, int64_t i = 0) {
   case ScalarType::Half:
     return Dtype::f16;
   default:
-    STD_TORCH_CHECK(false, name, "[", i, "]: expected a floating-point dtype");
+    BLD_CHECK(false, name, "[", i, "]: expected a floating-point dtype");
   }
 }
 
@@ -102,27 +102,27 @@ inline void check_lists(const std::vector<TensorList *> &lists, const std::vecto
                         int64_t num_layers) {
   const TensorList &first = *lists[0];
   const int64_t count = static_cast<int64_t>(first.tensors.size());
-  STD_TORCH_CHECK(count >= 1, first.name, ": expected at least one tensor, got none");
-  STD_TORCH_CHECK(count < INT32_MAX, first.name, ": expected fewer than 2^31 tensors");
-  STD_TORCH_CHECK(static_cast<int64_t>(layers.size()) == count, "layers: expected ", count,
-                  " indices, got ", layers.size());
+  BLD_CHECK(count >= 1, first.name, ": expected at least one tensor, got none");
+  BLD_CHECK(count < INT32_MAX, first.name, ": expected fewer than 2^31 tensors");
+  BLD_CHECK(static_cast<int64_t>(layers.size()) == count, "layers: expected ", count,
+            " indices, got ", layers.size());
   for (int64_t i = 0; i < count; ++i)
-    STD_TORCH_CHECK(0 <= layers[i] && layers[i] < num_layers, "layers: expected indices from 0 to ",
-                    num_layers - 1, ", got ", layers[i], " at position ", i);
+    BLD_CHECK(0 <= layers[i] && layers[i] < num_layers, "layers: expected indices from 0 to ",
+              num_layers - 1, ", got ", layers[i], " at position ", i);
   const auto device = first.tensors[0].device();
   for (const TensorList *list : lists) {
-    STD_TORCH_CHECK(static_cast<int64_t>(list->tensors.size()) == count, list->name, ": expected ",
-                    count, " tensors, got ", list->tensors.size());
+    BLD_CHECK(static_cast<int64_t>(list->tensors.size()) == count, list->name, ": expected ", count,
+              " tensors, got ", list->tensors.size());
     for (int64_t i = 0; i < count; ++i) {
       const Tensor &tensor = list->tensors[i];
-      STD_TORCH_CHECK(tensor.layout() == torch::headeronly::Layout::Strided, list->name, "[", i,
-                      "]: expected a dense tensor; call to_dense()");
-      STD_TORCH_CHECK(tensor.device() == device, list->name, "[", i, "]: expected the device of ",
-                      first.name, "[0]");
+      BLD_CHECK(tensor.layout() == torch::headeronly::Layout::Strided, list->name, "[", i,
+                "]: expected a dense tensor; call to_dense()");
+      BLD_CHECK(tensor.device() == device, list->name, "[", i, "]: expected the device of ",
+                first.name, "[0]");
       dtype_of(list->name, tensor, i);
       if (list != &first)
-        STD_TORCH_CHECK(same(tensor.sizes(), first.tensors[i].sizes()), list->name, "[", i,
-                        "]: expected the shape of ", first.name, "[", i, "]");
+        BLD_CHECK(same(tensor.sizes(), first.tensors[i].sizes()), list->name, "[", i,
+                  "]: expected the shape of ", first.name, "[", i, "]");
     }
   }
 }
@@ -171,9 +171,9 @@ struct Extent { // of a tensor in memory, gaps included
 };
 
 inline void require_apart(bool apart, const Extent &own, const Extent &other) {
-  STD_TORCH_CHECK(apart, own.list->name, "[", own.i,
-                  "]: expected memory of its own, got some that is also in ", other.list->name, "[",
-                  other.i, "]; clone() one of them");
+  BLD_CHECK(apart, own.list->name, "[", own.i,
+            "]: expected memory of its own, got some that is also in ", other.list->name, "[",
+            other.i, "]; clone() one of them");
 }
 
 inline std::vector<Extent> extents_of(const std::vector<TensorList *> &lists) {
@@ -194,9 +194,9 @@ inline void check_copied(const std::vector<TensorList *> &lists,
       const Tensor &tensor = list->tensors[i];
       if (!list->written || tensor.is_contiguous())
         continue;
-      STD_TORCH_CHECK(!overlaps_itself(tensor), list->name, "[", i,
-                      "]: expected a tensor whose elements do not share memory, got an "
-                      "expanded one or the like; clone() it");
+      BLD_CHECK(!overlaps_itself(tensor), list->name, "[", i,
+                "]: expected a tensor whose elements do not share memory, got an "
+                "expanded one or the like; clone() it");
       const Extent own(list, i);
       for (const Extent &other : extents)
         require_apart(own.end <= other.begin || other.end <= own.begin ||

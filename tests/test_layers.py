@@ -348,7 +348,7 @@ def test_layers_larger_than_a_cache():
 
 def columns(tensor):
     """The same numbers with gaps between them."""
-    wide = torch.zeros(*tensor.shape, 2, dtype=tensor.dtype)
+    wide = tensor.new_zeros(*tensor.shape, 2)
     wide[..., 0] = tensor
     return wide[..., 0]
 

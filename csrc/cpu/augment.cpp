@@ -7,7 +7,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <cmath>
@@ -15,6 +14,7 @@
 #include <optional>
 #include <vector>
 
+#include "../check.h"
 #include "lanes.h"
 #include "view.h"
 
@@ -52,7 +52,7 @@ BLD_EXT_INLINE void with_dtype(ScalarType dtype, const char *name, const F &f) {
   case ScalarType::Half:
     return f(c10::Half());
   default:
-    STD_TORCH_CHECK(false, name, ": expected a floating-point dtype or, for images, uint8");
+    BLD_CHECK(false, name, ": expected a floating-point dtype or, for images, uint8");
   }
 }
 
@@ -473,8 +473,8 @@ MakeViews kernel() {
 }
 
 int64_t scalar(const char *name, const Tensor &tensor) {
-  STD_TORCH_CHECK(tensor.dim() == 0 && tensor.is_cpu() && tensor.scalar_type() == ScalarType::Long,
-                  name, ": expected an int64 scalar on the CPU");
+  BLD_CHECK(tensor.dim() == 0 && tensor.is_cpu() && tensor.scalar_type() == ScalarType::Long, name,
+            ": expected an int64 scalar on the CPU");
   return *static_cast<const int64_t *>(tensor.const_data_ptr());
 }
 
@@ -482,18 +482,18 @@ int64_t scalar(const char *name, const Tensor &tensor) {
 Tensor augment(const Tensor &images_, std::vector<double> policy, const Tensor &seed,
                const Tensor &step, std::vector<int64_t> views,
                const std::optional<Tensor> &indices_, ScalarType dtype, bool channels_last) {
-  STD_TORCH_CHECK(images_.dim() == 4, "images: expected shape [N, C, H, W]");
+  BLD_CHECK(images_.dim() == 4, "images: expected shape [N, C, H, W]");
   const int64_t N = images_.size(0), C = images_.size(1), H = images_.size(2), W = images_.size(3);
   const Tensor images = torch::stable::contiguous(images_);
   const Tensor indices = torch::stable::contiguous(indices_.value_or(images));
-  STD_TORCH_CHECK(!indices_ || (indices.is_cpu() && indices.scalar_type() == ScalarType::Long &&
-                                indices.dim() == 1 && indices.numel() == N),
-                  "indices: expected ", N, " int64 numbers on the CPU, one an image");
-  STD_TORCH_CHECK(H <= 1 << 24 && W <= 1 << 24, "images: expected sides of at most 2^24, got ", H,
-                  " x ", W);
-  STD_TORCH_CHECK((H + 2 * BORDER) < INT32_MAX / (W + 2 * BORDER),
-                  "images: expected fewer than 2^31 pixels with a border of ", BORDER, ", got ", H,
-                  " x ", W);
+  BLD_CHECK(!indices_ || (indices.is_cpu() && indices.scalar_type() == ScalarType::Long &&
+                          indices.dim() == 1 && indices.numel() == N),
+            "indices: expected ", N, " int64 numbers on the CPU, one an image");
+  BLD_CHECK(H <= 1 << 24 && W <= 1 << 24, "images: expected sides of at most 2^24, got ", H, " x ",
+            W);
+  BLD_CHECK((H + 2 * BORDER) < INT32_MAX / (W + 2 * BORDER),
+            "images: expected fewer than 2^31 pixels with a border of ", BORDER, ", got ", H, " x ",
+            W);
   const int64_t V = static_cast<int64_t>(views.size());
   Call call{images.const_data_ptr(),
             images.scalar_type(),
@@ -510,14 +510,14 @@ Tensor augment(const Tensor &images_, std::vector<double> policy, const Tensor &
             std::move(views),
             indices_ ? static_cast<const int64_t *>(indices.const_data_ptr()) : nullptr};
   const int64_t channels = static_cast<int64_t>(call.policy.mean.size());
-  STD_TORCH_CHECK(channels == 0 || channels == C, "policy.mean: expected ", C,
-                  " values, one a channel, got ", channels);
+  BLD_CHECK(channels == 0 || channels == C, "policy.mean: expected ", C,
+            " values, one a channel, got ", channels);
   const bool jitter = call.policy.contrasts || call.policy.saturates || call.policy.shifts_hue;
-  STD_TORCH_CHECK(!jitter || C == 1 || C == 3,
-                  "images: expected 1 or 3 channels for colour jitter, got ", C);
+  BLD_CHECK(!jitter || C == 1 || C == 3, "images: expected 1 or 3 channels for colour jitter, got ",
+            C);
   for (const auto &[name, kind] : {std::pair("images", call.image_dtype), {"dtype", dtype}})
     with_dtype(kind, name, [](auto) {});
-  STD_TORCH_CHECK(dtype != ScalarType::Byte, "dtype: expected a floating-point dtype, got uint8");
+  BLD_CHECK(dtype != ScalarType::Byte, "dtype: expected a floating-point dtype, got uint8");
 
   const std::vector<int64_t> shape =
       channels_last ? std::vector<int64_t>{V * N, H, W, C} : std::vector<int64_t>{V * N, C, H, W};

@@ -8,7 +8,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/Dispatch_v2.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cmath>
@@ -20,6 +19,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "../check.h"
 #include "lanes.h"
 
 namespace bld_ext {
@@ -392,10 +392,9 @@ public:
   Shape shape;
 
   Layout(const Tensor &input, int64_t views) {
-    STD_TORCH_CHECK(input.dim() >= 2, "input: expected [V·B, C, *], got ", input.dim(),
-                    " dimensions");
-    STD_TORCH_CHECK(views >= 1 && input.size(0) % views == 0, "views: expected a divisor of ",
-                    input.size(0), " images, got ", views);
+    BLD_CHECK(input.dim() >= 2, "input: expected [V·B, C, *], got ", input.dim(), " dimensions");
+    BLD_CHECK(views >= 1 && input.size(0) % views == 0, "views: expected a divisor of ",
+              input.size(0), " images, got ", views);
     const int64_t C = input.size(1);
     int64_t S = 1;
     for (int64_t d = 2; d < input.dim(); ++d)
@@ -435,7 +434,7 @@ ScalarType acc_dtype(const Tensor &input) {
 }
 
 void check_channels(const char *name, const std::optional<Tensor> &tensor, const Tensor &input) {
-  STD_TORCH_CHECK(
+  BLD_CHECK(
       !tensor || (tensor->is_contiguous() && tensor->is_cpu() && tensor->dim() == 1 &&
                   tensor->size(0) == input.size(1) && tensor->scalar_type() == acc_dtype(input)),
       name, ": expected [", input.size(1), "], contiguous, float32, or float64 for float64 input");
@@ -443,18 +442,18 @@ void check_channels(const char *name, const std::optional<Tensor> &tensor, const
 
 void check_statistics(const char *name, const Tensor &tensor, const Shape &shape,
                       const Tensor &input) {
-  STD_TORCH_CHECK(tensor.is_contiguous() && tensor.is_cpu() && tensor.dim() == 2 &&
-                      tensor.size(0) == shape.V && tensor.size(1) == shape.C &&
-                      tensor.scalar_type() == acc_dtype(input),
-                  name, ": expected [", shape.V, ", ", shape.C, "], what view_batch_norm returned");
+  BLD_CHECK(tensor.is_contiguous() && tensor.is_cpu() && tensor.dim() == 2 &&
+                tensor.size(0) == shape.V && tensor.size(1) == shape.C &&
+                tensor.scalar_type() == acc_dtype(input),
+            name, ": expected [", shape.V, ", ", shape.C, "], what view_batch_norm returned");
 }
 
 void check_same(const char *name, const std::optional<Tensor> &tensor, const Tensor &input) {
-  STD_TORCH_CHECK(!tensor || (tensor->is_cpu() && tensor->scalar_type() == input.scalar_type() &&
-                              tensor->dim() == input.dim() &&
-                              std::equal(tensor->sizes().begin(), tensor->sizes().end(),
-                                         input.sizes().begin())),
-                  name, ": expected the shape and dtype of input");
+  BLD_CHECK(!tensor ||
+                (tensor->is_cpu() && tensor->scalar_type() == input.scalar_type() &&
+                 tensor->dim() == input.dim() &&
+                 std::equal(tensor->sizes().begin(), tensor->sizes().end(), input.sizes().begin())),
+            name, ": expected the shape and dtype of input");
 }
 
 template <typename T> const T *in(const std::optional<Tensor> &tensor) {

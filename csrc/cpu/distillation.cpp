@@ -7,7 +7,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/Dispatch_v2.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cmath>
@@ -22,6 +21,7 @@
 #include <utility>
 #include <vector>
 
+#include "../check.h"
 #include "lanes.h"
 
 namespace bld_ext {
@@ -340,45 +340,45 @@ Tensor dense(const Tensor &tensor) { // without a call to the dispatcher where i
 }
 
 Call begin(const Tensor &logits, std::vector<int64_t> head_sizes, const Tensor &temperature) {
-  STD_TORCH_CHECK(logits.dim() >= 2, "logits: expected [N, C, *spatial], got ", logits.dim(),
-                  " dimensions");
+  BLD_CHECK(logits.dim() >= 2, "logits: expected [N, C, *spatial], got ", logits.dim(),
+            " dimensions");
   int64_t left = logits.size(1);
   for (int64_t size : head_sizes) {
-    STD_TORCH_CHECK(size >= 1, "head_sizes: expected sizes of at least 1, got ", size);
-    STD_TORCH_CHECK(size <= left, "head_sizes: they sum to more than the ", logits.size(1),
-                    " classes of logits");
+    BLD_CHECK(size >= 1, "head_sizes: expected sizes of at least 1, got ", size);
+    BLD_CHECK(size <= left, "head_sizes: they sum to more than the ", logits.size(1),
+              " classes of logits");
     left -= size;
   }
-  STD_TORCH_CHECK(temperature.dim() == 0 && temperature.scalar_type() == ScalarType::Double,
-                  "temperature: expected a float64 scalar");
+  BLD_CHECK(temperature.dim() == 0 && temperature.scalar_type() == ScalarType::Double,
+            "temperature: expected a float64 scalar");
   Call call;
   call.logits = dense(logits);
   call.head_sizes = std::move(head_sizes);
   call.temperature = *static_cast<const double *>(temperature.const_data_ptr());
-  STD_TORCH_CHECK(call.temperature > 0 && std::isfinite(call.temperature),
-                  "temperature: expected a positive finite number, got ", call.temperature);
+  BLD_CHECK(call.temperature > 0 && std::isfinite(call.temperature),
+            "temperature: expected a positive finite number, got ", call.temperature);
   return call;
 }
 
 void set_labels(Call &call, const Tensor &labels) {
-  STD_TORCH_CHECK(!call.head_sizes.empty(), "head_sizes: expected at least one head");
-  STD_TORCH_CHECK(call.old_classes() == call.logits.size(1), "head_sizes: expected a sum of ",
-                  call.logits.size(1), ", the classes of logits");
+  BLD_CHECK(!call.head_sizes.empty(), "head_sizes: expected at least one head");
+  BLD_CHECK(call.old_classes() == call.logits.size(1), "head_sizes: expected a sum of ",
+            call.logits.size(1), ", the classes of logits");
   call.head_sizes.pop_back();
-  STD_TORCH_CHECK(labels.scalar_type() == ScalarType::Long, "labels: expected int64");
-  STD_TORCH_CHECK(labels.numel() * call.logits.size(1) == call.logits.numel(),
-                  "labels: expected [N, *spatial], one for each position of logits");
+  BLD_CHECK(labels.scalar_type() == ScalarType::Long, "labels: expected int64");
+  BLD_CHECK(labels.numel() * call.logits.size(1) == call.logits.numel(),
+            "labels: expected [N, *spatial], one for each position of logits");
   call.labels = dense(labels);
 }
 
 void set_targets(Call &call, const Tensor &bank) {
-  STD_TORCH_CHECK(bank.scalar_type() == call.acc_dtype(),
-                  "bank: expected float32, or float64 for float64 logits");
+  BLD_CHECK(bank.scalar_type() == call.acc_dtype(),
+            "bank: expected float32, or float64 for float64 logits");
   const std::vector<int64_t> expected = call.shape(call.old_classes());
-  STD_TORCH_CHECK(bank.dim() == call.logits.dim() &&
-                      std::equal(expected.begin(), expected.end(), bank.sizes().begin()),
-                  "bank: expected [N, C_old, *spatial], the shape of logits with ", expected[1],
-                  " classes");
+  BLD_CHECK(bank.dim() == call.logits.dim() &&
+                std::equal(expected.begin(), expected.end(), bank.sizes().begin()),
+            "bank: expected [N, C_old, *spatial], the shape of logits with ", expected[1],
+            " classes");
   call.targets = dense(bank);
 }
 

@@ -346,12 +346,11 @@ double element(const Tensor &tensor, int64_t i) {
 }
 
 double scalar(const char *name, const Tensor &tensor) {
-  STD_TORCH_CHECK(tensor.dim() == 0 && tensor.is_cpu() &&
-                      tensor.scalar_type() == ScalarType::Double,
-                  name, ": expected a float64 scalar on the CPU");
+  BLD_CHECK(tensor.dim() == 0 && tensor.is_cpu() && tensor.scalar_type() == ScalarType::Double,
+            name, ": expected a float64 scalar on the CPU");
   const double value = element(tensor, 0);
-  STD_TORCH_CHECK(value >= 0 && std::isfinite(value), name,
-                  ": expected a finite number, at least 0, got ", value);
+  BLD_CHECK(value >= 0 && std::isfinite(value), name,
+            ": expected a finite number, at least 0, got ", value);
   return value;
 }
 
@@ -385,8 +384,8 @@ std::tuple<Tensor, Tensor> balance(const std::vector<TensorList *> &lists, Tenso
                                    const std::vector<int64_t> &layers,
                                    const Tensor &reference_norms, const Tensor &balance_,
                                    After after, double lr) {
-  STD_TORCH_CHECK(reference_norms.dim() == 1 && reference_norms.is_cpu(),
-                  "reference_norms: expected one norm a layer, [L], on the CPU");
+  BLD_CHECK(reference_norms.dim() == 1 && reference_norms.is_cpu(),
+            "reference_norms: expected one norm a layer, [L], on the CPU");
   dtype_of("reference_norms", reference_norms);
   const int64_t L = reference_norms.numel();
   check_lists(lists, layers, L);

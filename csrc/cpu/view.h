@@ -2,13 +2,12 @@
 // and inverse_matrix of bld_ext/reference.py, with the same bits.
 #pragma once
 
-#include <torch/headeronly/util/Exception.h>
-
 #include <algorithm>
 #include <cmath>
 #include <utility>
 #include <vector>
 
+#include "../check.h"
 #include "../philox.h"
 
 namespace bld_ext {
@@ -37,11 +36,11 @@ struct Policy {
 
 private:
   static const std::vector<double> &checked(const std::vector<double> &values) {
-    STD_TORCH_CHECK(values.size() >= 24 && values.size() % 2 == 0,
-                    "policy: expected 24 numbers, then mean and std of each channel, got ",
-                    values.size(), " numbers; use Policy.pack()");
+    BLD_CHECK(values.size() >= 24 && values.size() % 2 == 0,
+              "policy: expected 24 numbers, then mean and std of each channel, got ", values.size(),
+              " numbers; use Policy.pack()");
     for (const double value : values)
-      STD_TORCH_CHECK(std::isfinite(value), "policy: expected finite numbers, got ", value);
+      BLD_CHECK(std::isfinite(value), "policy: expected finite numbers, got ", value);
     return values;
   }
 
@@ -59,7 +58,7 @@ private:
         mean(v + 24, v + 24 + channels), std(v + 24 + channels, v + 24 + 2 * channels),
         turns(resized || v[6] || v[7] || v[8] || v[9] != 1 || v[10] != 1 || v[11] || v[12] ||
               nearest || padding_mode != PaddingMode::zeros) {
-    STD_TORCH_CHECK(0 <= v[16] && v[16] <= 0.5, "policy.hue: expected 0 to 0.5, got ", v[16]);
+    BLD_CHECK(0 <= v[16] && v[16] <= 0.5, "policy.hue: expected 0 to 0.5, got ", v[16]);
   }
 };
 

@@ -91,10 +91,12 @@ void upload(DeviceTable &table, const Launch &launch) {
 
   const Uncaptured uncaptured;
   if (needed > table.capacity) {
-    STD_CUDA_CHECK(cudaStreamSynchronize(launch.stream)); // launches still read the old one
-    STD_CUDA_CHECK(cudaFree(table.memory));
-    table.memory = nullptr;
-    table.capacity = 0;
+    if (table.memory) { // never in a graph, whose stream nobody can wait for
+      STD_CUDA_CHECK(cudaStreamSynchronize(launch.stream)); // launches still read it
+      STD_CUDA_CHECK(cudaFree(table.memory));
+      table.memory = nullptr;
+      table.capacity = 0;
+    }
     STD_CUDA_CHECK(cudaMalloc(reinterpret_cast<void **>(&table.memory), needed));
     table.capacity = needed;
   }
@@ -135,8 +137,8 @@ DeviceTable &find_table(const std::vector<TensorList *> &lists, const TensorList
   table.capture = launch.capture;
   try {
     fill_table(table, std::move(key), lists, measured, layers, num_layers);
-    STD_TORCH_CHECK(table.chunks.size() < INT32_MAX, measured.name,
-                    ": expected fewer than 2^31 chunks of ", chunk_size.load(), " elements");
+    BLD_CHECK(table.chunks.size() < INT32_MAX, measured.name,
+              ": expected fewer than 2^31 chunks of ", chunk_size.load(), " elements");
     upload(table, launch);
   } catch (...) {
     table.key.clear(); // no call finds it
@@ -158,16 +160,16 @@ void with_table(const std::vector<TensorList *> &lists, const TensorList &measur
 }
 
 Scalar scalar(const char *name, const Tensor &tensor, const Tensor &on) {
-  STD_TORCH_CHECK(tensor.dim() == 0 && tensor.scalar_type() == ScalarType::Double, name,
-                  ": expected a float64 scalar");
+  BLD_CHECK(tensor.dim() == 0 && tensor.scalar_type() == ScalarType::Double, name,
+            ": expected a float64 scalar");
   if (!tensor.is_cpu()) {
-    STD_TORCH_CHECK(tensor.device() == on.device(), name,
-                    ": expected a scalar on the tensors' device or the CPU");
+    BLD_CHECK(tensor.device() == on.device(), name,
+              ": expected a scalar on the tensors' device or the CPU");
     return {static_cast<const double *>(tensor.const_data_ptr()), 0};
   }
   const double value = *static_cast<const double *>(tensor.const_data_ptr());
-  STD_TORCH_CHECK(value >= 0 && std::isfinite(value), name,
-                  ": expected a finite number, at least 0, got ", value);
+  BLD_CHECK(value >= 0 && std::isfinite(value), name,
+            ": expected a finite number, at least 0, got ", value);
   return {nullptr, value};
 }
 
@@ -197,12 +199,12 @@ std::tuple<Tensor, Tensor> balance(const std::vector<TensorList *> &lists, Tenso
                                    const std::vector<int64_t> &layers,
                                    const Tensor &reference_norms, const Tensor &balance_,
                                    const Change &change) {
-  STD_TORCH_CHECK(reference_norms.dim() == 1, "reference_norms: expected one norm a layer, [L]");
+  BLD_CHECK(reference_norms.dim() == 1, "reference_norms: expected one norm a layer, [L]");
   const Dtype reference_dtype = dtype_of("reference_norms", reference_norms);
   const int64_t L = reference_norms.numel();
   check_lists(lists, layers, L);
-  STD_TORCH_CHECK(reference_norms.device() == measured.tensors[0].device(),
-                  "reference_norms: expected the tensors' device");
+  BLD_CHECK(reference_norms.device() == measured.tensors[0].device(),
+            "reference_norms: expected the tensors' device");
   const Scalar lambda = scalar("balance", balance_, measured.tensors[0]);
   const Tensor reference = torch::stable::contiguous(reference_norms);
   align(lists);
@@ -240,7 +242,7 @@ std::tuple<Tensor, Tensor> balanced_sgd_(std::vector<Tensor> params,
   TensorList param{"params", std::move(params), true};
   TensorList old_grad{"distill_grads", std::move(distill_grads), false};
   TensorList new_grad{"new_grads", std::move(new_grads), false};
-  STD_TORCH_CHECK(!old_grad.tensors.empty(), "params: expected at least one tensor, got none");
+  BLD_CHECK(!old_grad.tensors.empty(), "params: expected at least one tensor, got none");
   const Scalar rate = scalar("lr", lr, old_grad.tensors[0]);
   const auto update = [&](const Walk &walk, const Result &result, unsigned blocks,
                           cudaStream_t stream) {

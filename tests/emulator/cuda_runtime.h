@@ -131,9 +131,9 @@ inline double __fma_rn(double a, double b, double c) { return std::fma(a, b, c);
 // ---- the runtime ----
 
 typedef void *cudaStream_t;
-enum cudaError_t { cudaSuccess };
+enum cudaError_t { cudaSuccess, cudaErrorStreamCaptureUnsupported = 900 };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
-enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeRelaxed };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice };
 enum { cudaStreamNonBlocking = 1 };
 
@@ -143,27 +143,49 @@ inline cudaError_t cudaStreamGetCaptureInfo(cudaStream_t, cudaStreamCaptureStatu
   *status = *id ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
-inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode *) {
+// While a stream is captured a thread may not allocate, unless it has said so before, and nobody may
+// wait for that stream.
+inline thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
+
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode *mode) {
+  std::swap(*mode, capture_mode);
   return cudaSuccess;
 }
+inline bool forbidden() {
+  return emulator::state.capture && capture_mode != cudaStreamCaptureModeRelaxed;
+}
+inline bool captured(cudaStream_t stream) {
+  return emulator::state.capture && stream == emulator::state.stream;
+}
 inline cudaError_t cudaMalloc(void **memory, size_t size) {
+  if (forbidden())
+    return cudaErrorStreamCaptureUnsupported;
   ++emulator::state.allocations;
   *memory = std::malloc(size);
   std::memset(*memory, 0xff, size); // nan, and counters that never end
   return cudaSuccess;
 }
 inline cudaError_t cudaFree(void *memory) {
+  if (forbidden())
+    return cudaErrorStreamCaptureUnsupported;
   std::free(memory);
   return cudaSuccess;
 }
 inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, cudaMemcpyKind,
-                                   cudaStream_t) {
+                                   cudaStream_t stream) {
+  if (captured(stream) || forbidden())
+    return cudaErrorStreamCaptureUnsupported;
   ++emulator::state.copies;
   std::memcpy(to, from, size);
   return cudaSuccess;
 }
-inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *, unsigned) { return cudaSuccess; }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned) {
+  *stream = reinterpret_cast<cudaStream_t>(-1);
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  return captured(stream) || forbidden() ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
+}
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
 inline int32_t aoti_torch_get_current_cuda_stream(int32_t, void **stream) {
