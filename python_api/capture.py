@@ -82,7 +82,8 @@ class CapturedStep:
                 raise RuntimeError(
                     f"capture: the step cannot be recorded as a CUDA graph ({error}). Look for "
                     "what waits for the device or allocates outside of torch: a hook or an augment "
-                    "of your own, or a base optimizer without capturable=True or fused=True. The "
+                    "of your own, or a base optimizer without capturable=True or fused=True; and "
+                    "for a loss or logits of your own that still hold the parameters' graph. The "
                     "network has not changed; capture=False goes without a graph"
                 ) from error
         self.graph.replay()

@@ -79,7 +79,7 @@ def activation_bytes(one: Views) -> int:
         storage = saved.untyped_storage()
         if storage.data_ptr() not in known:
             held[storage.data_ptr()] = storage.nbytes()
-        return saved
+        return saved.detach()  # itself, it would hold the graph that holds it, for good
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda saved: saved):
         _ = list(one)  # held until all is counted, so that no address comes twice

@@ -21,6 +21,7 @@ SCHEDULES = {
     "one-graph": dict(schedule="shared_forward", views_per_pass=4),
     "channels-last": dict(views_per_pass=4, channels_last=True),
     "mixed": dict(views_per_pass=4, precision="mixed"),
+    "auto": dict(views_per_pass="auto", schedule="shared_forward"),
 }
 
 
@@ -58,6 +59,28 @@ def test_batch_norm_on_gpu_and_cpu_agree(shape, last):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5 * b.abs().max().item())
 
 
+@pytest.fixture
+def deterministic():
+    """cuDNN's usual algorithms add up in another order each time."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("way", SCHEDULES.values(), ids=SCHEDULES)
+def test_eager_steps_repeat(way, make_model, make_batch):
+    states = []
+    for _ in range(2):
+        model = make_model(heads=(2, 2))
+        optimizer = make_optimizer(model, **way)
+        for number in range(20):
+            optimizer.step(*on_gpu(make_batch(2, number)))
+        states.append(model.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("way", SCHEDULES.values(), ids=SCHEDULES)
 def test_a_captured_step_has_the_bits_of_an_eager_one(way, make_model, make_batch):
     models = [make_model(heads=(2, 2)) for _ in range(2)]

@@ -1,7 +1,9 @@
 """views_per_pass: a number or "auto", running out of memory, and models that mix their images."""
 
 import copy
+import gc
 import warnings
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -28,6 +30,16 @@ def optimizer_of(model, **options):
 
 
 # ---- "auto" ----
+
+
+def test_measuring_leaves_no_activation_behind(make_model, make_batch):
+    """Nor the graph that holds them, whose nodes belong to the stream it was made on."""
+    model, outputs = make_model(heads=(2, 2)), []
+    for module in model.modules():
+        module.register_forward_hook(lambda m, inputs, out: outputs.append(weakref.ref(out)))
+    optimizer_of(model, views_per_pass="auto").step(*make_batch(2))
+    gc.collect()
+    assert len(outputs) > 50 and not any(ref() is not None for ref in outputs)
 
 
 @pytest.mark.parametrize(
