@@ -5,6 +5,7 @@ seed and the batch's number. Everything else belongs to the key; where it change
 learned without a graph, and the one after it records a new one.
 """
 
+import gc
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,7 @@ class CudaGraph:
     def __init__(self, device: torch.device):
         if device.type != "cuda":
             raise ValueError(f"capture: expected False on {device}; CUDA graphs need a GPU")
+        self._device = device
         self._graph = torch.cuda.CUDAGraph()
 
     def rehearse(self, function: Callable[[], Tensor]) -> Tensor:
@@ -29,8 +31,22 @@ class CudaGraph:
         return result
 
     def record(self, function: Callable[[], Tensor]) -> Tensor:
-        with torch.cuda.graph(self._graph):
-            return function()
+        generator, collects = torch.cuda.default_generators[self._device.index], gc.isenabled()
+        state = generator.get_state()
+        gc.collect()  # a graph that is freed while another is recorded would end the recording
+        gc.disable()
+        try:
+            with torch.cuda.graph(self._graph):
+                return function()
+        except BaseException:
+            # torch leaves its generator as if the recording went on, and no number could be drawn
+            usual = torch.Generator(self._device)
+            usual.set_state(state)
+            generator.graphsafe_set_state(usual)
+            raise
+        finally:
+            if collects:
+                gc.enable()
 
     def replay(self) -> None:
         self._graph.replay()

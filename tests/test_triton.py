@@ -289,8 +289,19 @@ def test_head_boundaries_are_kept_on_the_device():
     assert kernels.offsets((2, 3, 1), DEVICE).tolist() == [0, 2, 5, 6]
 
 
+@pytest.mark.parametrize("sizes", [[2] * 5, [5, 3, 8], [16, 9, 1]], ids=str)
+def test_many_narrow_heads_have_larger_tiles_and_the_same_gradients(monkeypatch, sizes):
+    logits, labels, bank = make_inputs(sizes, N=300)
+    few = kernels.joint_loss(logits, labels, bank, sizes, TAU)
+    monkeypatch.setattr(kernels, "MANY", 1)
+    many = kernels.joint_loss(logits, labels, bank, sizes, TAU)
+    assert all(map(torch.equal, few[2:], many[2:]))
+    torch.testing.assert_close(few[:2], many[:2], rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 8, 9, 1000, 1024, 1025])
 def test_tile_shape_depends_on_the_widest_head(size):
-    block, classes = kernels.tile_shape([1, size, 1])
+    block, classes, narrow = kernels.tile_shape([1, size, 1], 20, dense=False)
     assert max(2, size) <= classes < 2 * max(2, size)
-    assert block * classes == max(kernels.TILE, classes)
+    assert narrow == (classes <= kernels.NARROW)
+    assert block * classes == max(kernels.TILE, classes, 128 * classes if narrow else 0)

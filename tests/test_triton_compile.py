@@ -67,10 +67,10 @@ def compile_kernel(op, dtype, widest, dense, on_device, capability):
     pointers |= dict(new_grad=dtype, old_loss="fp32", new_loss="fp32", partials="fp32")
     pointers |= dict(ticket="i32", offsets="i32")
     rest = [widest[1]] if op != "head_softmax" else []
-    shapes = zip(("OLD", "REST"), (tile_shape([widest[0]]), tile_shape(rest)), strict=True)
+    shapes = ("OLD", tile_shape([widest[0]], 20, dense)), ("REST", tile_shape(rest, 20, dense))
     constants = dict(AXIS=0 if dense else 1, ON_DEVICE=on_device)
-    for name, (block, classes) in shapes:
-        constants |= {f"{name}_BLOCK": block, f"{name}_CLASSES": classes}
+    for name, (block, classes, narrow) in shapes:
+        constants |= {f"{name}_BLOCK": block, f"{name}_CLASSES": classes, f"{name}_NARROW": narrow}
     constants |= {f"{name}_ptr": None for name in OPS[op]}
     types = {f"{name}_ptr": f"*{kind}" for name, kind in pointers.items()}
     types |= dict.fromkeys(("N", "C", "C_old", "S", "old_heads", "rest_heads"), "i32")
@@ -135,6 +135,10 @@ def compiled():
 def test_compiles_and_sums_a_softmax_the_same_way_in_every_op(compiled, case):
     results = {op: compiled[f"{op} {case}"] for op in OPS}
     assert all(result["cubin"] > 1000 for result in results.values())
+    _, widest, dense, *_ = CASES[case]
+    if not dense and max(widest) <= 16:  # a thread adds up a whole head, one class after the other
+        assert all(result["softmax"] == [] for result in results.values())
+        return
     (old,) = results["head_softmax"]["softmax"]  # the tile of the old heads
     for op, result in results.items():
         assert old in result["softmax"], op

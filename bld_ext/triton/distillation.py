@@ -2,14 +2,15 @@
 bfloat16 and float16 logits; float64 runs on the reference.
 
 A tile is a block of (image, head) pairs by the classes of the widest head, or, where an image has
-several positions, of positions of one pair by classes. Old heads have tiles of their own, because
-their shape decides the order in which a softmax is summed: it must be the same in the op that fills
-the bank and in the op that reads it. Programs walk over the tiles; the last one to finish adds up
-the losses of all, in order.
+several positions, of positions of one pair by classes. Heads of few classes are narrow: a thread
+has a whole one in its registers. Old heads have tiles of their own, because their shape decides the
+order in which a softmax is summed: it must be the same in the op that fills the bank and in the op
+that reads it. Programs walk over the tiles; the last one to finish adds up the losses of all, in
+order.
 
 Head boundaries are data on the device, so that another number of heads, images or positions runs on
-the kernel that is already compiled; only a head wider than all before, to the next power of two,
-makes a new one.
+the kernel that is already compiled; only a head wider than all before, to the next power of two, or
+a batch of very many narrow heads makes a new one.
 """
 
 import contextlib
@@ -24,8 +25,10 @@ from torch import Tensor
 from bld_ext import reference
 from bld_ext.triton.device_data import kept, ticket
 
-TILE = 1024  # elements of a tile of narrow heads
+TILE = 1024  # elements of a tile
+MANY = 2**17  # narrow heads in a batch from which on a thread has two at a time
 WARPS = 4
+NARROW = 16  # classes of the widest head that a thread has by itself
 PROGRAMS = tl.constexpr(1024)  # at most; a power of two
 REST = 1024  # columns that one tile row sets to zero
 
@@ -39,11 +42,81 @@ def _softmax(logits_ptr, at, mask, inverse_temperature, AXIS: tl.constexpr):
     # the largest, where e^x = 1, are counted apart: log Σ e^x keeps its digits where it is near 0
     ones = tl.sum(tl.where(x == 0, 1.0, 0.0), AXIS, keep_dims=True)
     others = tl.sum(tl.where(x == 0, 0.0, e), AXIS, keep_dims=True)
-    total = others + ones
-    # log(1 + a) = log(s) a / (s - 1) with s the rounded 1 + a, as Kahan has it
-    a = others + (ones - 1)
-    log_total = tl.where(total == 1, a, tl.log(total) * (a / (total - 1)))
-    return x, e / total, log_total
+    return x, e / (others + ones), _log_total(ones, others)
+
+
+@triton.jit
+def _log_total(ones, others):
+    """log(1 + a) = log(s) a / (s - 1) with s the rounded 1 + a, as Kahan has it."""
+    total, a = others + ones, others + (ones - 1)
+    return tl.where(total == 1, a, tl.log(total) * (a / (total - 1)))
+
+
+@triton.jit
+def _narrow_softmax(z, inverse_temperature, CLASSES: tl.constexpr):
+    """`_softmax` of logits of which z has one tensor a class: tuples of x and e^x, Σ and log Σ."""
+    top = z[0]
+    for k in tl.static_range(1, CLASSES):
+        top = tl.maximum(top, z[k])
+    x, e = (), ()
+    ones, others = tl.zeros_like(top), tl.zeros_like(top)
+    for k in tl.static_range(CLASSES):
+        x_k = (z[k] - top) * inverse_temperature
+        e_k = tl.exp(x_k)
+        x, e = x + (x_k,), e + (e_k,)
+        ones += tl.where(x_k == 0, 1.0, 0.0)
+        others += tl.where(x_k == 0, 0.0, e_k)
+    return x, e, others + ones, _log_total(ones, others)
+
+
+@triton.jit
+def _load_classes(ptr, first, exists, size, other, CLASSES: tl.constexpr):
+    """The classes of narrow heads, a tensor each."""
+    values = ()
+    for k in tl.static_range(CLASSES):
+        value = tl.load(ptr + first + k, mask=exists & (k < size), other=other)
+        values = values + (value.to(tl.float32),)
+    return values
+
+
+@triton.jit
+def _join_halves(values, HALF: tl.constexpr):
+    joined = ()
+    for k in tl.static_range(HALF):
+        joined = joined + (tl.join(values[k], values[k + HALF]),)
+    return joined
+
+
+@triton.jit
+def _side_by_side(values, BLOCK: tl.constexpr, CLASSES: tl.constexpr):
+    """[BLOCK, CLASSES] of a tensor a class: what is written in whole pieces of memory."""
+    if CLASSES >= 16:
+        values = _join_halves(values, 8)
+    if CLASSES >= 8:
+        values = _join_halves(values, 4)
+    if CLASSES >= 4:
+        values = _join_halves(values, 2)
+    values = _join_halves(values, 1)
+    return tl.reshape(values[0], [BLOCK, CLASSES])
+
+
+@triton.jit
+def _narrow_place(first_n, first_head, offsets_ptr, N, heads, BLOCK: tl.constexpr):
+    """Image and first column of BLOCK heads in a row, their sizes, and which exist."""
+    pair = first_head + tl.arange(0, BLOCK)
+    ahead = ((pair + 0.5) / heads).to(tl.int32)  # pair // heads, exact below 2^20
+    n = first_n + ahead
+    head = pair - ahead * heads
+    first = tl.load(offsets_ptr + head)
+    return n, first, tl.load(offsets_ptr + head + 1) - first, n < N
+
+
+@triton.jit
+def _advance(n, head, step_n, step_head, heads):
+    """The head that is `step_n` images and `step_head` heads further on."""
+    n, head = n + step_n, head + step_head
+    over = head >= heads
+    return tl.where(over, n + 1, n), tl.where(over, head - heads, head)
 
 
 @triton.jit
@@ -128,6 +201,8 @@ def heads_kernel(
     REST_BLOCK: tl.constexpr,
     REST_CLASSES: tl.constexpr,
     AXIS: tl.constexpr,  # of the classes in a tile
+    OLD_NARROW: tl.constexpr,
+    REST_NARROW: tl.constexpr,
     ON_DEVICE: tl.constexpr,  # temperature is a pointer
 ):
     """A pointer that is None leaves its part out."""
@@ -143,51 +218,136 @@ def heads_kernel(
     old_tiles = _num_tiles(N, S, old_heads, OLD_BLOCK, AXIS)
     rest_tiles = _num_tiles(N, S, rest_heads, REST_BLOCK, AXIS)
 
-    if AXIS == 1:
+    if OLD_NARROW:
+        old_loss = tl.zeros([OLD_BLOCK], tl.float32)
+    elif AXIS == 1:
         old_loss = tl.zeros([OLD_BLOCK, OLD_CLASSES], tl.float32)
-        new_loss = tl.zeros([REST_BLOCK, REST_CLASSES], tl.float32)
     else:
         old_loss = tl.zeros([OLD_CLASSES, OLD_BLOCK], tl.float32)
+    if REST_NARROW:
+        new_loss = tl.zeros([REST_BLOCK], tl.float32)
+    elif AXIS == 1:
+        new_loss = tl.zeros([REST_BLOCK, REST_CLASSES], tl.float32)
+    else:
         new_loss = tl.zeros([REST_CLASSES, REST_BLOCK], tl.float32)
 
-    for tile in range(program, old_tiles, programs):
-        n, label, column, s, size, exists = _place(
-            tile, offsets_ptr, N, S, old_heads, OLD_BLOCK, OLD_CLASSES, AXIS
-        )
-        mask = exists & (label < size)
-        at = _index(n, column, s, C, S, AXIS)
-        at_bank = _index(n, column, s, C_old, S, AXIS)
-        x, p, log_sum = _softmax(logits_ptr, at, mask, inverse_tau, AXIS)
-        if bank_ptr is not None:
-            tl.store(bank_ptr + at_bank, p, mask=mask)
-        if targets_ptr is not None:
-            target = tl.load(targets_ptr + at_bank, mask=mask, other=0.0)
-            # a target of 0 contributes nothing, even where x = -inf
-            old_loss += tl.where(target != 0, target * (log_sum - x), 0.0)
-            # exactly 0 where the targets were made from the same logits
-            tl.store(old_grad_ptr + at, (p - target) * inverse_tau, mask=mask)
-        if new_grad_ptr is not None:
-            tl.store(new_grad_ptr + at, tl.zeros_like(p), mask=mask)
+    if OLD_NARROW:
+        # from tile to tile without a division of 64 bits
+        some = tl.maximum(old_heads, 1)
+        first_n = program * OLD_BLOCK // some
+        first_head = (program * OLD_BLOCK - first_n * some).to(tl.int32)
+        step_n = programs * OLD_BLOCK // some
+        step_head = (programs * OLD_BLOCK - step_n * some).to(tl.int32)
+        for _ in range(program, old_tiles, programs):
+            n, column, size, exists = _narrow_place(
+                first_n, first_head, offsets_ptr, N, old_heads, OLD_BLOCK
+            )
+            at, at_bank = n * C + column, n * C_old + column
+            z = _load_classes(logits_ptr, at, exists, size, -float("inf"), OLD_CLASSES)
+            if targets_ptr is not None:
+                targets = _load_classes(targets_ptr, at_bank, exists, size, 0.0, OLD_CLASSES)
+            x, e, total, log_sum = _narrow_softmax(z, inverse_tau, OLD_CLASSES)
+            p, grad = (), ()
+            for k in tl.static_range(OLD_CLASSES):
+                p_k = e[k] / total
+                if bank_ptr is not None:
+                    p = p + (p_k,)
+                if targets_ptr is not None:
+                    target = targets[k]
+                    # a target of 0 contributes nothing, even where x = -inf
+                    old_loss += tl.where(target != 0, target * (log_sum - x[k]), 0.0)
+                    # exactly 0 where the targets were made from the same logits
+                    grad = grad + ((p_k - target) * inverse_tau,)
+            classes = tl.arange(0, OLD_CLASSES)[None, :]
+            mask = exists[:, None] & (classes < size[:, None])
+            if bank_ptr is not None:
+                where = at_bank[:, None] + classes
+                tl.store(bank_ptr + where, _side_by_side(p, OLD_BLOCK, OLD_CLASSES), mask=mask)
+            if targets_ptr is not None:
+                where = at[:, None] + classes
+                found = _side_by_side(grad, OLD_BLOCK, OLD_CLASSES)
+                tl.store(old_grad_ptr + where, found, mask=mask)
+                if new_grad_ptr is not None:
+                    tl.store(new_grad_ptr + where, tl.zeros_like(found), mask=mask)
+            elif new_grad_ptr is not None:
+                zero = tl.zeros([OLD_BLOCK, OLD_CLASSES], tl.float32)
+                tl.store(new_grad_ptr + at[:, None] + classes, zero, mask=mask)
+            first_n, first_head = _advance(first_n, first_head, step_n, step_head, old_heads)
+    else:
+        for tile in range(program, old_tiles, programs):
+            n, label, column, s, size, exists = _place(
+                tile, offsets_ptr, N, S, old_heads, OLD_BLOCK, OLD_CLASSES, AXIS
+            )
+            mask = exists & (label < size)
+            at = _index(n, column, s, C, S, AXIS)
+            at_bank = _index(n, column, s, C_old, S, AXIS)
+            x, p, log_sum = _softmax(logits_ptr, at, mask, inverse_tau, AXIS)
+            if bank_ptr is not None:
+                tl.store(bank_ptr + at_bank, p, mask=mask)
+            if targets_ptr is not None:
+                target = tl.load(targets_ptr + at_bank, mask=mask, other=0.0)
+                # a target of 0 contributes nothing, even where x = -inf
+                old_loss += tl.where(target != 0, target * (log_sum - x), 0.0)
+                # exactly 0 where the targets were made from the same logits
+                tl.store(old_grad_ptr + at, (p - target) * inverse_tau, mask=mask)
+            if new_grad_ptr is not None:
+                tl.store(new_grad_ptr + at, tl.zeros_like(p), mask=mask)
 
     # the programs that had one tile less begin
     begin = (program + programs - old_tiles % programs) % programs
-    for tile in range(begin, rest_tiles, programs):
-        n, label, column, s, size, exists = _place(
-            tile, offsets_ptr + old_heads, N, S, rest_heads, REST_BLOCK, REST_CLASSES, AXIS
-        )
-        mask = exists & (label < size)
-        at = _index(n, column, s, C, S, AXIS)
-        if labels_ptr is not None:
-            y = tl.load(labels_ptr + n * S + s, mask=exists, other=0)
-            x, p, log_sum = _softmax(logits_ptr, at, mask, 1.0, AXIS)
-            poison = tl.where((y >= 0) & (y < size), 0.0, float("nan"))
-            hit = tl.where(label == y, 1.0, 0.0)
-            # the loss of a label that is no class goes with class 0
-            loss = tl.where((label == y) | (label == 0) & (poison != 0), log_sum - x + poison, 0.0)
-            new_loss += tl.where(mask, loss, 0.0)
-            tl.store(new_grad_ptr + at, p - hit + poison, mask=mask)
-        if old_grad_ptr is not None:
-            tl.store(old_grad_ptr + at, tl.zeros([1, 1], tl.float32), mask=mask)
+    if REST_NARROW:
+        some = tl.maximum(rest_heads, 1)
+        first_n = begin * REST_BLOCK // some
+        first_head = (begin * REST_BLOCK - first_n * some).to(tl.int32)
+        step_n = programs * REST_BLOCK // some
+        step_head = (programs * REST_BLOCK - step_n * some).to(tl.int32)
+        for _ in range(begin, rest_tiles, programs):
+            n, column, size, exists = _narrow_place(
+                first_n, first_head, offsets_ptr + old_heads, N, rest_heads, REST_BLOCK
+            )
+            at = n * C + column
+            if labels_ptr is not None:
+                y = tl.load(labels_ptr + n, mask=exists, other=0)
+                z = _load_classes(logits_ptr, at, exists, size, -float("inf"), REST_CLASSES)
+                x, e, total, log_sum = _narrow_softmax(z, 1.0, REST_CLASSES)
+                poison = tl.where((y >= 0) & (y < size), 0.0, float("nan"))
+                grad = ()
+                for k in tl.static_range(REST_CLASSES):
+                    # the loss of a label that is no class goes with class 0
+                    counts = (y == k) | ((k == 0) & (poison != 0))
+                    new_loss += tl.where(exists & counts, log_sum - x[k] + poison, 0.0)
+                    hit = tl.where(y == k, 1.0, 0.0)
+                    grad = grad + (e[k] / total - hit + poison,)
+            classes = tl.arange(0, REST_CLASSES)[None, :]
+            mask = exists[:, None] & (classes < size[:, None])
+            where = at[:, None] + classes
+            if labels_ptr is not None:
+                found = _side_by_side(grad, REST_BLOCK, REST_CLASSES)
+                tl.store(new_grad_ptr + where, found, mask=mask)
+            if old_grad_ptr is not None:
+                zero = tl.zeros([REST_BLOCK, REST_CLASSES], tl.float32)
+                tl.store(old_grad_ptr + where, zero, mask=mask)
+            first_n, first_head = _advance(first_n, first_head, step_n, step_head, rest_heads)
+    else:
+        for tile in range(begin, rest_tiles, programs):
+            n, label, column, s, size, exists = _place(
+                tile, offsets_ptr + old_heads, N, S, rest_heads, REST_BLOCK, REST_CLASSES, AXIS
+            )
+            mask = exists & (label < size)
+            at = _index(n, column, s, C, S, AXIS)
+            if labels_ptr is not None:
+                y = tl.load(labels_ptr + n * S + s, mask=exists, other=0)
+                x, p, log_sum = _softmax(logits_ptr, at, mask, 1.0, AXIS)
+                poison = tl.where((y >= 0) & (y < size), 0.0, float("nan"))
+                hit = tl.where(label == y, 1.0, 0.0)
+                # the loss of a label that is no class goes with class 0
+                loss = tl.where(
+                    (label == y) | (label == 0) & (poison != 0), log_sum - x + poison, 0.0
+                )
+                new_loss += tl.where(mask, loss, 0.0)
+                tl.store(new_grad_ptr + at, p - hit + poison, mask=mask)
+            if old_grad_ptr is not None:
+                tl.store(old_grad_ptr + at, tl.zeros([1, 1], tl.float32), mask=mask)
 
     if partials_ptr is not None:
         tl.store(partials_ptr + program, tl.sum(old_loss))
@@ -217,10 +377,13 @@ def offsets(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     )
 
 
-def tile_shape(sizes: Sequence[int]) -> tuple[int, int]:
-    """(pairs or positions, classes) of a tile that holds the widest head."""
+def tile_shape(sizes: Sequence[int], N: int, dense: bool) -> tuple[int, int, bool]:
+    """(pairs or positions, classes, narrow) of a tile that holds the widest head."""
     classes = max(2, triton.next_power_of_2(max(sizes, default=1)))
-    return max(1, TILE // classes), classes
+    if dense or classes > NARROW:
+        return max(1, TILE // classes), classes, False
+    elements = 2 * TILE if N * len(sizes) >= MANY else TILE
+    return max(32 * WARPS, elements // classes), classes, True
 
 
 def _launch(logits, head_sizes, temperature, labels=None, targets=None, bank=None):
@@ -247,10 +410,10 @@ def _launch(logits, head_sizes, temperature, labels=None, targets=None, bank=Non
         rest = [C - C_old]
     elif targets is not None:
         rest = [min(REST, C - first) for first in range(C_old, C, REST)]
-    old_tile, rest_tile = tile_shape(head_sizes), tile_shape(rest)
+    old_tile, rest_tile = (tile_shape(heads, N, S > 1) for heads in (head_sizes, rest))
     tiles = sum(
         triton.cdiv(N * len(heads), block) if S == 1 else N * len(heads) * triton.cdiv(S, block)
-        for heads, (block, _) in ((head_sizes, old_tile), (rest, rest_tile))
+        for heads, (block, *_) in ((head_sizes, old_tile), (rest, rest_tile))
     )
     if not tiles:
         return [loss if loss is None else loss.zero_() for loss in losses], grads
@@ -282,7 +445,9 @@ def _launch(logits, head_sizes, temperature, labels=None, targets=None, bank=Non
             OLD_CLASSES=old_tile[1],
             REST_BLOCK=rest_tile[0],
             REST_CLASSES=rest_tile[1],
-            AXIS=1 if S == 1 else 0,
+            AXIS=0 if S > 1 else 1,
+            OLD_NARROW=old_tile[2],
+            REST_NARROW=rest_tile[2],
             ON_DEVICE=on_device,
             num_warps=WARPS,
             enable_fp_fusion=False,  # p - target is not fused with what makes p
