@@ -101,7 +101,13 @@ class ModelOptimizer(torch.optim.Optimizer):
                 f"state_dict: its parameters differ from the model's by {apart}. Load the model's "
                 "state_dict, or add its heads, before the optimizer's"
             )
-        first = self.param_groups[0]
+        first, *others = self.param_groups
+        elsewhere = {param for group in others for param in group["params"]}
+        if twice := [name for name in saved if params[name] in elsewhere]:
+            raise ValueError(
+                f"state_dict: its first group has {twice}, which another group of this optimizer "
+                "has. Make the same groups before loading it"
+            )
         before = first["params"]
         first["params"] = [params[name] for name in saved]
         try:
@@ -112,8 +118,10 @@ class ModelOptimizer(torch.optim.Optimizer):
         self.seed, self.batches = state_dict["bld"]["seed"], state_dict["bld"]["batches"]
 
     def __getstate__(self) -> dict:
-        # a scheduler hangs a step of its own on the instance, bound to this very object
-        return {name: value for name, value in self.__dict__.items() if name != "step"}
+        # a scheduler hangs a step of its own on the instance, bound to this very object; hooks stay
+        # behind as those of every torch optimizer
+        own = self.__dict__.items()
+        return {k: v for k, v in own if k != "step" and not k.startswith("_optimizer_")}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)

@@ -115,9 +115,9 @@ class BLDOptimizer(ModelOptimizer):
     The model's BatchNorm modules are turned into `ViewBatchNorm` in place (same parameters, buffers
     and state_dict). TF32, reduced-precision matrix products and autocast are off inside a step and
     put back after it; so is torch's random state, which is global: steps in two threads at once
-    disturb each other's dropout. `step` owns the gradients: they are released when it returns.
-    Whatever else changes between two forward passes, such as the power iteration of spectral_norm,
-    is distilled as if learning had caused it.
+    disturb each other's dropout, and "mixed" the precision of both. `step` owns the gradients: they
+    are released when it returns. Whatever else changes between two forward passes, such as the
+    power iteration of spectral_norm, is distilled as if learning had caused it.
 
     Example:
         optimizer = BLDOptimizer(model, lr=1e-4, views=50, augment=SeededAugment(crop_padding=4))
@@ -237,9 +237,9 @@ class BLDOptimizer(ModelOptimizer):
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                problem = self._no_memory(images)
+                views = self.views_in_pass
                 if not (self._pass_size.halve() and undo):
-                    raise problem from error
+                    raise self._no_memory(images, views) from error
             else:
                 self._pass_size.on_trial = False
                 return loss
@@ -529,19 +529,20 @@ class BLDOptimizer(ModelOptimizer):
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            problem = self._no_memory(images)
+            views = self.views_in_pass
             if self._batch is None:  # both stages of a batch have the same passes
                 self._pass_size.halve()
-            raise problem from error
+            raise self._no_memory(images, views) from error
 
-    def _no_memory(self, images: Tensor) -> torch.OutOfMemoryError:
+    def _no_memory(self, images: Tensor, views: int) -> torch.OutOfMemoryError:
+        """The error to raise; a frame that held it would be a cycle, and hold what did not fit."""
         remedy = "set views_per_pass lower, or to 'auto'"
         if self._pass_size.automatic:
             remedy = "the next batch will have fewer; a smaller memory_budget has them at once"
-        if self.views_in_pass == 1:
+        if views == 1:
             remedy = "use fewer images a batch, schedule='in_backward', or a smaller network"
         return torch.OutOfMemoryError(
-            f"views_per_pass: {self.views_in_pass} views of {len(images)} images in one pass, and "
+            f"views_per_pass: {views} views of {len(images)} images in one pass, and "
             f"their gradients, do not fit into memory; {remedy}"
         )
 
@@ -638,7 +639,7 @@ class BLDOptimizer(ModelOptimizer):
         finally:
             for group, (rate, members) in zip(self.param_groups, before, strict=True):
                 group["lr"], group["params"] = rate, members
-        self._gradients.release(params)
+            self._gradients.release(params)
         if self.check_finite:
             self._require_finite(stage, *(p.detach() for p in params))
         if not self._warned_of_state and any(self.state.values()):

@@ -1,5 +1,6 @@
 """The arithmetic of a step: float32 as it is written, and random numbers that can be replayed."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
@@ -19,6 +20,27 @@ _SWITCHES = (
 )
 
 
+_lock = threading.Lock()
+_kept: dict[object, list] = {}  # what is global, as it was before the first of those inside
+
+
+@contextmanager
+def _set_aside(
+    name: object, read: Callable[[], object], put_back: Callable[[object], None]
+) -> Iterator[None]:
+    """Around a change of what is global: of several threads the last one puts it back."""
+    with _lock:
+        kept = _kept.setdefault(name, [])
+        kept.append(kept[0] if kept else read())
+    try:
+        yield
+    finally:
+        with _lock:
+            before = kept.pop()
+            if not kept:
+                put_back(before)
+
+
 @contextmanager
 def exact_float32() -> Iterator[None]:
     """No TF32, no bfloat16 products, no autocast inside; everything as it was after.
@@ -26,21 +48,26 @@ def exact_float32() -> Iterator[None]:
     Inside, torch's older switches such as `torch.backends.cudnn.allow_tf32` raise its own error
     about mixing them with the newer ones.
     """
-    root, before = torch.backends.fp32_precision, [s.fp32_precision for s in _SWITCHES]
     with ExitStack() as stack:
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
-        try:
-            torch.backends.fp32_precision = "ieee"
-            for switch in _SWITCHES:
-                if switch.fp32_precision != "ieee":
-                    switch.fp32_precision = "ieee"
-            yield
-        finally:
-            torch.backends.fp32_precision = root
-            for switch, precision in zip(_SWITCHES, before, strict=True):
-                _put_back(switch, precision)
+        stack.enter_context(_set_aside("precision", _precisions, _put_all_back))
+        torch.backends.fp32_precision = "ieee"
+        for switch in _SWITCHES:
+            if switch.fp32_precision != "ieee":
+                switch.fp32_precision = "ieee"
+        yield
+
+
+def _precisions() -> list[str]:
+    return [switch.fp32_precision for switch in (torch.backends, *_SWITCHES)]
+
+
+def _put_all_back(before: list[str]) -> None:
+    torch.backends.fp32_precision, *own = before
+    for switch, precision in zip(_SWITCHES, own, strict=True):
+        _put_back(switch, precision)
 
 
 def _put_back(switch, precision: str) -> None:
@@ -88,17 +115,16 @@ def replayable_rng(device: torch.device) -> Iterator[Callable[[int], None]]:
     generators = [torch.default_generator]
     if device.type == "cuda":
         generators.append(torch.cuda.default_generators[device.index])
-    states = [generator.get_state() for generator in generators]
 
     def reseed(seed: int) -> None:
         for generator in generators:
             generator.manual_seed(seed)
 
-    try:
+    with ExitStack() as stack:
+        for generator in generators:
+            aside = _set_aside(generator.device, generator.get_state, generator.set_state)
+            stack.enter_context(aside)
         yield reseed
-    finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
 
 
 @contextmanager

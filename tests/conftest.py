@@ -15,6 +15,15 @@ if not torch.cuda.is_available():
 
 from bld_ext import MultiHead  # noqa: E402
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # the others compute on the other cores
+    torch.set_num_threads(1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """Of `pytest -n auto`: a GPU's memory is not shared among several."""
+    return 0 if torch.cuda.is_available() else min(4, os.cpu_count() or 1)
+
 
 @pytest.fixture(autouse=True)
 def _fixed_seed():
