@@ -2,7 +2,7 @@
 and the remedy, before anything is computed.
 """
 
-import math
+import sys
 from collections.abc import Sequence
 from numbers import Integral, Real
 
@@ -21,11 +21,14 @@ def require(condition: bool, argument: str, expected: str, got: object) -> None:
 
 
 def logits(logits: Tensor, head_sizes: Sequence[int], exact: bool) -> list[int]:
-    tensor("logits", logits)
+    dense("logits", logits)
     require(logits.dtype in FLOATS, "logits", "a floating-point dtype", logits.dtype)
     require(logits.dim() >= 2, "logits", "shape [N, C, *]", tuple(logits.shape))
     plain("logits", logits)
+    if not isinstance(head_sizes, Sequence):
+        raise TypeError(f"head_sizes: expected a list, got {type(head_sizes).__name__}")
     sizes = list(head_sizes)
+    require(all(isinstance(s, Integral) for s in sizes), "head_sizes", "whole numbers", sizes)
     require(all(s >= 1 for s in sizes), "head_sizes", "sizes of at least 1", sizes)
     total, classes = sum(sizes), logits.shape[1]
     if exact:
@@ -49,9 +52,8 @@ def scalar(
         if not isinstance(value, (int, float)):
             kind = type(value).__name__
             raise TypeError(f"{argument}: expected a number or a scalar tensor, got {kind}")
-        require(
-            (0 < value if positive else 0 <= value) and value < math.inf, argument, expected, value
-        )
+        known = (0 < value if positive else 0 <= value) and value <= sys.float_info.max
+        require(known, argument, expected, value)
         return torch.full((), value, dtype=torch.float64, device="cpu")
     require(value.dim() == 0, argument, "a number or a scalar tensor", tuple(value.shape))
     require(value.dtype in FLOATS, argument, "a floating-point dtype", value.dtype)
@@ -87,13 +89,19 @@ def tensor(argument: str, value: Tensor) -> None:
         raise TypeError(f"{argument}: expected a tensor, got {type(value).__name__}")
 
 
+def dense(argument: str, value: Tensor) -> None:
+    tensor(argument, value)
+    layout = value.layout
+    require(layout == torch.strided, argument, "a dense tensor: call to_dense()", layout)
+
+
 def sequence(argument: str, value: Sequence) -> None:
     if not isinstance(value, (list, tuple)):
         raise TypeError(f"{argument}: expected a list, got {type(value).__name__}")
 
 
 def bank(bank: Tensor, logits: Tensor, head_sizes: Sequence[int]) -> None:
-    tensor("bank", bank)
+    dense("bank", bank)
     shape = (logits.shape[0], sum(head_sizes), *logits.shape[2:])
     require(tuple(bank.shape) == shape, "bank", f"shape {shape}", tuple(bank.shape))
     dtype = compute_dtype(logits.dtype)
@@ -109,19 +117,19 @@ def view_batch_norm(
     views: int,
     eps: float,
 ) -> None:
-    tensor("input", input)
+    dense("input", input)
     require(input.dtype in FLOATS, "input", "a floating-point dtype", input.dtype)
     require(input.dim() >= 2, "input", "shape [V·B, C, *]", input.shape)
     plain("input", input)
     whole = isinstance(views, Integral) and not isinstance(views, bool)
     if not (whole and views >= 1 and len(input) % views == 0):
         require(False, "views", f"a divisor of {len(input)}, the images of input", views)
-    known = isinstance(eps, Real) and 0 <= eps < math.inf
+    known = isinstance(eps, Real) and 0 <= eps <= sys.float_info.max
     require(known, "eps", "a finite number, at least 0", eps)
     for name, value in (("weight", weight), ("bias", bias), ("residual", residual)):
         if value is None:
             continue
-        tensor(name, value)
+        dense(name, value)
         if value.shape != (input.shape if name == "residual" else input.shape[1:2]):
             expected = tuple(input.shape) if name == "residual" else f"[{input.shape[1]}]"
             require(False, name, f"shape {expected}", tuple(value.shape))
@@ -133,7 +141,7 @@ def view_batch_norm(
 
 
 def labels(labels: Tensor, logits: Tensor, classes: int, check_inputs: bool) -> None:
-    tensor("labels", labels)
+    dense("labels", labels)
     shape = (logits.shape[0], *logits.shape[2:])
     require(tuple(labels.shape) == shape, "labels", f"shape {shape}", tuple(labels.shape))
     require(labels.dtype == torch.int64, "labels", "torch.int64", labels.dtype)
@@ -187,11 +195,11 @@ def balanced_sgd_(
 
 
 def _reference_norms(reference_norms: Tensor, tensors: Sequence[Tensor]) -> None:
-    tensor("reference_norms", reference_norms)
+    dense("reference_norms", reference_norms)
     shape, dtype = tuple(reference_norms.shape), reference_norms.dtype
     require(len(shape) == 1, "reference_norms", "one norm a layer, [L]", shape)
     require(dtype in FLOATS, "reference_norms", "a floating-point dtype", dtype)
-    if len(tensors) and isinstance(tensors[0], Tensor):
+    if isinstance(tensors, (list, tuple)) and tensors and isinstance(tensors[0], Tensor):
         device, found = tensors[0].device, reference_norms.device
         require(found == device, "reference_norms", f"device {device}", found)
 
@@ -342,7 +350,7 @@ def counter(seed, step, indices, N, device):
         whole = isinstance(value, Integral) and 0 <= value < limit
         require(whole, name, f"a whole number, 0 to {limit - 1}", value)
     if indices is not None:
-        tensor("indices", indices)
+        dense("indices", indices)
         require(indices.dtype == torch.int64, "indices", "torch.int64", indices.dtype)
         expected, shape = (N,), tuple(indices.shape)
         require(shape == expected, "indices", f"shape {expected}", shape)

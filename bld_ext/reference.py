@@ -110,7 +110,7 @@ def _by_view(x: Tensor, views: int, dtype: torch.dtype) -> Tensor:
 
 def _channels(values: Tensor, dtype: torch.dtype) -> Tensor:
     """[C] or [V, C], to stand beside [V, B, C, S]."""
-    return values.to(dtype).reshape(-1, 1, values.shape[-1], 1)
+    return values.to(dtype).unsqueeze(-1).unsqueeze(-3)
 
 
 def view_batch_norm(
@@ -209,6 +209,12 @@ def balance_factors(norms: Tensor, reference_norms: Tensor, balance: Tensor) -> 
     return torch.where(norms.isfinite(), factors, torch.nan)
 
 
+def narrow_factor(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A factor for tensors that are computed in `dtype`: 0, as above, where that has none."""
+    narrow = factor.to(dtype)
+    return torch.where(factor.isfinite() & ~narrow.isfinite(), 0, narrow)
+
+
 def balance_layers_(
     grads: Sequence[Tensor], layers: Sequence[int], reference_norms: Tensor, balance: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -216,7 +222,7 @@ def balance_layers_(
     norms = layer_norms(grads, layers, len(reference_norms))
     factors = balance_factors(norms, reference_norms, balance)
     for grad, l in zip(grads, layers, strict=True):
-        grad.mul_(factors[l])
+        grad.mul_(narrow_factor(factors[l], compute_dtype(grad.dtype)))
     return factors, norms
 
 
@@ -234,7 +240,8 @@ def balanced_sgd_(
     factors = balance_factors(norms, reference_norms, balance)
     for param, old, new, l in zip(params, distill_grads, new_grads, layers, strict=True):
         dtype = compute_dtype(param.dtype)
-        step = lr.to(dtype) * (factors[l].to(dtype) * old.to(dtype) + new.to(dtype))
+        factor = narrow_factor(factors[l], dtype)
+        step = lr.to(dtype) * (factor * old.to(dtype) + new.to(dtype))
         param.copy_(param.to(dtype) - step)
     return factors, norms
 

@@ -38,4 +38,10 @@ BLD_EXT_BOTH acc_t balance_factor(acc_t norm, double reference_norm, double bala
   return isfinite(reference_norm) && !isfinite(factor) ? acc_t(0) : factor;
 }
 
+// A factor of doubles for tensors that are computed in float: 0, as above, where float has none.
+BLD_EXT_BOTH inline float narrow_factor(double factor) {
+  const float narrow = static_cast<float>(factor);
+  return isfinite(factor) && !isfinite(narrow) ? 0.f : narrow;
+}
+
 } // namespace bld_ext

@@ -12,14 +12,19 @@ from bld_ext.api.views import Views
 
 CPU_BYTES = 256 * 2**20  # of activations in a pass; with more, a processor is no faster
 GPU_SHARE = 0.8  # of what is free
+NO_MEMORY = (
+    "DefaultCPUAllocator: ",
+    "_STATUS_ALLOC_FAILED",
+    # a kernel of ours, which is told that a call failed but not why
+    "aoti_torch_empty_strided(",
+    *(f'"aten::{op}"' for op in ("new_empty", "contiguous", "clone", "to")),
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device, or the processor's allocator, has said that there is no memory left."""
     named = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return named or any(
-        text in str(error) for text in ("DefaultCPUAllocator: ", "_STATUS_ALLOC_FAILED")
-    )
+    return named or any(text in str(error) for text in NO_MEMORY)
 
 
 class PassSize:

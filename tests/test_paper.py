@@ -20,7 +20,7 @@ import torch
 from benchmarks.paper import report
 from benchmarks.paper.__main__ import main, make_parser, parse_seeds
 from benchmarks.paper.checkpoint import Checkpoint, CheckpointError
-from benchmarks.paper.experiment import batch_statistics, evaluate, run
+from benchmarks.paper.experiment import batch_statistics, conditions, evaluate, run
 from benchmarks.paper.methods import METHODS, PRESETS, Settings
 from benchmarks.paper.networks import NETWORKS, make_model
 from benchmarks.paper.streams import load_dataset, make_stream
@@ -370,14 +370,15 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path):
 def test_a_state_that_does_not_fit_is_refused(state, tmp_path):
     digits, path = load_dataset("digits"), tmp_path / "run.pt"
     run_until(2, "bld", path, digits)
-    found = torch.load(path, weights_only=True)
+    kept = Checkpoint(path, conditions(digits, "bld", SMALL, 2, "cpu"), every=0)
+    found = kept.load("cpu")
     if state == "nothing":
-        found["state"] = {}
+        found = {}
     elif state == "no-model":
-        del found["state"]["model"]
+        del found["model"]
     else:
-        found["state"]["model"] = {"weight": torch.ones(3)}
-    torch.save(found, path)
+        found["model"] = {"weight": torch.ones(3)}
+    kept.save(found)
     with pytest.raises(CheckpointError, match="its state does not fit"):
         run(digits, "bld", SMALL, 2, checkpoint=path, resume=True)
 

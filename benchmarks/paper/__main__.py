@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -38,6 +39,7 @@ examples:
   python -m benchmarks.paper --dataset mine.npz --tasks 3 --network resnet18-cifar
       your own images: x_train, y_train, x_test, y_test
 """
+NO_MEMORY = (torch.OutOfMemoryError, MemoryError)
 VARIED = {
     "temperature": [1, 2, 4],
     "balance": [0.5, 1, 2, 4],
@@ -233,6 +235,10 @@ def result(args, argv, dataset, settings, seeds, records, start) -> dict:
     }
 
 
+def as_json(found: dict) -> bytes:
+    return f"{json.dumps(found, indent=1)}\n".encode()
+
+
 def one_stream(args, argv, out: Path, start: float) -> None:
     settings, seeds = make_settings(args, args.dataset), args.seeds or list(range(5, 15))
     records = train(args, args.dataset, settings, args.methods or ["finetune", "bld"], seeds, out)
@@ -242,7 +248,7 @@ def one_stream(args, argv, out: Path, start: float) -> None:
     print(report.table(found["summary"]))
     for baseline, difference in found["bld_minus"].items():
         print(report.difference_line(difference, "bld", baseline))
-    write_whole(out / "results.json", json.dumps(found, indent=1) + "\n")
+    write_whole(out / "results.json", as_json(found))
     report.figure(records, describe(args.dataset, settings, seeds), out / "accuracy.png")
     report.figures(records, out)
     print(f"{found['seconds']:.0f} s; wrote {out / 'results.json'} and {out / 'accuracy.png'}")
@@ -267,7 +273,7 @@ def paper_table(args, argv, out: Path, start: float) -> None:
         if records is None:
             continue
         found = result(args, argv, dataset, settings, seeds, records, start)
-        write_whole(here / "results.json", json.dumps(found, indent=1) + "\n")
+        write_whole(here / "results.json", as_json(found))
         title = describe(dataset, settings, seeds)
         report.figure(records, title, here / "accuracy.png")
         report.figures(records, here)
@@ -275,7 +281,8 @@ def paper_table(args, argv, out: Path, start: float) -> None:
         print(text)
         parts.append(f"{title}; in brackets the paper's\n\n{text}")
     if parts:
-        write_whole(out / "table.md", f"{args.what}: {wanted.caption}\n\n" + "\n".join(parts))
+        text = "\n".join([f"{args.what}: {wanted.caption}\n", *parts])
+        write_whole(out / "table.md", text.encode())
         print(f"{time.perf_counter() - start:.0f} s; wrote {out / 'table.md'}")
 
 
@@ -297,7 +304,7 @@ def ablation(args, argv, out: Path, start: float) -> None:
     if rows:
         text = report.ablation_table(rows)
         print(text)
-        write_whole(out / "ablation.md", text + "\n")
+        write_whole(out / "ablation.md", f"{text}\n".encode())
         report.ablation_figure(rows, describe(args.dataset, base, seeds), out / "ablation.png")
         print(f"{time.perf_counter() - start:.0f} s; wrote {out / 'ablation.md'} and ablation.png")
 
@@ -307,14 +314,14 @@ def main(argv: list[str] | None = None) -> int:
     name = Path(args.dataset).stem if args.what == "run" else args.what
     out, start = args.out or Path("runs") / name, time.perf_counter()
     work = {"run": one_stream, "ablation": ablation}.get(args.what, paper_table)
-    made = not out.exists()
+    made = not os.path.exists(out)  # that of a Path raises on a name that is too long
     try:
         with locked(out):
             for file in (out / "results.json", out / "accuracy.png"):
                 if file.is_dir():  # an error here is better than one after hours of training
                     raise IsADirectoryError(f"{file} is a folder; give another --out")
             work(args, argv, out, start)
-    except (DatasetError, CheckpointError, ValueError, OSError) as error:
+    except (DatasetError, CheckpointError, ValueError, OSError, *NO_MEMORY) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         if made:
             remove_empty(out)
@@ -333,8 +340,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def remove_empty(out: Path) -> None:
     """The folder of a job that never began."""
-    (out / ".lock").unlink(missing_ok=True)
-    if out.is_dir() and not any(out.iterdir()):
+    with suppress(OSError):
+        (out / ".lock").unlink(missing_ok=True)
         out.rmdir()
 
 

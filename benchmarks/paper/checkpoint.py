@@ -1,21 +1,26 @@
-"""The state of a run in a file: whole or not there, and never executed."""
+"""The state of a run, and its record, in files: whole or not there, and never executed."""
 
+import hashlib
+import io
+import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-MARK = "bld_ext run"
+MARK = b"bld_ext run\n"
+HEAD = len(MARK) + hashlib.sha256().digest_size  # the mark, and a digest of what follows
 
 
 class CheckpointError(Exception):
-    """A file that a run cannot go on from; the message says what to do."""
+    """A file of a run that cannot be read or written; the message says what to do."""
 
 
 class Checkpoint:
-    """Written aside, flushed to the disk and renamed, so that a kill or a full disk leaves the one
-    before. `what` is everything the run depends on; a file of another run is refused.
+    """`what` is everything the run depends on; a file of another run is refused, and so is one of
+    which a bit is not as it was written.
     """
 
     def __init__(self, path: Path, what: dict, every: float):
@@ -29,43 +34,88 @@ class Checkpoint:
         return time.monotonic() - self.written >= self.every
 
     def save(self, state: dict) -> None:
-        aside = self.path.with_name(f"{self.path.name}.new")
-        try:
-            with aside.open("wb") as file:
-                torch.save({"mark": MARK, "what": self.what, "state": state}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, self.path)
-        except (OSError, RuntimeError) as error:  # torch's own, where its writer finds no space
-            aside.unlink(missing_ok=True)
-            kept = "the one before is whole" if self.path.exists() else "there is none before it"
-            raise CheckpointError(
-                f"checkpoint {self.path}: could not be written, perhaps for want of space "
-                f"({one_line(error)}); {kept}. Free some, and go on with --resume"
-            ) from error
+        buffer = io.BytesIO()
+        torch.save({"what": self.what, "state": state}, buffer)
+        body = buffer.getvalue()
+        write_whole(self.path, MARK + hashlib.sha256(body).digest() + body)
         self.written = time.monotonic()
 
     def load(self, device: str) -> dict:
-        remedy = "Remove it, or start without --resume"
         try:
-            found = torch.load(self.path, map_location=device, weights_only=True)
+            data = self.path.read_bytes()
+            if not data.startswith(MARK):
+                raise ValueError("not that of a run of this")
+            body = data[HEAD:]
+            if data[len(MARK) : HEAD] != hashlib.sha256(body).digest():
+                raise ValueError("damaged, or cut short")
+            found = torch.load(io.BytesIO(body), map_location=device, weights_only=True)
+            if not isinstance(found, dict):
+                raise ValueError("not that of a run of this")
+            before, state = dict(found["what"]), dict(found["state"])
         except Exception as error:  # torch raises many kinds for what is no file of its own
-            raise CheckpointError(f"checkpoint {self.path}: not readable. {remedy}") from error
-        whole = isinstance(found, dict) and found.get("mark") == MARK
-        if not whole or not all(isinstance(found.get(k), dict) for k in ("what", "state")):
-            raise CheckpointError(f"checkpoint {self.path}: not that of a run of this. {remedy}")
-        if changed := differences(found["what"], self.what):
             raise CheckpointError(
-                f"checkpoint {self.path}: the configuration has changed: {changed}. Give it again "
-                "as it was, or start without --resume"
-            )
-        return found["state"]
+                f"checkpoint {self.path}: not readable ({one_line(error)}). Remove it, or start "
+                "without --resume"
+            ) from error
+        same_run(f"checkpoint {self.path}", before, self.what)
+        return state
 
 
-def write_whole(file: Path, text: str) -> None:
+def save_record(file: Path, what: dict, record: dict) -> None:
+    found = {"what": what, "record": record, "digest": _digest(what, record)}
+    write_whole(file, json.dumps(found).encode() + b"\n")
+
+
+def load_record(file: Path, what: dict) -> dict:
+    """The record of a run that came to its end."""
+    try:
+        found = json.loads(file.read_bytes())
+        before, record = dict(found["what"]), dict(found["record"])
+        if found["digest"] != _digest(before, record):
+            raise ValueError("damaged")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{file}: not the record of a run, or damaged ({one_line(error)}); remove it"
+        ) from error
+    same_run(str(file), before, what)
+    return record
+
+
+def _digest(*parts: dict) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def same_run(file: str, before: dict, now: dict) -> None:
+    if changed := differences(before, now):
+        raise CheckpointError(
+            f"{file}: the configuration has changed: {changed}. Give it again as it was, or start "
+            "without --resume"
+        )
+
+
+def write_whole(file: Path, data: bytes) -> None:
+    """Written aside, flushed to the disk and renamed, so that a kill or a full disk leaves the one
+    before.
+    """
     aside = file.with_name(f"{file.name}.new")
-    aside.write_text(text)
-    aside.replace(file)
+    try:
+        with aside.open("wb") as out:
+            out.write(data)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(aside, file)
+    except OSError as error:
+        with suppress(OSError):
+            aside.unlink()
+        raise unwritten(file, error) from error
+
+
+def unwritten(file: Path, error: OSError) -> CheckpointError:
+    kept = "the one before is whole" if file.exists() else "there is none before it"
+    return CheckpointError(
+        f"{file}: could not be written, perhaps for want of space ({one_line(error)}); {kept}. "
+        "Free some, and go on with --resume"
+    )
 
 
 def one_line(error: BaseException) -> str:

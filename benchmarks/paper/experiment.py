@@ -51,7 +51,7 @@ def run(
     torch.manual_seed(seed)
     learner = make_learner(method, settings, seed, device)
     model = learner.model
-    what = {"method": method, "seed": seed, **conditions(dataset, settings, device)}
+    what = conditions(dataset, method, settings, seed, device)
     saved = Checkpoint(checkpoint, what, every) if checkpoint else None
     state = _fresh()
     if saved and resume and saved.exists():
@@ -118,9 +118,11 @@ def run(
     return record
 
 
-def conditions(dataset: Dataset, settings: Settings, device: str) -> dict:
-    """What a run depends on besides its method and its seed: it goes on under the same only."""
+def conditions(dataset: Dataset, method: str, settings: Settings, seed: int, device: str) -> dict:
+    """What a run depends on: it goes on under the same only."""
     return {
+        "method": method,
+        "seed": seed,
         "dataset": dataset.name,
         "images": dataset.digest,
         "device": device.partition(":")[0],

@@ -1,7 +1,6 @@
 """Several runs at a time, with one progress bar."""
 
 import fcntl
-import json
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks.paper.checkpoint import CheckpointError, differences, write_whole
+from benchmarks.paper.checkpoint import load_record, one_line, save_record
 from benchmarks.paper.experiment import conditions, run
 from benchmarks.paper.methods import Method, Settings, make_learner
 from benchmarks.paper.streams import Task, load_dataset, make_stream
@@ -53,25 +52,14 @@ def _run_in_worker(
     """Run, or read what an earlier job finished; leaves one JSON a run in `folder`."""
     tick, dataset = _worker["ticks"].put, _worker["dataset"]
     file, checkpoint = (folder / f"{method}-{seed}.{ending}" for ending in ("json", "pt"))
-    what = conditions(dataset, settings, _worker["device"])
-    if resume and file.exists():
-        try:
-            found = json.loads(file.read_text())
-            whole = found["record"]["weights"] and isinstance(found["what"], dict)
-        except (ValueError, KeyError, TypeError, IndexError):
-            whole = False
-        if not whole:
-            raise CheckpointError(f"{file}: not the record of a run; remove it")
-        if changed := differences(found["what"], what):
-            raise CheckpointError(
-                f"{file}: the configuration has changed: {changed}. Give it again as it was, or "
-                "start without --resume"
-            )
-        tick(found["record"]["batches"])
-        return found["record"]
     device = _worker["device"]
-    record = run(dataset, method, settings, seed, device, tick, checkpoint, resume, every)
-    write_whole(file, json.dumps({"what": what, "record": record}) + "\n")
+    what = conditions(dataset, method, settings, seed, device)
+    if resume and file.exists():
+        record = load_record(file, what)
+        tick(record["batches"])
+    else:
+        record = run(dataset, method, settings, seed, device, tick, checkpoint, resume, every)
+        save_record(file, what, record)
     checkpoint.unlink(missing_ok=True)
     return record
 
@@ -79,8 +67,14 @@ def _run_in_worker(
 @contextmanager
 def locked(folder: Path):
     """Nobody else writes there meanwhile."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = (folder / ".lock").open("w")
+    except OSError as error:
+        raise ValueError(
+            f"out: {folder} is no folder to write to ({one_line(error)}); give another --out"
+        ) from error
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

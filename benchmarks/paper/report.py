@@ -1,8 +1,11 @@
 """Tables and pictures from the records of runs."""
 
+import io
 from math import sqrt
 from pathlib import Path
 from statistics import mean, stdev
+
+from benchmarks.paper.checkpoint import unwritten, write_whole
 
 
 def averages(record: dict) -> float:
@@ -116,8 +119,16 @@ def figure(records: list[dict], title: str, path: Path) -> None:
     axes[0][-1].legend(title="task", fontsize=8)
     fig.suptitle(title, fontsize=10)
     fig.tight_layout()
-    fig.savefig(path, dpi=130)
+    _save(fig, path, 130)
+
+
+def _save(fig, path: Path, dpi: int) -> None:
+    import matplotlib.pyplot as plt
+
+    drawn = io.BytesIO()
+    fig.savefig(drawn, dpi=dpi)
     plt.close(fig)
+    write_whole(path, drawn.getvalue())
 
 
 def estimate_table(found: dict[str, tuple[int, float, int]], jobs: int) -> str:
@@ -161,8 +172,7 @@ def figures(records: list[dict], out: Path) -> None:
         ax.set(title=method, xlabel="accuracy of task", ylabel="after task")
         ax.set(xticks=range(tasks), yticks=range(tasks))
     fig.tight_layout()
-    fig.savefig(out / "matrix.png", dpi=110)
-    plt.close(fig)
+    _save(fig, out / "matrix.png", 110)
 
     balanced = {m: [v for x in own[m][0]["factors"] for v in x.values()] for m in methods}
     shown = [m for m in methods if any(balanced[m])]
@@ -180,8 +190,7 @@ def figures(records: list[dict], out: Path) -> None:
             ax.legend(fontsize=8)
             ax.grid(alpha=0.3)
         fig.tight_layout()
-        fig.savefig(out / "factors.png", dpi=110)
-        plt.close(fig)
+        _save(fig, out / "factors.png", 110)
 
     fig, ax = plt.subplots(figsize=(5, 3.6))
     for method in methods:
@@ -200,8 +209,7 @@ def figures(records: list[dict], out: Path) -> None:
     ax.set(xscale="log", xlabel="bytes beside the network (1: none)", ylabel="average accuracy, %")
     ax.grid(alpha=0.3)
     fig.tight_layout()
-    fig.savefig(out / "memory.png", dpi=110)
-    plt.close(fig)
+    _save(fig, out / "memory.png", 110)
 
 
 def ablation_table(rows: list[tuple]) -> str:
@@ -240,8 +248,7 @@ def ablation_figure(rows: list[tuple], title: str, path: Path) -> None:
     axes[0][0].legend(fontsize=8)
     fig.suptitle(title, fontsize=9)
     fig.tight_layout()
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
+    _save(fig, path, 110)
 
 
 def summary_writer():
@@ -255,8 +262,12 @@ def summary_writer():
 def tensorboard(records: list[dict], folder: Path) -> None:
     """Accuracy of each task and their average as the stream goes on, an event file a run."""
     for record in records:
-        with summary_writer()(str(folder / f"{record['method']}-{record['seed']}")) as writer:
-            for i, row in enumerate(record["accuracy"]):
-                writer.add_scalar("accuracy/average", mean(row), i)
-                for j, value in enumerate(row):
-                    writer.add_scalar(f"accuracy/T{j}", value, i)
+        own = folder / f"{record['method']}-{record['seed']}"
+        try:
+            with summary_writer()(str(own)) as writer:
+                for i, row in enumerate(record["accuracy"]):
+                    writer.add_scalar("accuracy/average", mean(row), i)
+                    for j, value in enumerate(row):
+                        writer.add_scalar(f"accuracy/T{j}", value, i)
+        except OSError as error:
+            raise unwritten(own, error) from error

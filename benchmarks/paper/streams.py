@@ -2,16 +2,18 @@
 
 import hashlib
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from benchmarks.paper.checkpoint import one_line
 
 
 class DatasetError(Exception):
@@ -148,9 +150,10 @@ def _torchvision(name: str, root: Path, download: bool, make: Callable) -> tuple
         return make(True), make(False)
     except Exception as error:  # torchvision raises many kinds: URLError, RuntimeError, OSError
         raise DatasetError(
-            f"dataset {name}: could not be loaded{' or downloaded' if download else ''} ({error}). "
-            f"Without a network, put {SOURCES[name].format(root=root)}, or a {name}.npz into "
-            f"{root}, or give an .npz file as --dataset"
+            f"dataset {name}: could not be loaded{' or downloaded' if download else ''} "
+            f"({one_line(error)}). Without a network, put {SOURCES[name].format(root=root)}, or a "
+            f"{name}.npz into {root}, or give an .npz file as --dataset. Archives of another md5 "
+            "count as absent"
         ) from error
 
 
@@ -166,6 +169,9 @@ SOURCES = {
 def _mnist(root: Path, download: bool) -> Dataset:
     from torchvision.datasets import MNIST
 
+    for file in (root / "MNIST" / "raw").glob("*-ubyte"):
+        _check_idx(file)
+
     def make(train):
         return MNIST(str(root), train=train, download=download)
 
@@ -173,6 +179,21 @@ def _mnist(root: Path, download: bool) -> Dataset:
     dataset = _dataset("mnist", train.data, train.targets, test.data, test.targets)
     pad = [F.pad(x, (2, 2, 2, 2)) for x in (dataset.x_train, dataset.x_test)]  # 28 to 32
     return Dataset("mnist", pad[0], dataset.y_train, pad[1], dataset.y_test)
+
+
+def _check_idx(file: Path) -> None:
+    """What is unpacked has no md5, and a kill amid unpacking leaves half of it."""
+    dims = 3 if "images" in file.name else 1
+    with file.open("rb") as data:
+        head = data.read(4 + 4 * dims)
+    sizes = [int(size) for size in np.frombuffer(head[4 : len(head) // 4 * 4], ">u4")]
+    expected = len(head) + prod(sizes)
+    if head[:4] != bytes([0, 0, 8, dims]) or file.stat().st_size != expected:
+        raise DatasetError(
+            f"dataset mnist: {file} is damaged: expected an idx file of bytes, of {dims} "
+            "dimensions and the length that its head tells. Remove it, and it is unpacked or "
+            "downloaded again"
+        )
 
 
 def _cifar10(root: Path, download: bool) -> Dataset:
@@ -212,8 +233,12 @@ def _from_npz(path: Path, name: str | None = None) -> Dataset:
                     f"dataset {path}: no array {', '.join(missing)}; it has {', '.join(file.files)}"
                 )
             arrays = [file[name] for name in wanted]
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise DatasetError(f"dataset {path}: not a readable .npz file ({error})") from error
+    except DatasetError:
+        raise
+    except Exception as error:  # zipfile raises many kinds for what is damaged
+        raise DatasetError(
+            f"dataset {path}: not a readable .npz file ({one_line(error)}); write one with np.savez"
+        ) from error
     return _dataset(name or str(path), *arrays)
 
 

@@ -302,7 +302,8 @@ template <typename T> struct Backward {
     sum.total(shape);
     product.total(shape);
     for (int64_t i = 0; i < SIDE; ++i) {
-      const double inverse = static_cast<double>(inverses[i]), gain = product.all[i] * inverse;
+      const double inverse = n > 0 ? static_cast<double>(inverses[i]) : 0; // nan without elements
+      const double gain = product.all[i] * inverse;
       averages[i] = static_cast<acc_t>(sum.all[i] / n);
       slopes[i] = static_cast<acc_t>(gain * inverse / n);
       if (i < shape.channels(block)) {
@@ -409,6 +410,11 @@ public:
   std::optional<Tensor> in(const std::optional<Tensor> &tensor) const {
     return tensor ? std::optional(in(*tensor)) : std::nullopt;
   }
+  // The input in float, in the layout that results have.
+  Tensor wide(const Tensor &input) const {
+    const bool kept = permuted || input.is_contiguous();
+    return torch::stable::to(kept ? input : torch::stable::contiguous(input), ScalarType::Float);
+  }
   // A tensor of its own, and no view of one: autograd lets nobody change views in place.
   Tensor make(const Tensor &input) const {
     const std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
@@ -485,7 +491,7 @@ std::tuple<Tensor, Tensor, Tensor> view_batch_norm(const Tensor &input,
   check_same("residual", residual, input);
   if (is_half(input)) {
     const auto [y, mean, variance] =
-        view_batch_norm(wide(input), weight, bias, wide(residual), views, eps, relu);
+        view_batch_norm(layout.wide(input), weight, bias, wide(residual), views, eps, relu);
     return {torch::stable::to(y, input.scalar_type()), mean, variance};
   }
   const Tensor x = layout.in(input);
@@ -516,8 +522,9 @@ view_batch_norm_backward(const Tensor &grad_output, const Tensor &input,
   check_statistics("mean", mean, shape, input);
   check_statistics("variance", variance, shape, input);
   if (is_half(input)) {
-    const auto [grad_x, grad_weight, grad_bias, grad_residual] = view_batch_norm_backward(
-        wide(grad_output), wide(input), wide(output), weight, mean, variance, views, eps, residual);
+    const auto [grad_x, grad_weight, grad_bias, grad_residual] =
+        view_batch_norm_backward(wide(grad_output), layout.wide(input), wide(output), weight, mean,
+                                 variance, views, eps, residual);
     return {torch::stable::to(grad_x, input.scalar_type()), grad_weight, grad_bias,
             torch::stable::to(grad_residual, input.scalar_type())};
   }

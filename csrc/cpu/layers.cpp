@@ -165,7 +165,7 @@ struct Change {
 };
 
 BLD_EXT_INLINE void change(const Item &item, const Chunk &chunk, const Change &by) {
-  const float factor = static_cast<float>(by.factor), lr = static_cast<float>(by.lr);
+  const float factor = narrow_factor(by.factor), lr = static_cast<float>(by.lr);
   if (by.after == After::update && item.param.dtype == Dtype::f64)
     update<double>(item, chunk, by.factor, by.lr);
   else if (by.after == After::update)

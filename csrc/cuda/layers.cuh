@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(THREADS) rescale_kernel(Walk walk, Result resu
     if constexpr (sizeof(T) == sizeof(double))
       rescale<double>(data, chunk.size, factor);
     else
-      rescale<float>(data, chunk.size, static_cast<float>(factor));
+      rescale<float>(data, chunk.size, narrow_factor(factor));
   });
 }
 
@@ -293,13 +293,13 @@ __global__ void __launch_bounds__(THREADS) update_kernel(Walk walk, Result resul
       if constexpr (sizeof(T) == sizeof(double))
         update<double>(param, old_grad, new_grad, chunk.size, factor, rate);
       else
-        update<float>(param, old_grad, new_grad, chunk.size, static_cast<float>(factor),
+        update<float>(param, old_grad, new_grad, chunk.size, narrow_factor(factor),
                       static_cast<float>(rate));
     });
   else if (dtype == Dtype::f64)
     update_mixed<double>(item, chunk, factor, rate);
   else
-    update_mixed<float>(item, chunk, static_cast<float>(factor), static_cast<float>(rate));
+    update_mixed<float>(item, chunk, narrow_factor(factor), static_cast<float>(rate));
 }
 
 } // namespace bld_ext
