@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -44,6 +45,68 @@ def triton_counts():
         loop_over_programs[(1,)]()
     except triton.runtime.errors.InterpreterError as error:
         pytest.skip(f"Triton's interpreter cannot count: {error}")
+
+
+class Bounds:
+    """Stands between Triton's interpreter and memory: every access lies in an argument."""
+
+    def __init__(self, memory):
+        self.memory, self.extents = memory, []
+
+    def __getattr__(self, name):
+        return getattr(self.memory, name)
+
+    def add(self, tensor):
+        if tensor.numel():
+            steps = zip(tensor.shape, tensor.stride(), strict=True)
+            last = sum((size - 1) * stride for size, stride in steps)
+            first = tensor.data_ptr()
+            self.extents.append((first, first + (last + 1) * tensor.element_size()))
+
+    def check(self, pointers, mask, nbytes):
+        at = pointers[mask].astype(np.int64)
+        inside = np.zeros(at.shape, bool)
+        for first, end in self.extents:
+            inside |= (at >= first) & (at + nbytes <= end)
+        assert inside.all(), f"{(~inside).sum()} accesses outside of all arguments"
+
+    def load(self, pointers, mask, other, dtype):
+        self.check(pointers, mask, np.dtype(dtype).itemsize)
+        return self.memory.load(pointers, mask, other, dtype)
+
+    def store(self, pointers, values, mask):
+        self.check(pointers, mask, values.dtype.itemsize)
+        return self.memory.store(pointers, values, mask)
+
+    def atomic_rmw(self, op, pointers, values, mask, order):
+        self.check(pointers, mask, values.dtype.itemsize)
+        return self.memory.atomic_rmw(op, pointers, values, mask, order)
+
+
+@pytest.fixture
+def bounds(monkeypatch):
+    """Kernels under Triton's interpreter touch nothing but their arguments."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    from triton.runtime import interpreter
+
+    watch = Bounds(interpreter._interpreter)
+    convert, run = interpreter._implicit_cvt, interpreter.GridExecutor.__call__
+
+    def converted(argument):
+        if isinstance(argument, torch.Tensor):
+            watch.add(argument)
+        return convert(argument)
+
+    def launched(self, *args, **kwargs):
+        watch.extents.clear()
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(interpreter, "_interpreter", watch)
+    monkeypatch.setattr(interpreter, "_implicit_cvt", converted)
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launched)
+    yield
 
 
 EVERYTHING = dict(

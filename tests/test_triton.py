@@ -25,7 +25,7 @@ HEADS = {  # the last one is the new head
 }
 SPATIAL = {"flat": (), "2d": (3, 5), "3d": (2, 1, 3)}
 pytestmark = [
-    pytest.mark.usefixtures("triton_counts", "poison"),
+    pytest.mark.usefixtures("triton_counts", "poison", "bounds"),
     # numpy warns of what masks throw away
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
@@ -56,6 +56,24 @@ def assert_near(actual, expected):
 def skip_if_slow(sizes, spatial):
     if INTERPRETED and (sum(sizes) > 500 and spatial or len(sizes) > 16 and len(spatial) != 2):
         pytest.skip("minutes under the interpreter")
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="memcheck looks for it on a GPU")
+@pytest.mark.parametrize("reads", [True, False], ids=["read", "written"])
+def test_what_lies_behind_an_argument_is_not_touched_unnoticed(reads):
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def copy(source, target, n, READS: tl.constexpr):
+        at = tl.arange(0, 8)
+        values = tl.load(source + at, mask=(at < n) | READS, other=0.0)
+        tl.store(target + at, values, mask=(at < n) | (not READS))
+
+    whole = torch.zeros(2, 16)
+    with pytest.raises(Exception, match="3 accesses outside of all arguments"):
+        copy[(1,)](whole[0, :5], whole[1, :5], 5, reads)
+    copy[(1,)](whole[0, :8], whole[1, :8], 5, reads)
 
 
 @heads

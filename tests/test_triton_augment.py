@@ -12,7 +12,7 @@ from bld_ext.triton import augment as kernels  # noqa: E402
 INTERPRETED = not torch.cuda.is_available()
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 pytestmark = [
-    pytest.mark.usefixtures("triton_counts", "poison"),
+    pytest.mark.usefixtures("triton_counts", "poison", "bounds"),
     # numpy warns of what masks throw away
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),

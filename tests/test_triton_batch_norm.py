@@ -19,7 +19,7 @@ SHAPES = {  # of one view
     "one-image": (1, 3, 30, 20),
 }
 pytestmark = [
-    pytest.mark.usefixtures("triton_counts", "poison"),
+    pytest.mark.usefixtures("triton_counts", "poison", "bounds"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
 ]
