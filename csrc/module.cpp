@@ -33,6 +33,15 @@ using Chunks = std::vector<std::tuple<int64_t, int64_t, int64_t>>;
 std::pair<Chunks, std::vector<int64_t>> make_chunks(const std::vector<int64_t> &sizes,
                                                     const std::vector<int64_t> &layers,
                                                     int64_t num_layers, int64_t chunk_size) {
+  if (sizes.size() != layers.size())
+    throw py::value_error("layers: expected one index a size");
+  for (int64_t layer : layers)
+    if (layer < 0 || layer >= num_layers)
+      throw py::value_error("layers: expected indices below num_layers, got " +
+                            std::to_string(layer));
+  if (chunk_size < 1 || chunk_size > INT32_MAX)
+    throw py::value_error("chunk_size: expected 1 to 2**31 - 1 elements, got " +
+                          std::to_string(chunk_size));
   const bld_ext::ChunkTable table = bld_ext::make_chunks(sizes, layers, num_layers, chunk_size);
   Chunks chunks;
   for (const bld_ext::Chunk &chunk : table.chunks)
