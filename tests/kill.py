@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 SETTINGS = Settings(
     "slim", 3e-3, 2, {"crop_padding": 1}, tasks=4, limit=60, offline_epochs=3, offline_batch=20
 )
-COMMAND = "--tasks 5 --limit 100 --views 2 --seeds 0 --jobs 1 --checkpoint-seconds 0".split()
+COMMAND = "--tasks 5 --views 2 --seeds 0 --jobs 1 --checkpoint-seconds 0".split()
 HOW = ("kill", "kill-worker", "term", "int")  # ways of ending the command
 
 # a server that has imported everything once starts a run within milliseconds
@@ -137,7 +137,7 @@ def kill_command(out: Path, ways, rng: random.Random, tick=lambda: None) -> list
         while not checkpoint.exists() or checkpoint.stat().st_mtime_ns == written:
             assert process.poll() is None, process.stderr.read().decode()
             time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.6))
+        time.sleep(rng.uniform(0, 0.25))
         number = dict(term=signal.SIGTERM, int=signal.SIGINT).get(how, signal.SIGKILL)
         for pid in workers(process.pid) if how == "kill-worker" else [process.pid]:
             os.kill(pid, number)
