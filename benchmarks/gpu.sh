@@ -16,8 +16,8 @@ mkdir -p "$OUT"
 all=(build tests memcheck racecheck step head_softmax distillation warm_up joint balance update
   augment norm profile precision table)
 limit=(timeout --kill-after=10 530)
-# Ops alone, of everything a case or two, without graphs and large inputs. Without torch's caching every tensor is an
-# allocation of its own, with bounds that can be overstepped.
+# Ops alone, of everything a case or two, without graphs and large inputs. Without torch's caching
+# every tensor is an allocation of its own, with bounds that can be overstepped.
 watched=(tests/test_triton.py tests/test_triton_augment.py tests/test_triton_batch_norm.py
   tests/test_gpu_layers.py
   -k "inside or outside or no_class or rows or any_size or any_length or agree or views or everything \

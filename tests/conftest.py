@@ -167,6 +167,15 @@ def outputs_by_registers():
     return run
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """As a run of the job has it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def with_threads():
     """with_threads(function): its results with 1, 2 and 3 threads."""

@@ -30,13 +30,7 @@ ROOT = Path(__file__).parents[1]
 SMALL = Settings("slim", 3e-3, 2, {"crop_padding": 1}, tasks=3, limit=40)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """As a run of the job has it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

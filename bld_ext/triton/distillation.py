@@ -112,6 +112,14 @@ def _narrow_place(first_n, first_head, offsets_ptr, N, heads, BLOCK: tl.constexp
 
 
 @triton.jit
+def _image_and_head(pair, heads):
+    """Of a place among all pairs; 0 where there are no heads."""
+    heads = tl.maximum(heads, 1)
+    n = pair // heads
+    return n, (pair - n * heads).to(tl.int32)
+
+
+@triton.jit
 def _advance(n, head, step_n, step_head, heads):
     """The head that is `step_n` images and `step_head` heads further on."""
     n, head = n + step_n, head + step_head
@@ -233,11 +241,8 @@ def heads_kernel(
 
     if OLD_NARROW:
         # from tile to tile without a division of 64 bits
-        some = tl.maximum(old_heads, 1)
-        first_n = program * OLD_BLOCK // some
-        first_head = (program * OLD_BLOCK - first_n * some).to(tl.int32)
-        step_n = programs * OLD_BLOCK // some
-        step_head = (programs * OLD_BLOCK - step_n * some).to(tl.int32)
+        first_n, first_head = _image_and_head(program * OLD_BLOCK, old_heads)
+        step_n, step_head = _image_and_head(programs * OLD_BLOCK, old_heads)
         for _ in range(program, old_tiles, programs):
             n, column, size, exists = _narrow_place(
                 first_n, first_head, offsets_ptr, N, old_heads, OLD_BLOCK
@@ -296,11 +301,8 @@ def heads_kernel(
     # the programs that had one tile less begin
     begin = (program + programs - old_tiles % programs) % programs
     if REST_NARROW:
-        some = tl.maximum(rest_heads, 1)
-        first_n = begin * REST_BLOCK // some
-        first_head = (begin * REST_BLOCK - first_n * some).to(tl.int32)
-        step_n = programs * REST_BLOCK // some
-        step_head = (programs * REST_BLOCK - step_n * some).to(tl.int32)
+        first_n, first_head = _image_and_head(begin * REST_BLOCK, rest_heads)
+        step_n, step_head = _image_and_head(programs * REST_BLOCK, rest_heads)
         for _ in range(begin, rest_tiles, programs):
             n, column, size, exists = _narrow_place(
                 first_n, first_head, offsets_ptr + old_heads, N, rest_heads, REST_BLOCK
