@@ -303,8 +303,8 @@ class BLDOptimizer(ModelOptimizer):
         """Algorithm 1: bank, ‖G_w‖ per layer, θ' = θ - α_w G_w. Returns L_t."""
         sizes = self._check(images, labels)
         self._choose_pass_size(images, labels, sizes)
-        with self._naming_the_remedy(images):
-            return self._in_either_format(lambda: self._warm_up(images, labels, sizes))
+        run = partial(self._warm_up, images, labels, sizes)
+        return self._within_memory(images, partial(self._in_either_format, run))
 
     def _warm_up(self, images: Tensor, labels: Tensor, sizes: list[int]) -> Tensor:
         self._follow_model()
@@ -367,8 +367,8 @@ class BLDOptimizer(ModelOptimizer):
         if self._batch is None and (bank is None or self.balance is not None):
             raise RuntimeError("joint: there is no bank; call warm_up(images, labels) first")
         sizes = self._check(images, labels)
-        with self._naming_the_remedy(images):
-            return self._joint(images, labels, sizes, bank, losses)
+        run = partial(self._joint, images, labels, sizes, bank, losses)
+        return self._within_memory(images, run)
 
     def _joint(
         self,
@@ -496,8 +496,7 @@ class BLDOptimizer(ModelOptimizer):
                 if not self._looked_for_mixing and self.views_in_pass > 1:
                     self._look_for_mixing(one)
 
-        with self._naming_the_remedy(images):
-            self._in_either_format(measure)
+        self._within_memory(images, partial(self._in_either_format, measure))
 
     def _in_either_format(self, run: Callable[[], Tensor | None]) -> Tensor | None:
         """Where channels_last is the default and the model cannot, contiguous from now on."""
@@ -522,10 +521,13 @@ class BLDOptimizer(ModelOptimizer):
             if not is_out_of_memory(error):
                 raise
 
-    @contextmanager
-    def _naming_the_remedy(self, images: Tensor) -> Iterator[None]:
+    def _within_memory(self, images: Tensor, run: Callable[[], Tensor | None]) -> Tensor | None:
+        """Or an error that names the remedy.
+
+        No context manager: contextlib's frame holds the error it hands over, a cycle.
+        """
         try:
-            yield
+            return run()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
