@@ -102,7 +102,7 @@ def test_the_command_goes_on_after_its_end(digits, tmp_path):
     """All ways, in any order: python -m tests.kill --command."""
     settings = replace(PRESETS["digits"], tasks=5, views=2)
     expected = json.loads(json.dumps(run(digits, "bld", settings, 0)))
-    (found,) = kill_command(tmp_path, ["kill-worker", "term"], random)
+    (found,) = kill_command(tmp_path, ["kill", "kill-worker", "term"], random)
     assert found == without_time(expected)
 
 

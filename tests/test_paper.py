@@ -278,36 +278,6 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(method, tmp_path):
         assert sum(ticks) == whole["batches"]
 
 
-def test_sigkill_at_random_moments(tmp_path):
-    options = "--tasks 5 --views 2 --seeds 0 --jobs 1 --checkpoint-seconds 0".split()
-    command = [sys.executable, "-m", "benchmarks.paper", *options, "--methods", "bld"]
-    assert subprocess.run([*command, "--out", str(tmp_path / "whole")], cwd=ROOT).returncode == 0
-    rng, file = np.random.default_rng(), tmp_path / "killed" / "runs" / "bld-0.pt"
-    moments = rng.uniform(0, 0.25, 2)  # seconds since the run last went on
-    for seconds in moments:
-        written = file.stat().st_mtime_ns if file.exists() else 0
-        job = subprocess.Popen(
-            [*command, "--resume", "--out", str(tmp_path / "killed")],
-            cwd=ROOT,
-            start_new_session=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        wait_for(lambda: file.exists() and file.stat().st_mtime_ns != written)  # noqa: B023
-        time.sleep(seconds)
-        os.killpg(job.pid, signal.SIGKILL)
-        job.wait()
-        assert file.exists(), "it had come to its end; give it more images"
-    assert (
-        subprocess.run([*command, "--resume", "--out", file.parents[1]], cwd=ROOT).returncode == 0
-    )
-    whole, again = (
-        json.loads((tmp_path / name / "results.json").read_text())["runs"]
-        for name in ("whole", "killed")
-    )
-    assert [r | {"seconds": 0} for r in whole] == [r | {"seconds": 0} for r in again], moments
-
-
 def test_a_changed_configuration_is_refused_with_the_difference(tmp_path):
     digits, path = load_dataset("digits"), tmp_path / "run.pt"
     run_until(2, "bld", path, digits)
