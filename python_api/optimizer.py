@@ -478,11 +478,14 @@ class BLDOptimizer(ModelOptimizer):
         return self.channels_last
 
     def _choose_pass_size(self, images: Tensor, labels: Tensor, sizes: list[int]) -> None:
-        """Measure what a view takes, where the batch is of a new shape; look for layers that mix
-        images, once. Neither leaves a trace.
+        """Measure what a view takes, where the batch is of a new shape or other parameters learn;
+        look for layers that mix images, once. Neither leaves a trace.
         """
-        dtype = next(self.model.parameters()).dtype
-        key = (tuple(images.shape), images.device, dtype, self.views)
+        key: tuple = ()
+        if self._pass_size.automatic:
+            params = [*self.model.parameters()]
+            key = (tuple(images.shape), images.device, params[0].dtype, self.views)
+            key += tuple(p.requires_grad for p in params)
         fits = self._pass_size.fits(key)
         if fits and (self._looked_for_mixing or self.views_in_pass == 1):
             return

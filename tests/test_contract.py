@@ -197,6 +197,16 @@ def test_a_stream_resumes_bit_for_bit(place, base, schedule):
     assert everything(resumed) == everything(whole)
 
 
+def test_the_automatic_size_of_a_pass_is_that_of_a_run_that_resumes():
+    """Though the network has grown since it was measured; another size has other bits."""
+    options = {"views": 4, "views_per_pass": "auto", "memory_budget": 11_000}
+    whole, resumed = make(**options), make((2, 2, 2), **options)
+    sizes = [learn(whole, [number], [1]) and whole.views_in_pass for number in (0, 1)]
+    hand_over((whole.model, resumed.model), (whole, resumed))
+    assert learn(resumed, [2]) == learn(whole, [2]) and everything(resumed) == everything(whole)
+    assert sizes == [2, 1]
+
+
 def test_the_hooks_of_state_dict_run_once():
     optimizer, calls = make(), []
     kinds = ["state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"]

@@ -121,6 +121,23 @@ def test_another_batch_size_is_measured_anew(make_model, make_batch):
     assert numbers[0] > numbers[1]
 
 
+def test_other_parameters_that_learn_are_measured_anew(make_model, make_batch):
+    """A new head, and a backbone that learns no longer, or again."""
+    optimizer = optimizer_of(make_model(heads=(2,)), views_per_pass="auto", memory_budget=2**17)
+    model, numbers = optimizer.model, []
+    for change in (
+        lambda: None,
+        lambda: model.add_head(300),
+        lambda: model.backbone.requires_grad_(False),
+        lambda: model.backbone.requires_grad_(True),
+    ):
+        change()
+        optimizer.step(*make_batch(2))
+        numbers.append(optimizer.views_in_pass)
+    learned, with_head, frozen, again = numbers
+    assert again == with_head < learned and with_head < frozen, numbers
+
+
 # ---- running out of memory ----
 
 
