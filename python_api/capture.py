@@ -2,7 +2,8 @@
 
 What differs from batch to batch is data on the device: images, labels, the learning rates, λ, the
 seed and the batch's number. Everything else belongs to the key; where it changes, the next batch is
-learned without a graph, and the one after it records a new one.
+learned without a graph, and the one after it records a new one. A base that keeps state makes it in
+the first step, which is such a change.
 """
 
 import gc

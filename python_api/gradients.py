@@ -8,9 +8,14 @@ from bld_ext.api.memory import tensor_bytes
 
 
 def _fits(buffer: Tensor, param: Tensor) -> bool:
-    """Whether it still can be the gradient: the model may have been moved or cast since."""
+    """Whether it still can be the gradient: the model may have been moved or cast since, or laid
+    out otherwise, and torch's fused optimizers pair a gradient with its parameter by address.
+    """
     same = buffer.dtype == param.dtype and buffer.device == param.device
-    return same and buffer.shape == param.shape
+    if not same or buffer.shape != param.shape:
+        return False
+    strides = zip(param.shape, buffer.stride(), param.stride(), strict=True)
+    return all(size == 1 or ours == theirs for size, ours, theirs in strides)
 
 
 class Gradients:

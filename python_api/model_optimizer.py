@@ -79,6 +79,7 @@ class ModelOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict:
         """As every torch optimizer's, with "bld": seed, batches learned, parameter shapes."""
+        self._follow_model()
         ours = {"seed": self.seed, "batches": self.batches, "shapes": self._shapes()}
         return super().state_dict() | {"bld": ours}
 

@@ -288,16 +288,27 @@ class BLDOptimizer(ModelOptimizer):
         settings += [self._wants_channels_last(images.device), self.augment, repr(self.augment)]
         batch = [(tuple(t.shape), t.stride(), t.dtype, t.device) for t in (images, labels)]
         params = [(id(p), p.data_ptr(), p.requires_grad) for p in self._parameters()]
+        state = [v for entry in self.state.values() for v in entry.values()]
+        state = [v.data_ptr() for v in state if isinstance(v, Tensor)]
         buffers = [b.data_ptr() for b in self.model.buffers()]
-        modules = [
-            (id(m), type(m), m.training, m.extra_repr(), *m._forward_hooks, *m._forward_pre_hooks)
-            for m in self.model.modules()
-        ]
+        modules = [(id(m), type(m), m.training, m.extra_repr()) for m in self.model.modules()]
         options = [
             {k: v for k, v in group.items() if k not in ("lr", "initial_lr", "params")}
             for group in self.param_groups
         ]
-        return (*settings, *batch, *sizes, *params, *buffers, *modules, repr(options))
+        places = (*params, *state, *buffers)
+        return (*settings, *batch, *sizes, *places, *modules, *self._hooks(), repr(options))
+
+    def _hooks(self) -> list[tuple]:
+        """The handles' numbers of all hooks that a stage runs; no two hooks ever share one."""
+        model, base = self.model, self.base
+        tables = [base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks]
+        for m in model.modules():
+            tables += [m._forward_hooks, m._forward_pre_hooks]
+            tables += [m._backward_hooks, m._backward_pre_hooks]
+        for p in model.parameters():
+            tables += [p._backward_hooks, p._post_accumulate_grad_hooks]
+        return [tuple(table or ()) for table in tables]
 
     def warm_up(self, images: Tensor, labels: Tensor) -> Tensor:
         """Algorithm 1: bank, ‖G_w‖ per layer, θ' = θ - α_w G_w. Returns L_t."""
@@ -535,8 +546,8 @@ class BLDOptimizer(ModelOptimizer):
             if not is_out_of_memory(error):
                 raise
             views = self.views_in_pass
-            if self._batch is None:  # both stages of a batch have the same passes
-                self._pass_size.halve()
+            # both stages of a batch have the same passes
+            self._pass_size.halve(now=self._batch is None)
             raise self._no_memory(images, views) from error
 
     def _no_memory(self, images: Tensor, views: int) -> torch.OutOfMemoryError:
@@ -712,6 +723,7 @@ class BLDOptimizer(ModelOptimizer):
         """Resume bit for bit. The model must have the heads it had when the state was saved."""
         super().load_state_dict(state_dict)
         self.release()
+        self._captured = None
 
     def __getstate__(self) -> dict:
         return super().__getstate__() | {"_captured": None}

@@ -63,11 +63,15 @@ class PassSize:
         self.on_trial, self._key = True, key
         self._known[key] = self.number
 
-    def halve(self) -> bool:
-        """After running out of memory; False where it cannot be less."""
+    def halve(self, now: bool = True) -> bool:
+        """After running out of memory, from now on or from the next batch; False where it cannot
+        be less.
+        """
         if not self.automatic or self.number == 1:
             return False
-        self.number = self._known[self._key] = -(-self.number // 2)
+        self._known[self._key] = -(-self.number // 2)
+        if now:
+            self.number = self._known[self._key]
         return True
 
     def __getstate__(self) -> dict:

@@ -147,6 +147,10 @@ def test_balance_and_seed_may_change(echo, make_model, make_batch):
     assert len(graphs) == 1
 
 
+def nothing(*_, **__):
+    """A hook."""
+
+
 @pytest.mark.parametrize(
     "change",
     {
@@ -161,6 +165,27 @@ def test_balance_and_seed_may_change(echo, make_model, make_batch):
         "momentum": lambda model, o: setattr(model.backbone[1], "momentum", 0.7),
         "augment": lambda model, o: setattr(o, "augment", SeededAugment(crop_padding=2)),
         "joint steps": lambda model, o: setattr(o, "joint_steps", 1),
+        "layer": lambda model, o: setattr(o, "layer", "tensor"),
+        "schedule": lambda model, o: setattr(o, "schedule", "shared_forward"),
+        "in backward": lambda model, o: setattr(o, "balance_in_backward", True),
+        "statistics": lambda model, o: setattr(o, "statistics", "every_pass"),
+        "precision": lambda model, o: setattr(o, "precision", "mixed"),
+        "warm-up": lambda model, o: setattr(o, "warmup_ratio", 0.5),
+        "passes": lambda model, o: setattr(o, "views_per_pass", 2),
+        "an option": lambda model, o: o.param_groups[0].update(maximize=True),
+        "forward hook": lambda model, o: model.backbone[0].register_forward_hook(nothing),
+        "forward pre-hook": lambda model, o: model.backbone[0].register_forward_pre_hook(nothing),
+        "backward hook": lambda model, o: model.backbone[1].register_full_backward_hook(nothing),
+        "backward pre-hook": lambda model, o: model.backbone[1].register_full_backward_pre_hook(
+            nothing
+        ),
+        "gradient hook": lambda model, o: model.backbone[0].weight.register_hook(nothing),
+        "hook after it": lambda model, o: model.backbone[
+            0
+        ].weight.register_post_accumulate_grad_hook(nothing),
+        "hook of the base": lambda model, o: o.base.register_step_pre_hook(nothing),
+        "hook after the base": lambda model, o: o.base.register_step_post_hook(nothing),
+        "a loaded state": lambda model, o: o.load_state_dict(copy.deepcopy(o.state_dict())),
     }.items(),
     ids=lambda item: item[0],
 )
@@ -178,6 +203,25 @@ def test_what_belongs_to_the_recording_makes_a_new_one(change, echo, make_model,
             o.step(*make_batch(2, number))
     assert_same_bits(*(m.state_dict() for m in models))
     assert [(g.recordings, g.replays) for g in graphs] == [(1, 3), (1, 3)]
+
+
+@pytest.mark.filterwarnings("ignore:BLDOptimizer. .* keeps state")
+@pytest.mark.parametrize("how", ["loaded", "cleared"])
+def test_a_recording_does_not_outlive_the_state_it_writes_to(how, echo, make_model, make_batch):
+    model = make_model(heads=(2, 2))
+    graphs = echo(model)
+    optimizer = make_optimizer(model, capture=True, base=partial(torch.optim.SGD, momentum=0.5))
+    for number in range(7):
+        if number == 4:
+            if how == "loaded":
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            else:
+                optimizer.state.clear()
+        optimizer.step(*make_batch(2, number))
+    # once without state and once with it before a recording
+    first, second, *others = [(g.recordings, g.replays) for g in graphs]
+    assert (first, second) == ((0, 0), (1, 2))
+    assert others == ([(1, 2)] if how == "loaded" else [(0, 0), (1, 1)])
 
 
 def test_another_batch_size_makes_a_new_one(echo, make_model, make_batch):

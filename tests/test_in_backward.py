@@ -353,6 +353,23 @@ def test_kept_gradients_of_a_model_that_was_cast(schedule, make_model, make_batc
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
+@pytest.mark.parametrize("schedule", ["two_forward", "shared_forward"])
+def test_kept_gradients_of_weights_that_were_laid_out_otherwise(schedule, make_model, make_batch):
+    """torch's fused optimizers pair a gradient with its parameter by address."""
+    states = []
+    for keep in (False, True):
+        model = make_model((2, 3))
+        options = OPTIONS | {"base": partial(torch.optim.SGD, fused=True), "channels_last": True}
+        optimizer = BLDOptimizer(model, **options, schedule=schedule, keep_gradients=keep)
+        for number in range(4):
+            if number == 2:
+                optimizer.channels_last = False
+                model.to(memory_format=torch.contiguous_format)
+            optimizer.step(*make_batch(3, number))
+        states.append(model.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
 def test_kept_gradients_after_a_failure(make_model, make_batch, monkeypatch):
     model = make_model((2, 3))
     optimizer = BLDOptimizer(model, **OPTIONS, schedule="shared_forward", keep_gradients=True)

@@ -328,8 +328,9 @@ def test_a_base_that_needs_a_closure_is_refused(make_model):
 
 
 @pytest.mark.filterwarnings("ignore:BLDOptimizer")
+@pytest.mark.parametrize("batches", [[], [1]], ids=["saved-at-once", "after-a-batch"])
 @pytest.mark.parametrize("how", ["assign", "new-head", "deleted"])
-def test_replaced_parameters_leave_the_optimizer(how, make_model, make_batch):
+def test_replaced_parameters_leave_the_optimizer(how, batches, make_model, make_batch):
     """Else a second network stays alive, and a resumed run updates what replaced it twice."""
     model = make_model(heads=(2, 2))
     if how == "deleted":
@@ -342,12 +343,12 @@ def test_replaced_parameters_leave_the_optimizer(how, make_model, make_batch):
         model.heads[1] = nn.Linear(6, 2)
     else:
         del model.extra
-    learn(optimizer, make_batch, [1])
+    learn(optimizer, make_batch, batches)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     group = optimizer.param_groups[0]
     assert len(group["params"]) == len(group["param_names"]) == len(list(model.parameters()))
     assert set(optimizer.state) <= set(model.parameters())
 
-    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     other = make_model(heads=(2, 2))
     resumed = make_optimizer(other, base=functools.partial(torch.optim.SGD, momentum=0.9))
     other.load_state_dict(saved[0])

@@ -338,6 +338,28 @@ def test_memory_that_runs_out_later_is_less_from_then_on(make_model, make_batch)
     assert optimizer.views_in_pass == 4
 
 
+def test_memory_that_runs_out_in_the_joint_stage_is_less_from_the_next_batch_on(
+    make_model, make_batch
+):
+    """As the error says; both stages of a batch have the same passes."""
+    model = small_model(make_model, 10**6, ERRORS["gpu"])
+    optimizer, numbers = optimizer_of(model, views_per_pass="auto"), []
+    for _ in range(3):
+        model.backbone.limit = 10**6
+        optimizer.warm_up(*make_batch(2))
+        numbers.append(optimizer.views_in_pass)
+        model.backbone.limit = 20
+        for _ in range(2):
+            if numbers[-1] > 4:
+                with pytest.raises(torch.OutOfMemoryError, match="8 views.* next batch"):
+                    optimizer.joint(*make_batch(2))
+            else:
+                optimizer.joint(*make_batch(2))
+            assert optimizer.views_in_pass == numbers[-1]
+        optimizer.release()
+    assert numbers == [8, 4, 4]
+
+
 def test_the_number_may_be_set_later(make_model, make_batch):
     optimizer = optimizer_of(make_model(heads=(2, 2)))
     optimizer.views_per_pass = 3
