@@ -37,6 +37,18 @@ class ModelOptimizer(torch.optim.Optimizer):
         other = any(group.get(name) for group in self.param_groups for name in options)
         return type(self.base) is torch.optim.SGD and not hooked and not other
 
+    def _start_momentum(self) -> None:
+        """That of new parameters, which torch's fused SGD does not start beside the old ones'.
+
+        From zeros it is the gradient after one step, as torch has it, where nothing is dampened.
+        """
+        for group in self.param_groups:
+            fused = type(self.base) is torch.optim.SGD and group["fused"]
+            if fused and group["momentum"] and not group["dampening"]:
+                for param in group["params"]:
+                    if param.grad is not None and "momentum_buffer" not in self.state[param]:
+                        self.state[param]["momentum_buffer"] = torch.zeros_like(param)
+
     @contextmanager
     def _undone_on_error(self) -> Iterator[None]:
         """Put parameters, buffers, the base's state and the batch count back if anything raises."""

@@ -651,6 +651,7 @@ class BLDOptimizer(ModelOptimizer):
                 if on_device:
                     self._plain_update(group)
             if not on_device:
+                self._start_momentum()
                 self.base.step()
         finally:
             for group, (rate, members) in zip(self.param_groups, before, strict=True):

@@ -34,6 +34,7 @@ BASES = {
     "sgd": torch.optim.SGD,
     "momentum": partial(torch.optim.SGD, momentum=0.9, weight_decay=0.01),
     "adam": partial(torch.optim.AdamW, amsgrad=True),
+    "fused": partial(torch.optim.AdamW, fused=True),
 }
 schedules = pytest.mark.parametrize("schedule", SCHEDULES)
 bases = pytest.mark.parametrize("base", BASES.values(), ids=BASES)
@@ -195,6 +196,34 @@ def test_a_stream_resumes_bit_for_bit(place, base, schedule):
     hand_over((whole.model, resumed.model), (whole, resumed))
     assert learn(resumed, range(place, 5), tasks) == learn(whole, range(place, 5), tasks)
     assert everything(resumed) == everything(whole)
+
+
+@schedules
+def test_fused_momentum_goes_on_with_a_new_head(schedule):
+    """torch's own is an error where some of a group have momentum and others none."""
+    found = []
+    for fused in (False, True):
+        base = partial(torch.optim.SGD, momentum=0.9, fused=fused)
+        optimizer = make((), dropout=0.0, schedule=schedule, base=base, augment=None, views=1)
+        for number in range(6):
+            if number % 2 == 0:
+                optimizer.model.add_head(2)
+            optimizer.model.double()
+            images, labels = batch(number)
+            optimizer.step(images.double(), labels)
+        moments = [entry["momentum_buffer"] for entry in optimizer.state.values()]
+        assert len(moments) == len([*optimizer.model.parameters()])
+        found.append([*optimizer.model.state_dict().values(), *moments])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+
+
+def test_loading_ends_the_batch_that_was_begun():
+    """Its bank is of another network."""
+    optimizer = make()
+    optimizer.warm_up(*batch(0))
+    optimizer.load_state_dict(optimizer.state_dict())
+    with pytest.raises(RuntimeError, match="^joint: there is no bank"):
+        optimizer.joint(*batch(0))
 
 
 def test_the_automatic_size_of_a_pass_is_that_of_a_run_that_resumes():
