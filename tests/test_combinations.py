@@ -1,0 +1,134 @@
+"""Options of BLDOptimizer together, as Hypothesis draws them, with errors, resuming and copies.
+
+BLD_EXT_HYPOTHESIS=N tries N other runs.
+"""
+
+import copy
+import gc
+import weakref
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_contract import (
+    BASES,
+    SCHEDULES,
+    Failure,
+    batch,
+    everything,
+    hand_over,
+    learn,
+    make,
+    set_up_failure,
+    world,
+)
+from test_hypothesis import EXAMPLES, examples
+
+from bld_ext.api import in_backward
+
+pytestmark = pytest.mark.filterwarnings("ignore:BLDOptimizer. .* keeps state")
+runs = examples if EXAMPLES else settings(examples, max_examples=60)
+FUSED = {"fused-momentum": partial(torch.optim.SGD, momentum=0.9, fused=True)}
+switch = st.booleans()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _surroundings(one_thread):
+    """In backward an update for every layer."""
+    before, in_backward.BUCKET_BYTES = in_backward.BUCKET_BYTES, 0
+    yield
+    in_backward.BUCKET_BYTES = before
+
+
+@st.composite
+def options(draw):
+    schedule, views = draw(st.sampled_from(SCHEDULES)), draw(st.integers(1, 4))
+    found = {
+        "schedule": schedule,
+        "views": views,
+        "views_per_pass": draw(st.sampled_from([1, 2, views, "auto"])),
+        "channels_last": draw(st.sampled_from([None, True, False])),
+        "statistics": draw(st.sampled_from(["once", "every_pass"])),
+        "layer": draw(st.sampled_from(["module", "tensor", "network"])),
+        "precision": draw(st.sampled_from(["fp32", "mixed"])),
+        "joint_steps": draw(st.integers(0, 2)),
+        "balance": draw(st.sampled_from([0.0, 0.5, 1.0, None])),
+        "dropout": draw(st.sampled_from([0.0, 0.3])),
+        "base": (BASES | FUSED)[draw(st.sampled_from([*BASES, *FUSED]))],
+        "heads": draw(st.sampled_from([(2,), (2, 2), (2, 3, 2)])),
+    }
+    if schedule != "in_backward":
+        found["keep_gradients"] = draw(switch)
+    if schedule != "shared_forward":
+        found["balance_in_backward"] = draw(switch)
+    if found["views_per_pass"] == "auto":
+        found["memory_budget"] = draw(st.sampled_from([None, 5_000, 11_000]))
+    return found
+
+
+def step_with_an_error(optimizer, where, number, error):
+    """What was raised, and whether the batch is gone."""
+    images, labels = batch(9, size=5)
+    seen, raised = weakref.ref(images), None
+    hook = set_up_failure(optimizer, where, number, error)
+    gc.collect()
+    gc.disable()
+    try:
+        optimizer.step(images, labels)
+    except error as caught:
+        raised = type(caught)
+    finally:
+        hook.remove()
+    del images, labels
+    gone = seen() is None
+    gc.enable()
+    return raised, gone
+
+
+@runs
+@given(st.data())
+def test_errors_are_undone_and_a_run_that_resumes_goes_on_as_its_copies_do(data):
+    draw = data.draw
+    chosen, frozen = draw(options()), draw(st.sampled_from([None, 0, 1, 2]))
+
+    def fresh(**others):
+        optimizer = make(check_finite=True, **chosen | others)
+        if frozen is not None:
+            [*optimizer.model.parameters()][frozen].requires_grad_(False)
+        return optimizer
+
+    optimizer, twin = fresh(), fresh(keep_gradients=False)
+    new_task = draw(st.sampled_from([(), (1,)]))
+    for each in (optimizer, twin):
+        learn(each, [0, 1], new_task)
+    if draw(switch):
+        chosen["channels_last"] = not chosen["channels_last"]
+        layout = torch.channels_last if chosen["channels_last"] else torch.contiguous_format
+        for each in (optimizer, twin):
+            each.channels_last = chosen["channels_last"]
+            each.model.to(memory_format=layout)
+
+    places = ["forward", "base", "augment", *(["backward"] if frozen != 0 else [])]
+    where = draw(st.sampled_from(places))
+    error = draw(st.sampled_from([Failure, KeyboardInterrupt, RuntimeError]))
+    before = world(optimizer), everything(optimizer)
+    raised, gone = step_with_an_error(optimizer, where, draw(st.integers(0, 12)), error)
+    assert gone
+    if raised:
+        assert (world(optimizer), everything(optimizer)) == before
+    else:
+        twin.step(*batch(9, size=5))
+
+    resumed = fresh()
+    for number in new_task:
+        torch.manual_seed(number)
+        resumed.model.add_head(2)
+    hand_over((optimizer.model, resumed.model), (optimizer, resumed))
+    losses = [learn(each, [5, 6]) for each in (optimizer, twin, resumed)]
+    assert losses[1:] == losses[:1] * 2
+    assert everything(twin) == everything(resumed) == everything(optimizer)
+    again = copy.deepcopy(optimizer)
+    assert learn(again, [7]) == learn(optimizer, [7])
+    assert everything(again) == everything(optimizer)
