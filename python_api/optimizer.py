@@ -287,28 +287,32 @@ class BLDOptimizer(ModelOptimizer):
         settings += [self.balance is None, self.balance == 0, self.warmup_ratio]
         settings += [self._wants_channels_last(images.device), self.augment, repr(self.augment)]
         batch = [(tuple(t.shape), t.stride(), t.dtype, t.device) for t in (images, labels)]
-        params = [(id(p), p.data_ptr(), p.requires_grad) for p in self._parameters()]
-        state = [v for entry in self.state.values() for v in entry.values()]
-        state = [v.data_ptr() for v in state if isinstance(v, Tensor)]
-        buffers = [b.data_ptr() for b in self.model.buffers()]
-        modules = [(id(m), type(m), m.training, m.extra_repr()) for m in self.model.modules()]
+        # hooks by the numbers of their handles, which no two share
+        params = [
+            (
+                *(id(p), p.data_ptr(), p.requires_grad),
+                *(p._backward_hooks or ()),
+                *(p._post_accumulate_grad_hooks or ()),
+            )
+            for p in self._parameters()
+        ]
+        modules = [
+            (
+                *(id(m), type(m), m.training, m.extra_repr()),
+                *(*m._forward_hooks, *m._forward_pre_hooks),
+                *(*m._backward_hooks, *m._backward_pre_hooks),
+            )
+            for m in self.model.modules()
+        ]
+        base = [(*self.base._optimizer_step_pre_hooks, *self.base._optimizer_step_post_hooks)]
+        values = [v for entry in self.state.values() for v in entry.values()]
+        kept = [*self.model.buffers(), *(v for v in values if isinstance(v, Tensor))]
+        places = [t.data_ptr() for t in kept]
         options = [
             {k: v for k, v in group.items() if k not in ("lr", "initial_lr", "params")}
             for group in self.param_groups
         ]
-        places = (*params, *state, *buffers)
-        return (*settings, *batch, *sizes, *places, *modules, *self._hooks(), repr(options))
-
-    def _hooks(self) -> list[tuple]:
-        """The handles' numbers of all hooks that a stage runs; no two hooks ever share one."""
-        model, base = self.model, self.base
-        tables = [base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks]
-        for m in model.modules():
-            tables += [m._forward_hooks, m._forward_pre_hooks]
-            tables += [m._backward_hooks, m._backward_pre_hooks]
-        for p in model.parameters():
-            tables += [p._backward_hooks, p._post_accumulate_grad_hooks]
-        return [tuple(table or ()) for table in tables]
+        return (*settings, *batch, *sizes, *params, *modules, *base, *places, repr(options))
 
     def warm_up(self, images: Tensor, labels: Tensor) -> Tensor:
         """Algorithm 1: bank, ‖G_w‖ per layer, θ' = θ - α_w G_w. Returns L_t."""

@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
     )  # read when Triton is imported; its kernels run on the CPU
 
 from bld_ext import MultiHead  # noqa: E402
+from bld_ext.api import in_backward  # noqa: E402
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the others compute on the other cores
     torch.set_num_threads(1)
@@ -174,6 +175,16 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def surroundings(monkeypatch):
+    """In backward an update for every layer; around a step TF32 and the like."""
+    monkeypatch.setattr(in_backward, "BUCKET_BYTES", 0)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision(before)
 
 
 @pytest.fixture

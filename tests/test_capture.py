@@ -147,8 +147,17 @@ def test_balance_and_seed_may_change(echo, make_model, make_batch):
     assert len(graphs) == 1
 
 
-def nothing(*_, **__):
-    """A hook."""
+HOOKS = {
+    "module": ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"],
+    "tensor": ["hook", "post_accumulate_grad_hook"],
+    "base": ["step_pre_hook", "step_post_hook"],
+}
+
+
+def add_hook(owner, kind, model, optimizer):
+    owners = {"module": model.backbone[1], "tensor": model.backbone[0].weight}
+    register = getattr(owners.get(owner, optimizer.base), f"register_{kind}")
+    register(lambda *_, **__: None)
 
 
 @pytest.mark.parametrize(
@@ -173,19 +182,12 @@ def nothing(*_, **__):
         "warm-up": lambda model, o: setattr(o, "warmup_ratio", 0.5),
         "passes": lambda model, o: setattr(o, "views_per_pass", 2),
         "an option": lambda model, o: o.param_groups[0].update(maximize=True),
-        "forward hook": lambda model, o: model.backbone[0].register_forward_hook(nothing),
-        "forward pre-hook": lambda model, o: model.backbone[0].register_forward_pre_hook(nothing),
-        "backward hook": lambda model, o: model.backbone[1].register_full_backward_hook(nothing),
-        "backward pre-hook": lambda model, o: model.backbone[1].register_full_backward_pre_hook(
-            nothing
-        ),
-        "gradient hook": lambda model, o: model.backbone[0].weight.register_hook(nothing),
-        "hook after it": lambda model, o: model.backbone[
-            0
-        ].weight.register_post_accumulate_grad_hook(nothing),
-        "hook of the base": lambda model, o: o.base.register_step_pre_hook(nothing),
-        "hook after the base": lambda model, o: o.base.register_step_post_hook(nothing),
         "a loaded state": lambda model, o: o.load_state_dict(copy.deepcopy(o.state_dict())),
+        **{
+            f"{kind} of a {owner}": partial(add_hook, owner, kind)
+            for owner, kinds in HOOKS.items()
+            for kind in kinds
+        },
     }.items(),
     ids=lambda item: item[0],
 )

@@ -4,8 +4,6 @@ BLD_EXT_HYPOTHESIS=N tries N other runs.
 """
 
 import copy
-import gc
-import weakref
 from functools import partial
 
 import pytest
@@ -20,26 +18,20 @@ from test_contract import (
     everything,
     hand_over,
     learn,
+    let_go,
     make,
     set_up_failure,
     world,
 )
 from test_hypothesis import EXAMPLES, examples
 
-from bld_ext.api import in_backward
-
-pytestmark = pytest.mark.filterwarnings("ignore:BLDOptimizer. .* keeps state")
+pytestmark = [
+    pytest.mark.usefixtures("surroundings", "one_thread"),
+    pytest.mark.filterwarnings("ignore:BLDOptimizer. .* keeps state"),
+]
 runs = examples if EXAMPLES else settings(examples, max_examples=60)
 FUSED = {"fused-momentum": partial(torch.optim.SGD, momentum=0.9, fused=True)}
 switch = st.booleans()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _surroundings(one_thread):
-    """In backward an update for every layer."""
-    before, in_backward.BUCKET_BYTES = in_backward.BUCKET_BYTES, 0
-    yield
-    in_backward.BUCKET_BYTES = before
 
 
 @st.composite
@@ -66,25 +58,6 @@ def options(draw):
     if found["views_per_pass"] == "auto":
         found["memory_budget"] = draw(st.sampled_from([None, 5_000, 11_000]))
     return found
-
-
-def step_with_an_error(optimizer, where, number, error):
-    """What was raised, and whether the batch is gone."""
-    images, labels = batch(9, size=5)
-    seen, raised = weakref.ref(images), None
-    hook = set_up_failure(optimizer, where, number, error)
-    gc.collect()
-    gc.disable()
-    try:
-        optimizer.step(images, labels)
-    except error as caught:
-        raised = type(caught)
-    finally:
-        hook.remove()
-    del images, labels
-    gone = seen() is None
-    gc.enable()
-    return raised, gone
 
 
 @runs
@@ -114,8 +87,10 @@ def test_errors_are_undone_and_a_run_that_resumes_goes_on_as_its_copies_do(data)
     where = draw(st.sampled_from(places))
     error = draw(st.sampled_from([Failure, KeyboardInterrupt, RuntimeError]))
     before = world(optimizer), everything(optimizer)
-    raised, gone = step_with_an_error(optimizer, where, draw(st.integers(0, 12)), error)
-    assert gone
+    hook = set_up_failure(optimizer, where, draw(st.integers(0, 12)), error)
+    raised, gone = let_go(optimizer.step, error, 9, 5)
+    hook.remove()
+    assert gone == [True, True]
     if raised:
         assert (world(optimizer), everything(optimizer)) == before
     else:

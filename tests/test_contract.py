@@ -21,9 +21,9 @@ from torch.autograd import detect_anomaly
 from torch.optim import lr_scheduler, swa_utils
 
 from bld_ext import BLDOptimizer, MultiHead, SeededAugment
-from bld_ext.api import in_backward
 
 pytestmark = [
+    pytest.mark.usefixtures("surroundings"),
     pytest.mark.filterwarnings("ignore:BLDOptimizer. .* keeps state"),
     pytest.mark.filterwarnings("error:Detected call of"),  # by a scheduler that missed the step
     pytest.mark.filterwarnings("error:Seems like"),
@@ -38,16 +38,6 @@ BASES = {
 }
 schedules = pytest.mark.parametrize("schedule", SCHEDULES)
 bases = pytest.mark.parametrize("base", BASES.values(), ids=BASES)
-
-
-@pytest.fixture(autouse=True)
-def _surroundings(monkeypatch):
-    """In backward an update for every layer; around a step TF32 and the like."""
-    monkeypatch.setattr(in_backward, "BUCKET_BYTES", 0)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    yield
-    torch.set_float32_matmul_precision(before)
 
 
 def make(heads=(2, 2), dropout=0.2, weights=1, wrap=lambda model: model, **options):
@@ -507,29 +497,37 @@ FAILURES = dict.fromkeys(["forward", "backward", "augment", "base"], Failure) | 
 }  # fmt: skip
 
 
+def let_go(call, errors, *of_a_batch):
+    """What a call raised, and whether its images and its labels are gone then: a cycle would live
+    until the next garbage collection.
+    """
+    images, labels = batch(*of_a_batch)
+    watched, raised = [weakref.ref(images), weakref.ref(labels)], None
+    gc.collect()
+    gc.disable()
+    try:
+        try:
+            call(images, labels)
+        except errors as caught:
+            raised = type(caught)
+        del images, labels
+        return raised, [ref() is None for ref in watched]
+    finally:
+        gc.enable()
+
+
 @schedules
 @pytest.mark.parametrize("call", ["step", "warm_up"])
 @pytest.mark.parametrize("how", FAILURES)
 def test_no_reference_to_the_batch_is_kept(how, call, schedule):
-    """Not even in a cycle, which lives until the next garbage collection."""
     optimizer, error = make(schedule=schedule, check_finite=True), FAILURES[how]
     learn(optimizer, [0])
     if how == "not-finite":
         optimizer.param_groups[0]["lr"] = torch.inf
     elif how != "none":
         set_up_failure(optimizer, how.replace("out-of-memory", "forward"), 0, error)
-    images, labels = batch(1)
-    watched, before = [weakref.ref(images), weakref.ref(labels)], world(optimizer)
-    gc.collect()
-    gc.disable()
-    try:
-        getattr(optimizer, call)(images, labels)
-        raised = None
-    except (Failure, torch.OutOfMemoryError, FloatingPointError) as caught:
-        raised = type(caught)
-    del images, labels
-    gone = [ref() is None for ref in watched]
-    gc.enable()
+    before, errors = world(optimizer), (Failure, torch.OutOfMemoryError, FloatingPointError)
+    raised, gone = let_go(getattr(optimizer, call), errors, 1)
     assert gone == [True, True] and raised == error and world(optimizer) == before
 
 
