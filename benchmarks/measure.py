@@ -17,6 +17,12 @@ from torch.utils._pytree import tree_flatten
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CACHE_BYTES = 200e6  # more than any second-level cache
 BUSY_SECONDS = 0.4  # after which a GPU that was idle runs at its full clock
+SMALLEST = False  # set by pytest's --smallest, before the benchmarks are imported
+
+
+def cases(every: dict) -> dict:
+    """All of them, or the first: every benchmark lists its smallest one first."""
+    return dict([next(iter(every.items()))]) if SMALLEST else every
 
 
 def calls_in_a_graph(nbytes: int, seconds: float = 0) -> int:

@@ -1,12 +1,14 @@
-"""The JSON of pytest-benchmark as Markdown: `python -m benchmarks.table results.json`.
+"""Measured rows as Markdown: `python -m benchmarks.table rows.jsonl`.
 
-`--save small.json` keeps what the table shows. A ratio is the row's time over that
-of `ours` in the same group: above 1 ours is faster.
+The file is one that `pytest --rows` or `pytest --benchmark-json` wrote. A ratio is the row's time
+over that of `ours` in the same group: above 1 ours is faster.
 """
 
 import argparse
-import json
 from collections import defaultdict
+from pathlib import Path
+
+from benchmarks.rows import newest, read
 
 MORE = {
     "operators": "ops",
@@ -16,10 +18,10 @@ MORE = {
 }  # columns of rows that have them
 
 
-def rows(benchmarks: list[dict]) -> dict[str, list[dict]]:
-    """{group: its rows, slowest first}, from the benchmarks of a run."""
+def rows(measured: list[dict]) -> dict[str, list[dict]]:
+    """{group: its rows, slowest first}."""
     groups = defaultdict(list)
-    for entry in benchmarks:
+    for entry in newest(measured):
         if "us" in entry["extra_info"]:
             groups[entry["group"]].append({"name": entry["params"]["name"]} | entry["extra_info"])
     return {group: sorted(found, key=lambda row: -row["us"]) for group, found in groups.items()}
@@ -32,24 +34,31 @@ def times_of_ours(found: list[dict], row: dict) -> str:
 
 def table_of_ops(group: str, found: list[dict]) -> list[str]:
     more = {name: key for name, key in MORE.items() if key in found[0]}
+    copy = next((row["copy_gb_per_s"] for row in found if row.get("copy_gb_per_s")), None)
     lines = [
-        f"**{group}**, {found[0]['bytes']:,} bytes; "
-        f"a copy runs at {found[0]['copy_gb_per_s']:.1f} GB/s",
+        f"**{group}**, {found[0]['bytes']:,} bytes"
+        + (f"; a copy runs at {copy:.1f} GB/s" if copy else "")
+        + (f" ({found[0]['how']})" if "how" in found[0] else ""),
         "",
         "| implementation | µs | against ours | GB/s | of a copy | extra memory "
         "| launches | CPU µs |" + "".join(f" {name} |" for name in more),
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |" + " ---: |" * len(more),
     ]
     for row in found:
-        share = f"{100 * row['gb_per_s'] / row['copy_gb_per_s']:.0f} %"
-        launches = "" if row["launches"] is None else row["launches"]
-        host = "" if row.get("host_us") is None else f"{row['host_us']:.1f}"
-        lines.append(
-            f"| {row['name']} | {row['us']:.1f} | {times_of_ours(found, row)} "
-            f"| {row['gb_per_s']:.1f} | {share} "
-            f"| {row['peak_extra_bytes']:,} B | {launches} | {host} |"
-            + "".join(f" {row[key]:,.4g} |" for key in more.values())
-        )
+        speed = row["bytes"] / row["us"] / 1e3
+        extra, host = row.get("peak_extra_bytes"), row.get("host_us")
+        cells = [
+            row["name"],
+            f"{row['us']:.1f}",
+            times_of_ours(found, row),
+            f"{speed:.1f}",
+            f"{100 * speed / copy:.0f} %" if copy else "",
+            "" if extra is None else f"{extra:,} B",
+            "" if row.get("launches") is None else str(row["launches"]),
+            "" if host is None else f"{host:.1f}",
+            *(f"{row[key]:,.4g}" for key in more.values()),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -71,9 +80,9 @@ def table_of_steps(group: str, found: list[dict]) -> list[str]:
     return lines
 
 
-def table(benchmarks: list[dict]) -> str:
+def table(measured: list[dict]) -> str:
     lines = []
-    for group, found in rows(benchmarks).items():
+    for group, found in rows(measured).items():
         lines += (table_of_steps if "views_per_s" in found[0] else table_of_ops)(group, found)
         lines.append("")
     return "\n".join(lines)
@@ -81,22 +90,14 @@ def table(benchmarks: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("json", nargs="+", help="files written by --benchmark-json or --save")
-    parser.add_argument("--save", help="write the rows of all files here, without the samples")
-    arguments, kept = parser.parse_args(), []
-    for path in arguments.json:
-        with open(path) as file:
-            found = json.load(file)["benchmarks"]
-        kept += [{key: entry[key] for key in ("group", "params", "extra_info")} for entry in found]
-        if found:
+    parser.add_argument("files", nargs="+", type=Path, help="written by --rows or --benchmark-json")
+    for path in parser.parse_args().files:
+        if found := read(path):
             info = found[0]["extra_info"]
             print(
                 f"{info.get('device')}, {info.get('threads')} threads, torch {info.get('torch')}\n"
             )
         print(table(found))
-    if arguments.save:
-        with open(arguments.save, "w") as file:
-            json.dump({"benchmarks": kept}, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ JITTER, HUE, ROTATION, SCALE, PADDING = 0.4, 0.1, 15, (0.9, 1.1), 4
 STD_ = torch.tensor(STD)
 CHECKED = 20  # images whose views are compared with float64
 CASES = {"1000x32": (20, 50, 32), "256x224": (256, 1, 224)}  # images, views, pixels of a side
+CASES = measure.cases(CASES)
 AUGMENT = SeededAugment(
     crop_padding=PADDING, flip=0.5, rotation=ROTATION, scale=SCALE,
     jitter=JITTER, hue=HUE, mean=MEAN, std=STD,

@@ -23,6 +23,7 @@ CASES = {  # channels, side, channels last
     "64x8-last": (64, 8, True),
     "512x1": (512, 1, False),
 }
+CASES = measure.cases(CASES)
 
 
 def pytorch(x, weight, bias):

@@ -19,6 +19,7 @@ if measure.DEVICE.type == "cuda":
 else:
     CASES |= {"1000x4x2": (1_000, [2] * 4), "100000x4x2": (100_000, [2] * 4)}
     CASES |= {"20000x2x100": (20_000, [100] * 2)}
+CASES = measure.cases(CASES)
 # Bytes an op has to move for a float32 logit: old columns, new columns.
 BYTES = {"head_softmax": (8, 0), "distillation": (12, 0), "warm_up": (12, 8), "joint": (16, 12)}
 

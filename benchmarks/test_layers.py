@@ -23,6 +23,7 @@ CASES = {
     "resnet50": torchvision.models.resnet50,
     "vit_b_16": torchvision.models.vit_b_16,
 }
+CASES = measure.cases(CASES)
 # Bytes that have to be moved for a float32 element: G_d read and written; θ, G_d, G_t read and θ
 # written. A gradient that does not stay in a cache is read once more.
 BYTES = {"balance": 8, "update": 16}

@@ -1,13 +1,13 @@
 """A whole step against what one writes without the package, and against the passes it contains.
 
-`pytest benchmarks/test_step.py --benchmark-enable`. The straight line is the paper's two algorithms
-as one would write them in PyTorch: a pass a view, a softmax a head, a Python loop over the layers'
-norms, views drawn by torchvision or kornia from a seed that is set again in each stage. The floor
-is the network's bare forward and backward passes, as many as the schedule has, in whichever batch
-size and memory format is fastest. CPU: the preset of the digits. GPU: ResNet18 at 32×32, 20 images,
-50 views. Views a second are those of images that were learned, V · B a step. Times are the least of
-all rounds, and the bare passes take turns with each row: a shared machine adds, and never takes
-away.
+`pytest benchmarks/test_step.py --benchmark-enable`, the rows that matter first. The straight line
+is the paper's two algorithms as one would write them in PyTorch: a pass a view, a softmax a head, a
+Python loop over the layers' norms, views drawn by torchvision or kornia from a seed that is set
+again in each stage. The floor is the network's bare forward and backward passes, as many as the
+schedule has, in whichever batch size and memory format is fastest. CPU: the preset of the digits.
+GPU: ResNet18 at 32×32, 20 images, 50 views. Views a second are those of images that were learned,
+V · B a step. Times are the least of all rounds, and the bare passes take turns with each row: a
+shared machine adds, and never takes away.
 """
 
 import functools
@@ -25,6 +25,8 @@ from bld_ext.api.precision import exact_float32
 
 ON_GPU = measure.DEVICE.type == "cuda"
 NETWORK, SIZE, VIEWS = ("resnet18", 32, 50) if ON_GPU else ("slim", 8, 12)
+if measure.SMALLEST:
+    VIEWS = 2
 PADDING, ROTATION, JITTER = SIZE // 8, 15, 0.2
 BATCH, HEADS, LR, TEMPERATURE, BALANCE = 20, 3, 1e-4, 2.0, 2.0
 AUGMENT = SeededAugment(crop_padding=PADDING, rotation=ROTATION, jitter=JITTER)
@@ -33,28 +35,36 @@ PASSES = {  # forward and backward passes of all views in a step
     "shared_forward": (3, 5),
     "in_backward": (5, 5),
 }
-SETTINGS = {
-    "two_forward, a view a pass": dict(views_per_pass=1),
-    "two_forward, 4 views a pass": dict(views_per_pass=4),
-    "two_forward": dict(views_per_pass=VIEWS),
-    "two_forward, contiguous": dict(views_per_pass=VIEWS, channels_last=False),
-    "two_forward, channels last": dict(views_per_pass=VIEWS, channels_last=True),
-    "two_forward, mixed": dict(views_per_pass=VIEWS, precision="mixed"),
-    "in_backward": dict(views_per_pass=VIEWS, schedule="in_backward"),
-    "shared_forward, a view a pass": dict(views_per_pass=1, schedule="shared_forward"),
-    "shared_forward": dict(views_per_pass=VIEWS, schedule="shared_forward"),
-    "ours": dict(views_per_pass="auto", schedule="shared_forward"),
+ALL = dict(views_per_pass=VIEWS)
+SHARED = dict(views_per_pass=VIEWS, schedule="shared_forward")
+ON_A_GPU = {  # captured
+    "shared_forward, captured": SHARED | dict(capture=True),
+    "shared_forward, mixed, captured": SHARED | dict(capture=True, precision="mixed"),
 }
-if ON_GPU:
-    graph = dict(views_per_pass=VIEWS, capture=True)
-    SETTINGS |= {
-        "two_forward, captured": graph,
-        "two_forward, mixed, channels last, captured": graph
-        | dict(precision="mixed", channels_last=True),
-        "shared_forward, captured": graph | dict(schedule="shared_forward"),
-        "ours": dict(views_per_pass="auto", schedule="shared_forward", capture=True),
-    }
-WAYS = ("torchvision-image", "torchvision-batch", "kornia")
+MORE_ON_A_GPU = {
+    "shared_forward, channels last, captured": SHARED | dict(capture=True, channels_last=True),
+    "shared_forward, mixed, channels last, captured": SHARED
+    | dict(capture=True, channels_last=True, precision="mixed"),
+    "two_forward, captured": ALL | dict(capture=True),
+}
+SETTINGS = {  # what a row has beside the paper's defaults; None: it is not BLDOptimizer's
+    "straight line, torchvision-batch": None,
+    "defaults": {},
+    "shared_forward": SHARED,
+    **(ON_A_GPU if ON_GPU else {}),
+    "bare passes": None,
+    "ours": dict(views_per_pass="auto", schedule="shared_forward", capture=ON_GPU),
+    "two_forward": ALL,
+    "two_forward, mixed": ALL | dict(precision="mixed"),
+    "shared_forward, a view a pass": dict(schedule="shared_forward"),
+    "two_forward, 4 views a pass": dict(views_per_pass=4),
+    "two_forward, contiguous": ALL | dict(channels_last=False),
+    "two_forward, channels last": ALL | dict(channels_last=True),
+    "in_backward": ALL | dict(schedule="in_backward"),
+    **(MORE_ON_A_GPU if ON_GPU else {}),
+    "straight line, kornia": None,
+    "straight line, torchvision-image": None,
+}
 
 
 def model():
@@ -184,7 +194,7 @@ def least(call, rounds=20):
 
 
 def bare_passes(count, layout):
-    """Functions for one forward pass of `count` views, and for one with its backward pass."""
+    """Functions for one forward pass of `count` views, and for one with a backward pass or two."""
     network = model().train().to(memory_format=layout)
     shape = (BATCH * count, 3, SIZE, SIZE)
     images = torch.rand(shape, device=measure.DEVICE).contiguous(memory_format=layout)
@@ -195,11 +205,16 @@ def bare_passes(count, layout):
     def both():
         network(images).sum().backward()
 
-    return forward, both
+    def twice():
+        out = network(images).sum()
+        out.backward(retain_graph=True)
+        out.backward()
+
+    return forward, both, twice
 
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
-SIZES = tuple(dict.fromkeys((1, 4, 12, VIEWS)))
+SIZES = (VIEWS,) if measure.SMALLEST else tuple(dict.fromkeys((1, 4, 12, VIEWS)))
 
 
 @functools.cache
@@ -219,7 +234,7 @@ class Floor:
 
     def __init__(self):
         self.count, layout = best()
-        self.calls = bare_passes(self.count, layout)
+        self.calls = bare_passes(self.count, layout)[:2]
         self.seconds = [float("inf")] * 2
 
     def time(self):
@@ -259,7 +274,7 @@ def time_and_record(benchmark, call, schedule, rounds):
     start = time.perf_counter()
     finished()
     slow = ON_GPU and time.perf_counter() - start > 1
-    if slow:  # thousands of kernels, each an event of a trace
+    if slow or measure.SMALLEST:  # thousands of kernels, each an event of a trace
         rounds = 3
     floor = Floor() if benchmark.enabled else None
     benchmark.pedantic(finished, setup=floor and floor.time, rounds=rounds)
@@ -279,37 +294,58 @@ def time_and_record(benchmark, call, schedule, rounds):
     )
 
 
-@pytest.mark.parametrize("op, name", [("step", f"straight line, {way}") for way in WAYS])
-def test_straight_line(benchmark, op, name):
+def straight_line_on(name):
+    """A function of images and labels."""
     way = name.rpartition(" ")[2]
     if way == "kornia":
         pytest.importorskip("kornia")
-    if not benchmark.enabled and way != "torchvision-batch":
-        pytest.skip("takes seconds, and is timed only")
     if ON_GPU and way == "torchvision-image":
         pytest.skip("takes minutes: 5,000 images a step, one at a time")
-    network, (images, labels) = model(), batch()
+    network = model()
     step, before = straight_line(network, way), [p.detach().clone() for p in network.parameters()]
-    call = functools.partial(step, images, labels)
-    call()
+    step(*batch())
     moved = [not torch.equal(p, q) for p, q in zip(network.parameters(), before, strict=True)]
     assert any(moved) and all(p.isfinite().all() for p in network.parameters())
-    benchmark.group = f"step, {NETWORK}"
-    with exact_float32():
-        time_and_record(benchmark, call, "two_forward", rounds=5)
+    return step
+
+
+def bare_step():
+    """The passes of a step with a shared forward pass, and nothing else."""
+    count, layout = best()
+    _, both, twice = bare_passes(count, layout)
+
+    def step(images, labels):
+        for _ in range(-(-VIEWS // count)):
+            for passes in (both, twice, twice):  # the warm-up, and two joint repetitions
+                passes()
+
+    return step
+
+
+def our_step(settings):
+    optimizer = BLDOptimizer(
+        model(), LR, temperature=TEMPERATURE, balance=BALANCE, views=VIEWS, augment=AUGMENT,
+        **settings,
+    )  # fmt: skip
+    for _ in range(3 if settings.get("capture") else 1):  # a graph is recorded at the second step
+        optimizer.step(*batch())
+    assert optimizer.last.distillation_norms[0].max() > 0  # it distils
+    return optimizer.step
 
 
 @pytest.mark.parametrize("op, name", [("step", name) for name in SETTINGS])
 def test_step(benchmark, op, name):
-    settings = SETTINGS[name]
-    network, (images, labels) = model(), batch()
-    optimizer = BLDOptimizer(
-        network, LR, temperature=TEMPERATURE, balance=BALANCE, views=VIEWS, augment=AUGMENT,
-        **settings,
-    )  # fmt: skip
-    for _ in range(3 if settings.get("capture") else 1):  # a graph is recorded at the second step
-        optimizer.step(images, labels)
-    assert optimizer.last.distillation_norms[0].max() > 0  # it distils
+    settings, straight = SETTINGS[name], name.startswith("straight line")
+    if straight and not benchmark.enabled and not name.endswith("batch"):
+        pytest.skip("takes seconds, and is timed only")
     benchmark.group = f"step, {NETWORK}"
-    call = functools.partial(optimizer.step, images, labels)
-    time_and_record(benchmark, call, settings.get("schedule", "two_forward"), rounds=30)
+    if settings is not None:
+        schedule = settings.get("schedule", "two_forward")
+        call = functools.partial(our_step(settings), *batch())
+        time_and_record(benchmark, call, schedule, rounds=30)
+        return
+    with exact_float32():
+        step = straight_line_on(name) if straight else bare_step()
+        call = functools.partial(step, *batch())
+        schedule, rounds = ("two_forward", 5) if straight else ("shared_forward", 30)
+        time_and_record(benchmark, call, schedule, rounds)

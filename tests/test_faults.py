@@ -19,7 +19,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
-from kill import SERVER, kill_command, kill_run
+from kill import SERVER, kill_command, kill_run, without_time
 from torch import nn
 
 from benchmarks.paper import __main__ as command
@@ -53,10 +53,6 @@ def digits():
 def records(digits):
     """Of runs that nothing happened to."""
     return [run(digits, method, SMALL, 2) for method in ("finetune", "bld")]
-
-
-def without_time(record):
-    return record | {"seconds": 0}
 
 
 class Harm:

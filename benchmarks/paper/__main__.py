@@ -7,9 +7,10 @@ import platform
 import signal
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,10 +19,19 @@ import torch
 import bld_ext
 from benchmarks.paper import report, tables
 from benchmarks.paper.checkpoint import CheckpointError, one_line, write_whole
-from benchmarks.paper.job import estimate, locked, preflight, run_all
-from benchmarks.paper.methods import CPU, CPU_IMAGES, METHODS, PAPER_VIEWS, PRESETS, Settings
+from benchmarks.paper.estimate import Estimator
+from benchmarks.paper.job import devices_of, locked, preflight, run_all
+from benchmarks.paper.methods import (
+    CPU,
+    CPU_IMAGES,
+    METHODS,
+    PAPER_VIEWS,
+    PRECISIONS,
+    PRESETS,
+    Settings,
+)
 from benchmarks.paper.networks import NETWORKS
-from benchmarks.paper.streams import LOADERS, DatasetError
+from benchmarks.paper.streams import LOADERS, DatasetError, load_dataset, make_stream
 from benchmarks.paper.tables import TABLES
 
 EXAMPLES = """\
@@ -31,7 +41,9 @@ examples:
   python -m benchmarks.paper table2 --preset cpu
       table 2 of the paper with a slim network and few images, beside the printed figures
   python -m benchmarks.paper table3 --device cuda --resume
-      table 3 in the paper's setting; goes on where an earlier job was stopped
+      table 3 in the paper's setting on every GPU there is; goes on where an earlier job was stopped
+  python -m benchmarks.paper table3 --dry-run
+      what that would take on this processor, within a minute
   python -m benchmarks.paper ablation --methods bld --vary temperature=1,2,4 balance=0.5,1,2,4
       one setting at a time, on digits
   python -m benchmarks.paper --dataset mnist --network slim --views 8 --limit 300 --seeds 0-4
@@ -39,6 +51,7 @@ examples:
   python -m benchmarks.paper --dataset mine.npz --tasks 3 --network resnet18-cifar
       your own images: x_train, y_train, x_test, y_test
 """
+DRY_RUN_SECONDS = 40  # of measuring, all streams together
 NO_MEMORY = (torch.OutOfMemoryError, MemoryError)
 VARIED = {
     "temperature": [1, 2, 4],
@@ -49,7 +62,7 @@ VARIED = {
     "layer": ["module", "tensor", "network"],
     "statistics": ["once", "every_pass"],
     "momentum": [0.03, 0.1, 0.3],
-    "precision": ["fp32", "bf16"],
+    "precision": ["fp32", "mixed", "bf16"],
 }  # what the ablation changes, one at a time
 
 
@@ -103,6 +116,10 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def positive_or_auto(text: str) -> int | str:
+    return text if text == "auto" else positive(text)
+
+
 def fraction(text: str) -> float:
     try:
         value = float(text)
@@ -139,7 +156,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--network", choices=NETWORKS, help="backbone")
     add("--lr", type=float, help="learning rate of the joint updates; the warm-up takes 1 %% of it")
     add("--limit", type=positive, help="training images a task (default: all)")
-    add("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    add("--device", default="cpu", help="cpu, cuda (every GPU there is, a run each), cuda:1, ...")
     add("--out", type=Path, help="folder for results.json and accuracy.png (default: runs/DATASET)")
     add("--data", default="data", help="folder of downloaded datasets (default: data)")
     add("--balance", type=float, help="λ, weight of the distillation gradient")
@@ -151,9 +168,12 @@ def make_parser() -> argparse.ArgumentParser:
         choices=["two_forward", "shared_forward", "in_backward"],
         help="see BLDOptimizer",
     )
-    add("--views-per-pass", type=positive, help="views that go through the network at once")
-    add("--capture", action="store_const", const=True,
-        help="replay the step of BLD and finetune as a CUDA graph")  # fmt: skip
+    add("--views-per-pass", type=positive_or_auto, metavar="N",
+        help="views that go through the network at once, or auto: as many as fit")  # fmt: skip
+    add("--precision", choices=PRECISIONS, help="mixed is BLDOptimizer's, bf16 plain autocast")
+    add("--capture", action=argparse.BooleanOptionalAction,
+        help="replay the step of BLD and finetune as a CUDA graph (default: on a GPU, in the "
+        "paper's setting)")  # fmt: skip
     add("--jobs", type=positive, help="runs at a time (default: one a core, or one on a GPU)")
     add("--threads", type=positive, default=1, help="CPU threads of each run (default: 1)")
     return parser
@@ -162,7 +182,7 @@ def make_parser() -> argparse.ArgumentParser:
 def make_settings(args: argparse.Namespace, dataset: str, tasks: int | None = None):
     """The dataset's preset with what the command line changes in it."""
     names = ("tasks", "views", "network", "lr", "limit", "balance", "temperature", "statistics",
-             "momentum", "schedule", "views_per_pass", "capture")  # fmt: skip
+             "momentum", "schedule", "views_per_pass", "precision", "capture")  # fmt: skip
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if tasks is not None:
         given["tasks"] = tasks
@@ -171,6 +191,8 @@ def make_settings(args: argparse.Namespace, dataset: str, tasks: int | None = No
         preset = replace(PRESETS["digits"], augment=PAPER_VIEWS)
     if args.preset == "cpu" and dataset != "digits":
         preset = replace(preset, **CPU, limit=CPU_IMAGES // given.get("tasks", preset.tasks))
+    elif dataset in PRESETS and args.device.startswith("cuda"):
+        preset = replace(preset, capture=given.get("schedule") != "in_backward")
     return replace(preset, **given)
 
 
@@ -194,37 +216,112 @@ def describe(dataset: str, settings: Settings, seeds: list[int]) -> str:
     )
 
 
-def train(args, dataset: str, settings: Settings, methods: list[str], seeds: list[int], out: Path):
-    """All runs of one stream, from where they were left; None where it was a dry run."""
-    what = (dataset, args.data, methods, settings, seeds)
-    batches = preflight(*what, args.device)
-    if args.tensorboard:
-        report.summary_writer()
-    print(describe(dataset, settings, seeds))
-    cores = max(1, (os.cpu_count() or 1) // args.threads)
-    jobs = args.jobs or (1 if args.device != "cpu" else cores)
-    if args.dry_run:
-        at_once = min(jobs, len(seeds) * len(methods))
-        print(report.estimate_table(estimate(*what, args.device), at_once))
-        return None
-    records = run_all(
-        *what, batches, out / "runs", args.device, jobs, args.threads, args.resume,
-        args.checkpoint_seconds,
-    )  # fmt: skip
-    if args.tensorboard:
-        report.tensorboard(records, out / "tensorboard")
-    return records
+@dataclass
+class Stream:
+    """A dataset in tasks, how it is learned, and where its results go."""
+
+    dataset: str
+    settings: Settings
+    out: Path
+
+    def title(self, seeds: list[int]) -> str:
+        return describe(self.dataset, self.settings, seeds)
 
 
-def result(args, argv, dataset, settings, seeds, records, start) -> dict:
+@dataclass
+class Work:
+    """What a command does: every method on every seed of every stream."""
+
+    args: argparse.Namespace
+    methods: list[str]
+    seeds: list[int]
+    streams: list[Stream]
+    out: Path
+    start: float
+
+    @property
+    def devices(self) -> list[str]:
+        return devices_of(self.args.device)
+
+    @property
+    def jobs(self) -> int:
+        """Runs at a time."""
+        cores = max(1, (os.cpu_count() or 1) // self.args.threads)
+        jobs = self.args.jobs or (cores if self.args.device == "cpu" else len(self.devices))
+        return min(jobs, len(self.seeds) * len(self.methods))
+
+    def check(self, stream: Stream) -> int:
+        """Raise what a run would raise; returns the batches of all runs."""
+        what = (stream.dataset, self.args.data, self.methods, stream.settings, self.seeds)
+        return preflight(*what, self.args.device)
+
+    def train(
+        self, stream: Stream, arrived: Callable[[list[dict]], None] = lambda records: None
+    ) -> list[dict]:
+        """All runs of a stream, from where they were left; `arrived` gets what there is of them
+        whenever there is one more.
+        """
+        args, settings = self.args, stream.settings
+        batches = self.check(stream)
+        if args.tensorboard:
+            report.summary_writer()
+        print(stream.title(self.seeds))
+
+        def tell(record: dict, records: list[dict]) -> None:
+            arrived(records)
+            beside = tables.printed(stream.dataset, settings.tasks, record["method"])
+            print(report.run_line(record, beside), flush=True)
+
+        records = run_all(
+            stream.dataset, args.data, self.methods, settings, self.seeds, batches,
+            stream.out / "runs", self.devices, self.jobs, args.threads, args.resume,
+            args.checkpoint_seconds, tell,
+        )  # fmt: skip
+        if args.tensorboard:
+            report.tensorboard(records, stream.out / "tensorboard")
+        return records
+
+
+def leave_out_missing(work: Work, do: Callable[[Stream], None]) -> None:
+    """`do` for each stream whose dataset can be had; an error where none can."""
+    errors = []
+    for stream in work.streams:
+        try:
+            do(stream)
+        except DatasetError as error:
+            errors.append(error)
+            if len(errors) == len(work.streams):
+                raise
+            print(f"left out: {one_line(error)}", file=sys.stderr)
+
+
+def dry_run(work: Work) -> None:
+    """Only what it would take."""
+    args, spent = work.args, time.perf_counter() - work.start
+    settings = [stream.settings for stream in work.streams]
+    limit = DRY_RUN_SECONDS - spent
+    measuring = Estimator(work.devices[0], args.threads, limit, work.methods, settings)
+
+    def estimate(stream: Stream) -> None:
+        work.check(stream)
+        print(stream.title(work.seeds))
+        dataset, settings = load_dataset(stream.dataset, args.data), stream.settings
+        tasks = make_stream(dataset, settings.tasks, work.seeds[0], settings.limit)
+        found = measuring.estimate(tasks, work.methods, settings, work.seeds)
+        print(f"\n{report.estimate_table(found, work.jobs)}\n")
+
+    leave_out_missing(work, estimate)
+
+
+def result(work: Work, stream: Stream, records: list[dict]) -> dict:
     methods = list(dict.fromkeys(r["method"] for r in records))
     return {
-        "command": ["python", "-m", "benchmarks.paper", *(sys.argv[1:] if argv is None else argv)],
-        "dataset": dataset,
-        "settings": settings.as_dict(),
-        "seeds": seeds,
-        "versions": facts(args.device),
-        "seconds": round(time.perf_counter() - start, 1),
+        "command": ["python", "-m", "benchmarks.paper", *work.args.argv],
+        "dataset": stream.dataset,
+        "settings": stream.settings.as_dict(),
+        "seeds": work.seeds,
+        "versions": facts(work.devices[0]),
+        "seconds": round(time.perf_counter() - work.start, 1),
         "summary": report.summarise(records),
         "bld_minus": {
             baseline: report.paired(records, "bld", baseline)
@@ -239,88 +336,109 @@ def as_json(found: dict) -> bytes:
     return f"{json.dumps(found, indent=1)}\n".encode()
 
 
-def one_stream(args, argv, out: Path, start: float) -> None:
-    settings, seeds = make_settings(args, args.dataset), args.seeds or list(range(5, 15))
-    records = train(args, args.dataset, settings, args.methods or ["finetune", "bld"], seeds, out)
-    if records is None:
-        return
-    found = result(args, argv, args.dataset, settings, seeds, records, start)
+def draw(records: list[dict], title: str, out: Path) -> None:
+    report.figure(records, title, out / "accuracy.png")
+    report.figures(records, out)
+
+
+def one_stream(work: Work) -> None:
+    (stream,) = work.streams
+
+    def keep(records: list[dict]) -> dict:
+        found = result(work, stream, records)
+        write_whole(stream.out / "results.json", as_json(found))
+        return found
+
+    records = work.train(stream, keep)
+    found = keep(records)
+    draw(records, stream.title(work.seeds), stream.out)
     print(report.table(found["summary"]))
     for baseline, difference in found["bld_minus"].items():
         print(report.difference_line(difference, "bld", baseline))
-    write_whole(out / "results.json", as_json(found))
-    report.figure(records, describe(args.dataset, settings, seeds), out / "accuracy.png")
-    report.figures(records, out)
-    print(f"{found['seconds']:.0f} s; wrote {out / 'results.json'} and {out / 'accuracy.png'}")
+    files = (stream.out / name for name in ("results.json", "accuracy.png"))
+    print(f"{found['seconds']:.0f} s; wrote {' and '.join(map(str, files))}")
 
 
-def paper_table(args, argv, out: Path, start: float) -> None:
-    wanted, seeds = TABLES[args.what], args.seeds or list(range(5))
-    parts, missing = [], []
-    for dataset, tasks in wanted.streams:
-        settings = make_settings(args, dataset, tasks)
-        here = out / f"{dataset}-{tasks}"
-        try:
-            records = train(
-                args, dataset, settings, args.methods or list(wanted.methods), seeds, here
-            )
-        except DatasetError as error:
-            missing.append(error)
-            if len(missing) == len(wanted.streams):
-                raise
-            print(f"left out: {one_line(error)}", file=sys.stderr)
-            continue
-        if records is None:
-            continue
-        found = result(args, argv, dataset, settings, seeds, records, start)
-        write_whole(here / "results.json", as_json(found))
-        title = describe(dataset, settings, seeds)
-        report.figure(records, title, here / "accuracy.png")
-        report.figures(records, here)
-        text = f"{tables.table(records, dataset, tasks)}\n\n{tables.differences(records)}\n"
-        print(text)
-        parts.append(f"{title}; in brackets the paper's\n\n{text}")
-    if parts:
-        text = "\n".join([f"{args.what}: {wanted.caption}\n", *parts])
-        write_whole(out / "table.md", text.encode())
-        print(f"{time.perf_counter() - start:.0f} s; wrote {out / 'table.md'}")
+def paper_table(work: Work) -> None:
+    parts: dict[Path, str] = {}  # of each stream, its table
+
+    def learn(stream: Stream) -> None:
+        title = stream.title(work.seeds)
+
+        def keep(records: list[dict]) -> None:
+            found = as_json(result(work, stream, records))
+            write_whole(stream.out / "results.json", found)
+            rows = tables.table(records, stream.dataset, stream.settings.tasks)
+            parts[stream.out] = f"{rows}\n\n{tables.differences(records)}\n"
+            heads = [f"{work.args.what}: {TABLES[work.args.what].caption}\n"]
+            shown = [f"{title}; in brackets the paper's\n\n{text}" for text in parts.values()]
+            write_whole(work.out / "table.md", "\n".join(heads + shown).encode())
+
+        records = work.train(stream, keep)
+        keep(records)
+        draw(records, title, stream.out)
+        print(parts[stream.out])
+
+    leave_out_missing(work, learn)
+    print(f"{time.perf_counter() - work.start:.0f} s; wrote {work.out / 'table.md'}")
 
 
-def ablation(args, argv, out: Path, start: float) -> None:
-    """One setting at a time around the preset; `methods` is bld unless given."""
-    base, seeds = make_settings(args, args.dataset), args.seeds or list(range(5))
-    methods, rows, changed = args.methods or ["bld"], [], []
-    for name, values in args.vary or VARIED.items():
-        for value in values:
-            settings = replace(base, **{name: value})
-            if name == "views":
-                settings = replace(settings, views_per_pass=min(base.views_per_pass, int(value)))
-            preflight(args.dataset, args.data, methods, settings, seeds, args.device)
-            changed.append((name, value, settings))
-    for name, value, settings in changed:
-        records = train(args, args.dataset, settings, methods, seeds, out / f"{name}-{value}")
-        if records is not None:
-            rows += [(name, value, m, e) for m, e in report.summarise(records).items()]
-    if rows:
-        text = report.ablation_table(rows)
-        print(text)
-        write_whole(out / "ablation.md", f"{text}\n".encode())
-        report.ablation_figure(rows, describe(args.dataset, base, seeds), out / "ablation.png")
-        print(f"{time.perf_counter() - start:.0f} s; wrote {out / 'ablation.md'} and ablation.png")
+def ablation(work: Work) -> None:
+    """One setting at a time around the preset."""
+    for stream in work.streams:
+        work.check(stream)
+    rows = []
+    for stream in work.streams:
+        records = work.train(stream)
+        name, _, value = stream.out.name.partition("-")
+        rows += [(name, value, m, e) for m, e in report.summarise(records).items()]
+    text = report.ablation_table(rows)
+    write_whole(work.out / "ablation.md", f"{text}\n".encode())
+    base = make_settings(work.args, work.args.dataset)
+    title = describe(work.args.dataset, base, work.seeds)
+    report.ablation_figure(rows, title, work.out / "ablation.png")
+    print(text)
+    seconds = time.perf_counter() - work.start
+    print(f"{seconds:.0f} s; wrote {work.out / 'ablation.md'} and ablation.png")
+
+
+def plan(args: argparse.Namespace, out: Path) -> tuple[Callable[[Work], None], Work]:
+    """The command, and its work."""
+
+    def work(methods, seeds, streams):
+        streams = [Stream(dataset, settings, here) for dataset, settings, here in streams]
+        start = time.perf_counter()
+        return Work(args, args.methods or methods, args.seeds or seeds, streams, out, start)
+
+    if args.what in TABLES:
+        wanted = TABLES[args.what]
+        streams = [(d, make_settings(args, d, n), out / f"{d}-{n}") for d, n in wanted.streams]
+        return paper_table, work(list(wanted.methods), list(range(5)), streams)
+    base = make_settings(args, args.dataset)
+    if args.what == "run":
+        methods, seeds = ["finetune", "bld"], list(range(5, 15))
+        return one_stream, work(methods, seeds, [(args.dataset, base, out)])
+    streams = [
+        (args.dataset, replace(base, **{name: value}), out / f"{name}-{value}")
+        for name, values in args.vary or VARIED.items()
+        for value in values
+    ]
+    return ablation, work(["bld"], list(range(5)), streams)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else argv
     name = Path(args.dataset).stem if args.what == "run" else args.what
-    out, start = args.out or Path("runs") / name, time.perf_counter()
-    work = {"run": one_stream, "ablation": ablation}.get(args.what, paper_table)
+    out = args.out or Path("runs") / name
     made = not os.path.exists(out)  # that of a Path raises on a name that is too long
     try:
+        command, work = plan(args, out)
         with locked(out):
             for file in (out / "results.json", out / "accuracy.png"):
                 if file.is_dir():  # an error here is better than one after hours of training
                     raise IsADirectoryError(f"{file} is a folder; give another --out")
-            work(args, argv, out, start)
+            (dry_run if args.dry_run else command)(work)
     except (DatasetError, CheckpointError, ValueError, OSError, *NO_MEMORY) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         if made:

@@ -7,10 +7,10 @@ import os
 import queue
 import signal
 import threading
-import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
@@ -30,10 +30,17 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _start_worker(dataset: str, root: str, device: str, threads: int, ticks) -> None:
+def _start_worker(dataset: str, root: str, devices, threads: int, ticks) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    _worker.update(dataset=load_dataset(dataset, root), device=device, ticks=ticks)
+    _worker.update(dataset=load_dataset(dataset, root), device=devices.get(), ticks=ticks)
+
+
+def devices_of(device: str) -> list[str]:
+    """Where runs go: "cuda" is every GPU there is, anything else itself."""
+    if device != "cuda":
+        return [device]
+    return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
 
 
 @contextmanager
@@ -110,33 +117,6 @@ def preflight(
     return sum(batches)
 
 
-def estimate(
-    dataset: str, root: str, methods: list[str], settings: Settings, seeds: list[int], device: str
-) -> dict[str, tuple[int, float, int]]:
-    """Of each method: batches of all seeds, seconds a batch (measured), peak bytes beside θ."""
-    loaded, found = load_dataset(dataset, root), {}
-    for method in methods:
-        stream = make_stream(loaded, settings.tasks, seeds[0], settings.limit)
-        learner = make_learner(method, settings, seeds[0], device)
-        count = count_batches(learner, stream) * len(seeds)
-        for number, task in enumerate(stream):  # the last task has most heads
-            if number == len(stream) - 1:
-                learner.begin(task)
-            learner.model.add_head(len(task.classes))
-        times = []
-        for where, images, labels in islice(learner.batches(task, 0), 3):
-            start = time.perf_counter()
-            learner.learn(where, images.to(device), labels.to(device))
-            if device.startswith("cuda"):
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        memory, extra = learner.optimizer.last.memory, learner.extra_bytes()
-        # the bank and LwF's targets stand in both ledgers, and the latter in two columns
-        held = sum(memory.values()) - memory["bank"] + extra["intra"] + extra["data"]
-        found[method] = count, min(times), held
-    return found
-
-
 def run_all(
     dataset: str,
     root: str,
@@ -145,23 +125,30 @@ def run_all(
     seeds: list[int],
     batches: int,
     folder: Path,
-    device: str = "cpu",
+    devices: Sequence[str] = ("cpu",),
     jobs: int = 1,
     threads: int = 1,
     resume: bool = False,
     every: float = 120.0,
+    arrived: Callable[[dict, list[dict]], None] = lambda record, records: None,
 ) -> list[dict]:
-    """Every method on every seed, in `jobs` processes of `threads` threads each."""
+    """Every method on every seed, in `jobs` processes of `threads` threads each.
+
+    A process keeps one of `devices`, in turn. Seed by seed, so that methods can be compared early;
+    `arrived` gets each record, and all there are in that order.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
-    ticks = context.Queue()
+    ticks, places = context.Queue(), context.Queue()
     order = [(method, seed) for seed in seeds for method in methods]
-    records = {}
+    jobs = min(jobs, len(order))
+    for device in islice(cycle(devices), jobs):
+        places.put(device)
+    records: dict[tuple[str, int], dict] = {}
+    worker = (dataset, root, places, threads, ticks)
     with (
         tqdm(total=batches, unit="batch", smoothing=0.05) as bar,
-        ProcessPoolExecutor(
-            min(jobs, len(order)), context, _start_worker, (dataset, root, device, threads, ticks)
-        ) as pool,
+        ProcessPoolExecutor(jobs, context, _start_worker, worker) as pool,
     ):
         try:
             with _deaf_to_ctrl_c():
@@ -173,7 +160,10 @@ def run_all(
                 with suppress(queue.Empty):
                     bar.update(ticks.get(timeout=0.2))
                 for future in [f for f in futures if f.done()]:
-                    records[futures.pop(future)] = future.result()
+                    key = futures.pop(future)
+                    records[key] = future.result()
+                    with bar.external_write_mode():
+                        arrived(records[key], [records[k] for k in order if k in records])
         except BaseException:
             pool.shutdown(cancel_futures=True, wait=False)
             for child in multiprocessing.active_children():

@@ -80,18 +80,16 @@ def slim() -> tuple[nn.Module, int]:
 NETWORKS = {"resnet18": resnet18, "resnet18-cifar": resnet18_cifar, "slim": slim}
 
 
-def make_model(network: str, momentum: float = 0.1, precision: str = "fp32") -> MultiHead:
+def make_model(network: str, momentum: float = 0.1, autocast: bool = False) -> MultiHead:
     """A fresh MultiHead without heads; `momentum` is that of BatchNorm's running statistics.
 
-    `precision` "bf16" runs the backbone under autocast, which the optimizer's own step does not:
-    for the ablation, to see what is lost.
+    `autocast` runs the backbone in bfloat16, which the optimizer's own step does not: for the
+    ablation, to see what is lost.
     """
-    if precision not in ("fp32", "bf16"):
-        raise ValueError(f"precision: expected fp32 or bf16, got {precision!r}")
     backbone, features = NETWORKS[network]()
     for module in backbone.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = momentum
-    if precision == "bf16":
+    if autocast:
         backbone = Autocast(backbone)
     return MultiHead(nn.Sequential(Gray(), backbone), features)

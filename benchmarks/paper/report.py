@@ -4,8 +4,12 @@ import io
 from math import sqrt
 from pathlib import Path
 from statistics import mean, stdev
+from typing import TYPE_CHECKING
 
 from benchmarks.paper.checkpoint import unwritten, write_whole
+
+if TYPE_CHECKING:
+    from benchmarks.paper.estimate import Estimate
 
 
 def averages(record: dict) -> float:
@@ -131,20 +135,31 @@ def _save(fig, path: Path, dpi: int) -> None:
     write_whole(path, drawn.getvalue())
 
 
-def estimate_table(found: dict[str, tuple[int, float, int]], jobs: int) -> str:
+def estimate_table(found: list["Estimate"], jobs: int) -> str:
     """What a dry run measured."""
-    lines = [
-        "| method | batches | a batch | all, one after the other | held beside θ and activations |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
-    total = 0.0
-    for method, (count, seconds, held) in found.items():
-        total += count * seconds
-        hours = f"{count * seconds / 3600:.2f} h"
-        lines.append(
-            f"| {method} | {count:,} | {1e3 * seconds:.0f} ms | {hours} | {held / 1e6:.1f} MB |"
-        )
-    return "\n".join([*lines, "", f"about {total / jobs / 60:.0f} minutes with {jobs} at a time"])
+    heads = ["method", "batches", "a batch", "all, one after the other",
+             "held beside θ and activations", "views timed"]  # fmt: skip
+    on_gpu = any(e.allocated for e in found)
+    heads += ["allocator's peak"] * on_gpu
+    rows = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+    for e in found:
+        cells = [f"{e.batches:,}", f"{1e3 * e.step_seconds:.0f} ms", f"{e.seconds / 3600:.2f} h"]
+        cells += [f"{e.held_bytes / 1e6:.1f} MB", e.views]
+        rows.append([e.method, *cells, *[f"{(e.allocated or 0) / 1e9:.2f} GB"] * on_gpu])
+    minutes = sum(e.seconds for e in found) / jobs / 60
+    ending = f"about {minutes:,.0f} minutes with {jobs} at a time, without evaluations"
+    return f"{markdown(rows)}\n\n{ending}"
+
+
+def run_line(record: dict, printed: list[float] | None) -> str:
+    """What a run came to, as soon as it has."""
+    beside = f" (printed {printed[-1]:.1f})" if printed else ""
+    parts = [f"{record['method']}, seed {record['seed']}: {averages(record):.1f} %{beside}"]
+    if "step_ms" in record:
+        parts.append(f"{record['step_ms']:.1f} ms a step, {record['images_per_s']:,.0f} images/s")
+    if "allocated" in record:
+        parts.append(f"{record['allocated'] / 1e9:.2f} GB allocated at most")
+    return ", ".join([*parts, f"{record['seconds']:.0f} s"])
 
 
 def figures(records: list[dict], out: Path) -> None:

@@ -1,0 +1,228 @@
+"""Run, part by part, what a machine with a GPU can show; go on where an earlier call was cut."""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks import provenance
+from benchmarks.gpu.folder import Folder, FolderError, tail
+from benchmarks.gpu.parts import PARTS, PYTHON, Command, Part, Place, environment
+from benchmarks.gpu.process import run
+from benchmarks.paper.checkpoint import CheckpointError
+
+EXAMPLES = """\
+examples:
+  bash benchmarks/gpu.sh --plan
+      what is run, what each part answers, and for how long
+  bash benchmarks/gpu.sh --rehearse
+      all of it on this processor, at the smallest size
+  OUT=folder bash benchmarks/gpu.sh --minutes 28
+      everything, within 28 minutes
+  OUT=folder bash benchmarks/gpu.sh
+      what that call left undone
+  OUT=folder bash benchmarks/gpu.sh distillation joint
+      these parts, again or for the first time
+"""
+RESERVE = 15  # seconds of --minutes that are kept for the index
+NO_CARD = "no GPU: torch.cuda.is_available() is False"
+MACHINE = """
+import json, platform, torch, triton
+card = torch.cuda.is_available() and torch.cuda.get_device_properties(0)
+print(json.dumps({
+    "card": card.name if card else None,
+    "cards": torch.cuda.device_count() if card else 0,
+    "memory": card.total_memory if card else None,
+    "capability": f"{card.major}.{card.minor}" if card else None,
+    "cuda": torch.version.cuda, "torch": torch.__version__, "triton": triton.__version__,
+    "python": platform.python_version(), "processor": platform.machine(),
+}))
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "bash benchmarks/gpu.sh",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("parts", nargs="*", metavar="part", help=f"default: all of {', '.join(PARTS)}")
+    add("--plan", action="store_true", help="print the parts and end")
+    add("--rehearse", action="store_true", help="on the CPU, everything at its smallest size")
+    add("--minutes", type=float, help="for the whole call; a part that is cut is gone on with")
+    add("--out", type=Path, help="folder for what is measured (default: $OUT, or runs/gpu)")
+    add("--data", type=Path, default=Path("data"), help="folder of the datasets (default: data)")
+    add("--scratch", type=Path, help="folder of the tables' runs (default: runs/gpu-scratch/...)")
+    return parser
+
+
+def plan(place: Place) -> str:
+    lines = ["part          minutes  answers"]
+    lines += [f"{p.name:<13} {p.minutes:>7g}  {p.answers}" for p in PARTS.values()]
+    total = sum(part.minutes for part in PARTS.values())
+    lines += [
+        f"{'':<13} {total:>7g}  in all, at most; what is cut or not begun is left to the next call",
+        "",
+        "Needed beside the sources, without network:",
+        f"  table2  in {place.data}: the four files of MNIST in MNIST/raw (11.6 MB), or mnist.npz",
+        f"  table3  in {place.data}: cifar10.npz (185 MB), or cifar-10-python.tar.gz (170 MB), or",
+        "          cifar10/ with 50 sheets of training images, the test images, labels and their",
+        "          unpack.py (87 MB)",
+        f"  scratch {place.scratch}: 50 MB",
+    ]
+    for part in PARTS.values():
+        if missing := part.missing(place):
+            lines.append(f"Not there: {part.name}: {missing}")
+    return "\n".join(lines)
+
+
+def machine() -> dict:
+    done = subprocess.run([PYTHON, "-c", MACHINE], capture_output=True, text=True)
+    if done.returncode:
+        raise FolderError(
+            f"this Python cannot import torch and triton: {tail(done.stderr.encode())}"
+        )
+    return json.loads(done.stdout)
+
+
+class Session:
+    """One call of the command."""
+
+    def __init__(self, place: Place, folder: Folder, named: list[str], minutes: float | None):
+        self.place, self.folder, self.named = place, folder, named
+        self.end = time.monotonic() + 60 * minutes if minutes else float("inf")
+
+    def run(self) -> bool:
+        """All parts, or those that were named; returns whether each is done."""
+        chosen = [part for part in PARTS.values() if not self.named or part.name in self.named]
+        for part in chosen:
+            if part.name == "index":
+                continue
+            self.run_part(part)
+        self.run_part(PARTS["index"])
+        open_parts = {p.name: self.state(p)["status"] for p in chosen}
+        left = [f"{name}: {status}" for name, status in open_parts.items() if status != "done"]
+        print("\n".join(["", *left]) if left else "\nall done", flush=True)
+        return not left
+
+    def state(self, part: Part) -> dict:
+        fresh = {"status": "not begun", "seconds": 0.0, "commands": {}}
+        return self.folder.state["parts"].setdefault(part.name, fresh)
+
+    def run_part(self, part: Part) -> None:
+        state, last = self.state(part), part.name == "index"
+        if state["status"] == "done" and not last and part.name not in self.named:
+            print(f"== {part.name}: done before", flush=True)
+            return
+        if missing := part.missing(self.place):
+            state["status"] = f"left out, {missing}"
+            return self.close(part)
+        if last or part.name in self.named:
+            state.update(seconds=0.0, commands={})
+        if not last and self.end - time.monotonic() < RESERVE + 5:
+            return self.close(part)
+        outcomes = []
+        for command in part.commands(self.place):
+            outcomes.append(self.outcome(part, command))
+            if outcomes[-1] == "cut":
+                break
+        state["status"] = next((o for o in ("failed", "cut") if o in outcomes), "done")
+        self.close(part)
+
+    def outcome(self, part: Part, command: Command) -> str:
+        """Of a command, or of the one in its place; what is done is not done again."""
+        known = self.state(part)["commands"]
+        ways = [way for way in (command, command.instead) if way]
+        if any(known.get(way.name, {}).get("status") == "done" for way in ways):
+            return "done"
+        for way in ways:
+            if (status := self.run_command(part, way)) != "failed":
+                return status
+        return "failed"
+
+    def run_command(self, part: Part, command: Command) -> str:
+        state = self.state(part)
+        limit = 60 * part.minutes - state["seconds"]
+        if part.name != "index":
+            limit = min(limit, self.end - time.monotonic() - RESERVE)
+        if limit <= 0:
+            return "cut"
+        print(f"== {part.name}: {command.name}", flush=True)
+        self.folder.log.write(f"== {part.name}: {' '.join(command.argv)}\n".encode())
+        self.folder.log.flush()
+        env = environment(self.place, command)
+        if part.name == "build" and not self.place.rehearsal:
+            env["TORCH_CUDA_ARCH_LIST"] = self.folder.state["machine"]["capability"]
+        entry = {"status": "cut", "argv": list(command.argv)}
+        state["commands"][command.name] = entry
+        self.folder.save()  # if this process is killed now, the command was cut
+        try:
+            ended = run(command.argv, env, limit, self.folder.log, self.folder.pack)
+        except FileNotFoundError as error:
+            entry.update(status="failed", says=str(error))
+            return "failed"
+        entry.update(
+            status=ended.status,
+            code=ended.code,
+            seconds=round(ended.seconds, 1),
+            says=tail(ended.output),
+            date=time.strftime("%Y-%m-%d %H:%M:%S"),
+        )
+        state["seconds"] += ended.seconds
+        self.folder.save()
+        if ended.status == "failed" or part.name == "index":
+            print(ended.output.decode(errors="replace")[-2000:], end="")
+        print(f"   {ended.status} after {ended.seconds:.0f} s: {entry['says']}", flush=True)
+        return ended.status
+
+    def close(self, part: Part) -> None:
+        self.folder.save()
+        if (status := self.state(part)["status"]) != "done":
+            print(f"== {part.name}: {status}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    usual = Path("runs/gpu-rehearsal" if args.rehearse else "runs/gpu")
+    out = args.out or Path(os.environ.get("OUT") or usual)
+    commit = provenance.commit()
+    scratch = Path("runs/gpu-scratch") / (f"{commit}-rehearsal" if args.rehearse else commit)
+    place = Place(
+        out.absolute(), (args.scratch or scratch).absolute(), args.data.absolute(), args.rehearse
+    )
+    try:
+        if unknown := [name for name in args.parts if name not in PARTS]:
+            raise FolderError(
+                f"part: no part is named {unknown[0]!r}; there are {', '.join(PARTS)}"
+            )
+        if args.minutes is not None and not args.minutes > 0:
+            raise FolderError(f"--minutes: expected a number above 0, got {args.minutes:g}")
+        if args.plan:
+            print(plan(place))
+            return 0
+        found = machine()
+        if not args.rehearse and not found["card"]:
+            raise FolderError(f"{NO_CARD}. On a machine without one, --rehearse runs every part")
+        for name in args.parts:
+            if missing := PARTS[name].missing(place):
+                raise FolderError(f"{name} needs {missing}")
+        folder = Folder(place, commit, found)
+        print(f"{found['card'] or 'rehearsal'}, torch {found['torch']}, commit {commit}: {out}")
+        return 0 if Session(place, folder, args.parts, args.minutes).run() else 1
+    except (FolderError, CheckpointError) as error:
+        print(f"gpu.sh: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    sys.exit(main())

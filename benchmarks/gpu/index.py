@@ -1,0 +1,172 @@
+"""Every figure of a card beside what was predicted: `python -m benchmarks.gpu.index FOLDER`.
+
+Writes FOLDER/index.md from what a session left there. With `--add` the session becomes part of
+benchmarks/results/gpu/CARD, and the index there is written anew.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from statistics import median
+
+from benchmarks import rows, table
+from benchmarks.paper import report, tables
+from benchmarks.paper.checkpoint import write_whole
+from benchmarks.provenance import ROOT
+
+RESULTS = ROOT / "benchmarks" / "results" / "gpu"
+KEPT = ("rows.jsonl", "records.jsonl", "sessions.jsonl")
+
+
+def sessions(folder: Path) -> list[dict]:
+    """Of a folder of results, or of the one that is at work in a folder."""
+    kept, state = folder / "sessions.jsonl", folder / "state.json"
+    found = rows.read(kept) if kept.exists() else []
+    return found + ([json.loads(state.read_text())] if state.exists() else [])
+
+
+def lines_of(folder: Path, name: str) -> list[dict]:
+    return rows.read(folder / name) if (folder / name).exists() else []
+
+
+def figures(measured: list[dict], records: list[dict]) -> dict[str, tuple[float, str]]:
+    """Value and commit by name: "step, resnet18 / ours, ms", "mnist-5 / bld, s"."""
+    found = {}
+    for row in measured:
+        if us := row["extra_info"].get("us"):
+            unit, scale = ("ms", 1e-3) if "views_per_s" in row["extra_info"] else ("µs", 1)
+            name = f"{row['group']} / {row['params']['name']}, {unit}"
+            found[name] = us * scale, row["commit"]
+    for stream, method in dict.fromkeys((_stream(e), e["record"]["method"]) for e in records):
+        own = [
+            e["record"] for e in records if (_stream(e), e["record"]["method"]) == (stream, method)
+        ]
+        for name, unit in (("seconds", "s a run"), ("step_ms", "ms a step")):
+            found[f"{stream} / {method}, {unit}"] = median(r[name] for r in own), ""
+    return found
+
+
+def _stream(entry: dict) -> str:
+    """ "mnist-5" of "table2/mnist-5/runs/bld-0.json"."""
+    return Path(entry["file"]).parts[1]
+
+
+def predictions(found: dict[str, tuple[float, str]]) -> list[list[str]]:
+    known = json.loads((RESULTS / "predicted.json").read_text())
+    body = []
+    for p in known:
+        low, high = p["low"], p["high"]
+        cells = [p["figure"], f"{low:g} to {high:g}", "not measured", "", p["from"]]
+        if p["figure"] in found:
+            value, _ = found[p["figure"]]
+            cells[2:4] = [f"{value:.3g}", f"{value / (low * high) ** 0.5:.2f}"]
+        body.append(cells)
+    heads = ["figure", "predicted", "measured", "measured / middle of it", "predicted from"]
+    return [heads, ["---", "---:", "---:", "---:", "---"], *body]
+
+
+def commands(found: list[dict]) -> list[list[str]]:
+    """What was run, at which commit, and how it ended."""
+    body = []
+    for session in found:
+        for name, part in session["parts"].items():
+            for command, entry in part["commands"].items():
+                called = name if name == command else f"{name}: {command}"
+                seconds = f"{entry['seconds']:.0f} s" if "seconds" in entry else ""
+                cells = [called, session["commit"], entry["status"], seconds]
+                body.append([*cells, entry.get("says", "").replace("|", "\\|")[:160]])
+            if not part["commands"]:
+                body.append([name, session["commit"], part["status"], "", ""])
+    return [["part", "commit", "status", "time", "it says"], ["---"] * 5, *body]
+
+
+def machines(found: list[dict]) -> list[str]:
+    names = ("card", "driver", "torch", "cuda", "triton", "python")
+    seen = []
+    for session in found:
+        m = session["machine"]
+        parts = [m.get("card") or "no card, a rehearsal on a processor"]
+        parts += [f"{name} {m[name]}" for name in names[1:] if m.get(name)]
+        seen.append(f"- commit {session['commit']}: {', '.join(parts)}")
+    return list(dict.fromkeys(seen))
+
+
+def index(folder: Path) -> str:
+    found, measured = sessions(folder), lines_of(folder, "rows.jsonl")
+    records = lines_of(folder, "records.jsonl")
+    title = next((s["machine"].get("card") for s in found if s["machine"].get("card")), None)
+    text = [
+        f"# {title or 'A rehearsal: no figure here is one of a GPU'}",
+        "",
+        "Written by `python -m benchmarks.gpu.index` from the rows, runs and sessions beside it. A "
+        "ratio against ours above 1 means that ours is faster.",
+        "",
+        *machines(found),
+        "",
+        "## Predicted and measured",
+        "",
+        report.markdown(predictions(figures(measured, records))),
+    ]
+    for stream in dict.fromkeys(_stream(entry) for entry in records):
+        dataset, _, tasks = stream.rpartition("-")
+        own = [entry["record"] for entry in records if _stream(entry) == stream]
+        text += ["", f"## {dataset}, {tasks} tasks; in brackets the paper's", ""]
+        text += [tables.table(own, dataset, int(tasks)), "", tables.differences(own), ""]
+        beside = {r["method"]: tables.printed(dataset, int(tasks), r["method"]) for r in own}
+        text += [f"- {report.run_line(r, beside[r['method']])}" for r in own]
+    if measured:
+        text += ["", "## Measured rows", ""]
+        by_commit = dict.fromkeys(row["commit"] for row in measured)
+        for commit in by_commit:
+            own = [row for row in measured if row["commit"] == commit]
+            clock = {row["extra_info"].get("mhz") for row in own} - {None}
+            at = f", clock {', '.join(map(str, sorted(clock)))} MHz" if clock else ""
+            ops = " ".join(dict.fromkeys(row["params"]["op"] for row in own))
+            text += [f"`bash benchmarks/gpu.sh {ops}`, commit {commit}{at}:", "", table.table(own)]
+    text += ["", "## What was run", "", report.markdown(commands(found)), ""]
+    return "\n".join(text)
+
+
+def card_name(machine: dict) -> str:
+    """ "h100" of "NVIDIA H100 80GB HBM3"."""
+    words = re.findall(r"[A-Za-z]+\d+\w*", machine["card"] or "")
+    return words[0].lower() if words else "gpu"
+
+
+def add(folder: Path) -> Path:
+    """Take a session in; rows and runs that are there already are not taken twice."""
+    (state,) = sessions(folder)
+    if state["rehearsal"]:
+        raise ValueError(f"{folder} is a rehearsal, none of whose figures is one of a GPU")
+    into = RESULTS / card_name(state["machine"])
+    into.mkdir(parents=True, exist_ok=True)
+    new = {name: lines_of(folder, name) for name in KEPT[:2]} | {"sessions.jsonl": [state]}
+    for name, entries in new.items():
+        known = lines_of(into, name)
+        for entry in entries:
+            if entry not in known:
+                rows.append(into / name, entry)
+    return into
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="of a session, or of a card's results")
+    parser.add_argument("--add", action="store_true", help="take the session into the results")
+    args = parser.parse_args()
+    try:
+        folder = add(args.folder) if args.add else args.folder
+        if not sessions(folder):
+            raise ValueError(f"{folder} holds no session: no state.json and no sessions.jsonl")
+        write_whole(folder / "index.md", index(folder).encode())
+    except (OSError, ValueError) as error:
+        print(f"index: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {folder / 'index.md'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

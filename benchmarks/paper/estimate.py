@@ -1,0 +1,167 @@
+"""What a job would take, from a few batches of each method, within a time limit."""
+
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.paper.experiment import synchronize
+from benchmarks.paper.job import count_batches
+from benchmarks.paper.methods import Method, Settings, make_learner
+from benchmarks.paper.streams import Task
+
+SAMPLE = 100  # images that a method may look at before a task, and the largest batch
+# settings on which the time of a batch does not depend
+IRRELEVANT = dict(tasks=1, limit=None, augment={}, l2_weight=0.0, offline_epochs=1)
+
+
+@dataclass
+class Trial:
+    """A method at work on the last task of a stream, where it has most heads."""
+
+    learner: Method
+    step_seconds: float  # a whole batch, all views
+    begin_seconds: float  # an image, before a task: LwF's predictions
+    views: str  # how many of the views were timed
+    images: int  # that it looked at before the task
+    old_classes: int
+    allocated: int | None  # the most that a GPU's allocator gave out
+
+
+@dataclass
+class Estimate:
+    """Of one method on one stream, all seeds together, without evaluations."""
+
+    method: str
+    batches: int
+    step_seconds: float
+    seconds: float
+    held_bytes: int  # beside the network and the activations
+    allocated: int | None
+    views: str
+
+
+class Estimator:
+    """Times each method once for each of `settings`, and reckons from there.
+
+    Args:
+        threads: CPU threads of a run.
+        seconds: for all trials together.
+    """
+
+    def __init__(
+        self,
+        device: str,
+        threads: int,
+        seconds: float,
+        methods: list[str],
+        settings: list[Settings],
+    ):
+        self.device, self.threads = device, threads
+        self.end = time.perf_counter() + seconds
+        self.left = len(methods) * len({_relevant(s) for s in settings})  # trials to come
+        self.known: dict[object, Trial] = {}
+
+    def estimate(
+        self, stream: list[Task], methods: list[str], settings: Settings, seeds: list[int]
+    ) -> list[Estimate]:
+        before, found = torch.get_num_threads(), []
+        torch.set_num_threads(self.threads)
+        try:
+            bar = tqdm(methods, unit="method")
+            for method in bar:
+                bar.set_postfix_str(method)
+                key = (method, stream[0].x_train.shape[2:], _relevant(settings))
+                if key not in self.known:
+                    limit = (self.end - time.perf_counter()) / max(1, self.left)
+                    self.known[key] = try_out(
+                        stream, method, settings, seeds[0], self.device, limit
+                    )
+                    self.left -= 1
+                found.append(reckon(self.known[key], method, stream, settings, seeds))
+        finally:
+            torch.set_num_threads(before)
+        return found
+
+
+def _relevant(settings: Settings) -> str:
+    return repr(replace(settings, **IRRELEVANT))
+
+
+def try_out(
+    stream: list[Task], method: str, settings: Settings, seed: int, device: str, limit: float
+) -> Trial:
+    """In about `limit` seconds: batches with one view, and with as many as there is time for.
+
+    Their difference is what the other views are taken to cost. On a GPU all are timed.
+    """
+    deadline, last = time.perf_counter() + limit, stream[-1]
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+    learner = make_learner(method, replace(settings, views=1), seed, device)
+    for task in stream[:-1]:
+        learner.model.add_head(len(task.classes))
+    sample = replace(last, x_train=last.x_train[:SAMPLE], y_train=last.y_train[:SAMPLE])
+    start = time.perf_counter()
+    learner.begin(sample)
+    begin = (time.perf_counter() - start) / len(sample.x_train)
+    learner.model.add_head(len(last.classes))
+    wanted, timed = learner.options(settings)["views"], 1
+    seconds = _step_seconds(learner, sample, last, device)
+    # a batch is learned twice; what is new to the machine takes longer at first
+    fit = int((deadline - time.perf_counter() - seconds) / (1.2 * seconds))
+    if wanted > 1 and fit > 1:
+        learner.optimizer.views = timed = min(wanted, fit)
+        slower = _step_seconds(learner, sample, last, device)
+        a_view = max(0.0, (slower - seconds) / (timed - 1))
+        seconds = slower + a_view * (wanted - timed)
+    else:
+        seconds *= wanted
+    return Trial(
+        learner,
+        step_seconds=seconds,
+        begin_seconds=begin,
+        views=f"{timed} of {wanted}",
+        images=len(sample.x_train),
+        old_classes=_old_classes(stream),
+        allocated=torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else None,
+    )
+
+
+def _step_seconds(learner: Method, sample: Task, task: Task, device: str) -> float:
+    """Of a whole batch; the first one, and on a GPU the one that is recorded, are not timed."""
+    where, images, labels = next(learner.batches(sample, 0))
+    whole = len(next(learner.batches(task, 0))[0])
+    images, labels = images.to(device), labels.to(device)
+    start = 0.0
+    for _ in range(2 if device == "cpu" else 3):
+        start = time.perf_counter()
+        learner.learn(where, images, labels)
+        synchronize(device)
+    return (time.perf_counter() - start) * whole / len(where)
+
+
+def _old_classes(stream: list[Task]) -> int:
+    return sum(len(task.classes) for task in stream[:-1])
+
+
+def reckon(
+    trial: Trial, method: str, stream: list[Task], settings: Settings, seeds: list[int]
+) -> Estimate:
+    """What the trial says of all seeds of a stream."""
+    learner = trial.learner
+    batches = count_batches(make_learner(method, settings, seeds[0]), stream) * len(seeds)
+    images = sum(len(task.x_train) for task in stream) / len(stream)
+    timed, wanted = (int(number) for number in trial.views.split(" of "))
+    classes = _old_classes(stream) / max(1, trial.old_classes)
+    more = {"views": classes * wanted / timed, "images": classes * images / trial.images, None: 1}
+    memory, extra = learner.optimizer.last.memory, learner.extra_bytes()
+    # the bank stands in both ledgers
+    held = sum(memory.values()) - memory["bank"]
+    held += more[learner.intra_grows_with] * extra["intra"] + extra["data"] * images / trial.images
+    begin = trial.begin_seconds * images * (len(stream) - 1) * len(seeds)
+    return Estimate(
+        method, batches, trial.step_seconds, batches * trial.step_seconds + begin, round(held),
+        trial.allocated, trial.views,
+    )  # fmt: skip

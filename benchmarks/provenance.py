@@ -1,0 +1,54 @@
+"""Where a figure comes from: the commit, the card and the versions it was measured with."""
+
+import hashlib
+import platform
+import subprocess
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ("csrc", "bld_ext", "python_api", "benchmarks", "setup.py", "pyproject.toml")
+KINDS = (".py", ".cpp", ".h", ".cu", ".cuh", ".sh", ".toml")
+
+
+@cache
+def commit() -> str:
+    """Git's commit, with "+" and a digest of the sources where they differ from it.
+
+    In a copy without git's folder, the digest alone.
+    """
+    try:
+        head = _git("rev-parse", "--short=12", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", *SOURCES)
+    except (OSError, subprocess.CalledProcessError):
+        return f"sources-{_digest()}"
+    return f"{head}+{_digest()}" if changed else head
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+def _digest() -> str:
+    found = hashlib.sha256()
+    for source in SOURCES:
+        path = ROOT / source
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            # what was measured does not change what is measured
+            if file.suffix in KINDS and "results" not in file.relative_to(ROOT).parts:
+                found.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
+    return found.hexdigest()[:12]
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("torch", "torchvision", "triton", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            pass
+    return found

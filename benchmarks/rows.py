@@ -1,0 +1,41 @@
+"""Measured rows in a file, one JSON object a line, each written as soon as it is measured."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def append(path: Path, entry: dict) -> None:
+    """Add a line; it is on the disk when this returns."""
+    with open(path, "ab") as file:
+        file.write(json.dumps(entry).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read(path: Path) -> list[dict]:
+    """The rows of a file of lines, or of one that pytest-benchmark wrote.
+
+    A last line that was cut while it was written is left out.
+    """
+    text = Path(path).read_text()
+    if Path(path).suffix != ".jsonl":
+        return json.loads(text)["benchmarks"]
+    lines = text.split("\n")
+    return [json.loads(line) for line in lines[:-1] if line.strip()]
+
+
+def mend(path: Path) -> None:
+    """Remove a last line that was cut while it was written, so that the next one is whole."""
+    if path.exists():
+        data = path.read_bytes()
+        if whole := data.rpartition(b"\n")[0]:
+            whole += b"\n"
+        if whole != data:
+            path.write_bytes(whole)
+
+
+def newest(rows: Iterable[dict]) -> list[dict]:
+    """Of each test the row that was measured last."""
+    return list({(row["group"], str(sorted(row["params"].items()))): row for row in rows}.values())
