@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks import measure, provenance, rows
+from bld_ext import SCHEMAS, backend
 
 FILE = pytest.StashKey[Path | None]()
+KNOWN = pytest.StashKey[int]()
 
 
 def pytest_addoption(parser):
@@ -36,10 +38,34 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     if not config.stash[FILE]:
         return
-    known = {(row["test"], row["commit"]) for row in rows.read(config.stash[FILE])}
-    there = [item for item in items if (item.nodeid, provenance.commit()) in known]
+    now = _conditions()
+    known = {
+        row["test"]
+        for row in rows.read(config.stash[FILE])
+        if all(row.get(name) == value for name, value in now.items())
+    }
+    there = [item for item in items if item.nodeid in known]
     config.hook.pytest_deselected(items=there)
     items[:] = [item for item in items if item not in there]
+    config.stash[KNOWN] = len(there)
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """Where all rows are known, nothing is left to run, and nothing is wrong."""
+    if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and session.config.stash.get(KNOWN, 0):
+        session.exitstatus = pytest.ExitCode.OK
+
+
+def _conditions() -> dict:
+    """What a row was measured under; under other conditions it is another row."""
+    device = measure.DEVICE.type
+    return {
+        "commit": provenance.commit(),
+        "versions": provenance.versions(),
+        "machine": measure.machine()["device"],
+        "kernels": {op: backend(op, device) for op in SCHEMAS},
+        "smallest": measure.SMALLEST,
+    }
 
 
 @pytest.hookimpl(wrapper=True)
@@ -53,9 +79,8 @@ def pytest_runtest_makereport(item, call):
             "group": benchmark.group,
             "params": item.callspec.params,
             "extra_info": dict(benchmark.extra_info),
-            "commit": provenance.commit(),
-            "versions": provenance.versions(),
             "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+            **_conditions(),
         }
         rows.append(file, row)
     return report

@@ -1,6 +1,7 @@
 """Where a figure comes from: the commit, the card and the versions it was measured with."""
 
 import hashlib
+import os
 import platform
 import subprocess
 from functools import cache
@@ -16,13 +17,13 @@ KINDS = (".py", ".cpp", ".h", ".cu", ".cuh", ".sh", ".toml")
 def commit() -> str:
     """Git's commit, with "+" and a digest of the sources where they differ from it.
 
-    In a copy without git's folder, the digest alone.
+    In a copy without git's folder, what BLD_COMMIT says, or else the digest alone.
     """
     try:
         head = _git("rev-parse", "--short=12", "HEAD")
         changed = _git("status", "--porcelain", "--untracked-files=no", "--", *SOURCES)
     except (OSError, subprocess.CalledProcessError):
-        return f"sources-{_digest()}"
+        return os.environ.get("BLD_COMMIT") or f"sources-{_digest()}"
     return f"{head}+{_digest()}" if changed else head
 
 

@@ -7,11 +7,16 @@ from pathlib import Path
 
 
 def append(path: Path, entry: dict) -> None:
-    """Add a line; it is on the disk when this returns."""
+    """Add a line; it is on the disk when this returns, and no part of it where it raises."""
     with open(path, "ab") as file:
-        file.write(json.dumps(entry).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+        before = file.seek(0, os.SEEK_END)
+        try:
+            file.write(json.dumps(entry).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            os.truncate(path, before)
+            raise
 
 
 def read(path: Path) -> list[dict]:
@@ -30,10 +35,8 @@ def mend(path: Path) -> None:
     """Remove a last line that was cut while it was written, so that the next one is whole."""
     if path.exists():
         data = path.read_bytes()
-        if whole := data.rpartition(b"\n")[0]:
-            whole += b"\n"
-        if whole != data:
-            path.write_bytes(whole)
+        if data and not data.endswith(b"\n"):
+            os.truncate(path, data.rfind(b"\n") + 1)
 
 
 def newest(rows: Iterable[dict]) -> list[dict]:

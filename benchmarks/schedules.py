@@ -18,8 +18,6 @@ from bld_ext import BLDOptimizer, MultiHead
 
 WAYS = {
     "two_forward": {},
-    "two_forward, balance_in_backward": {"balance_in_backward": True},
-    "two_forward, keep_gradients": {"keep_gradients": True},
     "shared_forward": {"schedule": "shared_forward"},
     "in_backward": {"schedule": "in_backward"},
 }
@@ -48,14 +46,14 @@ class Row:
         )
         self.seconds = float("inf")
 
-    def peaks(self) -> tuple[int, int, int]:
-        """Bytes in the warm-up, in a joint repetition, and held between steps."""
+    def peaks(self) -> tuple[int, int]:
+        """Bytes in the warm-up and in a joint repetition."""
         found = [
             measure.peak_extra_bytes(lambda stage=stage: stage(*self.batch))
             for stage in (self.optimizer.warm_up, self.optimizer.joint)
         ]
         self.optimizer.release()
-        return *found, self.optimizer.last.memory.get("kept_gradients", 0)
+        return tuple(found)
 
     def step(self) -> None:
         wait = torch.cuda.synchronize if measure.DEVICE.type == "cuda" else lambda: None
@@ -76,8 +74,8 @@ def main() -> None:
         f"{measure.DEVICE}, {torch.get_num_threads()} threads, torch {torch.__version__}, ", end=""
     )
     print(f"{arguments.views} views\n")
-    print("| task | schedule | views a pass | warm-up | joint | held between steps | step |")
-    print("| ---: | --- | --- | ---: | ---: | ---: | ---: |")
+    print("| task | schedule | views a pass | warm-up | joint | step |")
+    print("| ---: | --- | --- | ---: | ---: | ---: |")
     for tasks in arguments.tasks:
         rows = {
             (name, count): Row(tasks, arguments.views, per_pass, options)

@@ -7,10 +7,14 @@ the first step, which is such a change.
 """
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from bld_ext.api.optimizer import BLDOptimizer
 
 
 class CudaGraph:
@@ -24,11 +28,12 @@ class CudaGraph:
 
     def rehearse(self, function: Callable[[], Tensor]) -> Tensor:
         """Run it beside the current stream, as torch asks for before a recording."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            result = function()
-        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.device(self._device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                result = function()
+            torch.cuda.current_stream().wait_stream(side)
         return result
 
     def record(self, function: Callable[[], Tensor]) -> Tensor:
@@ -37,7 +42,7 @@ class CudaGraph:
         gc.collect()  # a graph that is freed while another is recorded would end the recording
         gc.disable()
         try:
-            with torch.cuda.graph(self._graph):
+            with torch.cuda.device(self._device), torch.cuda.graph(self._graph):
                 return function()
         except BaseException:
             # torch leaves its generator as if the recording went on, and no number could be drawn
@@ -50,7 +55,8 @@ class CudaGraph:
                 gc.enable()
 
     def replay(self) -> None:
-        self._graph.replay()
+        with torch.cuda.device(self._device):
+            self._graph.replay()
 
 
 class Scalars:
@@ -105,3 +111,81 @@ class CapturedStep:
                 ) from error
         self.graph.replay()
         return self.recorded
+
+
+class Recorder:
+    """Learns batches by a recorded step, and records another where the key has changed."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        self.recorded: CapturedStep | None = None
+        self.scalars: Scalars | None = None  # while a captured step runs
+
+    def run(
+        self,
+        key: object,
+        images: Tensor,
+        labels: Tensor,
+        rates: Sequence[float | Tensor],
+        numbers: tuple[float, int, int],
+        step: Callable[[Tensor, Tensor], tuple[Tensor, object]],
+    ) -> tuple[Tensor, object]:
+        """Loss and report of `step(images, labels)`; `numbers` are λ, the seed and the batch's."""
+        if self.recorded is None or self.recorded.key != key:
+            self.recorded = None  # its memory goes first
+            self.recorded = CapturedStep(key, images, labels, len(rates))
+        recorded = self.recorded
+        recorded.images.copy_(images)
+        recorded.labels.copy_(labels)
+        recorded.scalars.fill(list(rates), *numbers)
+        try:
+            self.scalars = recorded.scalars
+            return recorded.run(lambda: step(recorded.images, recorded.labels))
+        except BaseException:
+            self.recorded = None
+            raise
+        finally:
+            self.scalars = None
+
+    def __getstate__(self) -> dict:
+        return {"recorded": None, "scalars": None}
+
+
+def key_of(
+    optimizer: "BLDOptimizer", images: Tensor, labels: Tensor, sizes: Sequence[int]
+) -> tuple:
+    """All that a recorded step has been made for."""
+    o = optimizer
+    settings = [o.temperature, o.joint_steps, o.views, o.views_in_pass, o.layer, o.schedule]
+    settings += [o.statistics, o.precision, o.balance is None, o.balance == 0, o.warmup_ratio]
+    settings += [o._format.channels_last(images.device), o.augment, repr(o.augment)]
+    batch = [(tuple(t.shape), t.stride(), t.dtype, t.device) for t in (images, labels)]
+    # hooks by the numbers of their handles, which no two share
+    params = [
+        (
+            *(id(p), p.data_ptr(), p.requires_grad),
+            *(p._backward_hooks or ()),
+            *(p._post_accumulate_grad_hooks or ()),
+        )
+        for group in o.param_groups
+        for p in group["params"]
+    ]
+    modules = [
+        (
+            *(id(m), type(m), m.training, m.extra_repr()),
+            *(*m._forward_hooks, *m._forward_pre_hooks),
+            *(*m._backward_hooks, *m._backward_pre_hooks),
+        )
+        for m in o.model.modules()
+    ]
+    base = [(*o.base._optimizer_step_pre_hooks, *o.base._optimizer_step_post_hooks)]
+    values = [v for entry in o.state.values() for v in entry.values()]
+    kept = [*o.model.buffers(), *(v for v in values if isinstance(v, Tensor))]
+    places = [t.data_ptr() for t in kept]
+    options = [
+        {k: v for k, v in group.items() if k not in ("lr", "initial_lr", "params")}
+        for group in o.param_groups
+    ]
+    return (*settings, *batch, *sizes, *params, *modules, *base, *places, repr(options))

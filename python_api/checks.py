@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bld_ext.api.batch_norm import ViewBatchNorm
+from bld_ext.api.layers import KINDS
 from bld_ext.api.precision import PRECISIONS, REFUSED
+from bld_ext.api.schedules import SCHEDULES
 
 
 def choice(name: str, value: str, choices: Iterable[str]) -> None:
@@ -93,6 +95,51 @@ def number(name: str, value: float, positive: bool = False) -> None:
     if not math.isfinite(real) or real < 0 or (positive and real == 0):
         bound = ">" if positive else "≥"
         raise ValueError(f"{name}: expected a finite number {bound} 0, got {value!r}")
+
+
+def removed(given: dict[str, object], known: dict[str, str]) -> None:
+    """Options that are no more, each with what stands in its place."""
+    for name in given:
+        if name in known:
+            raise TypeError(f"{name}: BLDOptimizer has no such option any more; {known[name]}")
+        raise TypeError(f"BLDOptimizer.__init__() got an unexpected keyword argument {name!r}")
+
+
+def options(
+    lr: float,
+    warmup_lr: float | None,
+    temperature: float,
+    balance: float | None,
+    joint_steps: int,
+    views: int,
+    per_pass: int | str,
+    memory_budget: int | None,
+    layer: str,
+    schedule: str,
+    precision_: str,
+    channels_last: bool | None,
+    capture: bool,
+    check_finite: bool,
+    seed: int,
+) -> None:
+    choice("layer", layer, KINDS)
+    choice("schedule", schedule, SCHEDULES)
+    apart("schedule", schedule, "in_backward", capture=capture)
+    apart("check_finite", check_finite, True, capture=capture)
+    at_least("views", views, 1)
+    views_per_pass(per_pass, memory_budget)
+    precision(precision_)
+    switch("channels_last", channels_last)
+    at_least("joint_steps", joint_steps, 0)
+    at_least("seed", seed, 0)
+    if seed >= 2**63:
+        raise ValueError(f"seed: expected 0 to 2**63 - 1, got {seed}")
+    number("temperature", temperature, positive=True)
+    if balance is not None:
+        number("balance", balance)
+    number("lr", lr, positive=warmup_lr is not None)
+    if warmup_lr is not None:
+        number("warmup_lr", warmup_lr)
 
 
 def model(value: nn.Module) -> None:

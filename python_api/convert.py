@@ -1,10 +1,7 @@
-"""Make a network ready for batches of several views, in place: BatchNorm by view, one kernel for
-BatchNorm and what follows it, weights as convolutions read them fastest.
+"""Make a network ready for batches of several views, in place: BatchNorm by view, and one kernel
+for BatchNorm and what follows it.
 """
 
-from collections import Counter
-
-import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
@@ -86,33 +83,3 @@ def convert_view_batchnorm(module: nn.Module) -> nn.Module:
     for child in module.modules():
         _fuse(child)
     return module
-
-
-def _may_move(param: Tensor, storages: Counter[int]) -> bool:
-    """Nothing else would be left behind: no other tensor, no other process."""
-    storage = param.untyped_storage()
-    alone = storages[storage.data_ptr()] == 1 and storage.nbytes() == param.nbytes
-    return alone and not param.is_shared()
-
-
-@torch.no_grad()
-def lay_out(model: nn.Module, layout: torch.memory_format) -> None:
-    """Weights of two-dimensional convolutions in this format, as `model.to` would, one by one."""
-    convolutions = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
-    weights = [p for m in convolutions for p in m.parameters(recurse=False) if p.dim() == 4]
-    apart = [p for p in weights if not p.is_contiguous(memory_format=layout)]
-    if not apart:  # at every step but the first
-        return
-    storages = Counter(p.untyped_storage().data_ptr() for p in model.parameters())
-    for param in apart:
-        if _may_move(param, storages):
-            param.data = param.data.contiguous(memory_format=layout)
-
-
-def lay_out_state(state: dict) -> None:
-    """An optimizer's state as its parameters lie: torch's fused kernels pair them by address."""
-    for param, entry in state.items():
-        for name, value in entry.items():
-            if isinstance(value, Tensor) and value.shape == param.shape:
-                if value.stride() != param.stride():
-                    entry[name] = torch.empty_like(param).copy_(value)

@@ -10,16 +10,11 @@ from bld_ext.api.memory import tensor_bytes
 BUCKET_BYTES = 8 * 2**20  # of gradients that wait for each other, so that one call serves many
 
 
-def with_gradient(params: list[Tensor]) -> list[Tensor]:
-    return [p for p in params if p.grad is not None]
-
-
 @contextmanager
 def complete_layers(
     layers: dict[Tensor, int],
     act: Callable[[list[Tensor]], None],
     bucket_bytes: int | None = None,
-    arrived: Callable[[list[Tensor]], list[Tensor]] = with_gradient,
 ) -> Iterator[None]:
     """Around the backward pass that completes the gradients: `act(params)`, once for each layer.
 
@@ -32,7 +27,6 @@ def complete_layers(
         layers: the layer index of each parameter.
         act: called inside backward; on a GPU in its stream.
         bucket_bytes: bytes of complete gradients that wait before `act` is called, default 8 MiB.
-        arrived: those of some parameters whose gradient has come, in this pass or an earlier one.
 
     Raises:
         RuntimeError: a parameter gets a gradient again after its layer was complete, as under
@@ -53,7 +47,7 @@ def complete_layers(
 
     def complete(l: int) -> None:
         del missing[l]
-        bucket.extend(arrived(members[l]))
+        bucket.extend(p for p in members[l] if p.grad is not None)
         if tensor_bytes(p.grad for p in bucket) >= limit:
             flush()
 
@@ -62,8 +56,8 @@ def complete_layers(
         if l not in missing:
             raise RuntimeError(
                 f"model: a parameter of shape {tuple(param.shape)} got a second gradient after its "
-                "layer was complete, as reentrant checkpointing does; use two_forward or "
-                "shared_forward without balance_in_backward, or checkpoint(use_reentrant=False)"
+                "layer was complete, as reentrant checkpointing does; use "
+                "schedule='two_forward' or 'shared_forward', or checkpoint(use_reentrant=False)"
             )
         missing[l].discard(param)
         if not missing[l]:

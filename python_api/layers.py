@@ -57,32 +57,6 @@ class Layers:
         return ops.balance_layers_(list(grads.values()), index, reference_norms, balance)
 
     @contextmanager
-    def balancing(
-        self,
-        reference_norms: Tensor,
-        balance: float | None,
-        report: Callable[[Tensor, Tensor], None],
-        arrived: Callable[[list[Tensor]], list[Tensor]],
-    ) -> Iterator[None]:
-        """Around the last backward pass of L_d: rescale each layer once it is complete.
-
-        At the end `report(factors, norms)` gets what `balance` would have returned, bit for bit.
-        `arrived` tells whose gradient has come: memory that is kept is there before it.
-        """
-        factors = norms = None
-
-        def act(params: list[Tensor]) -> None:
-            nonlocal factors, norms
-            some, here = self.balance({p: p.grad for p in params}, reference_norms, balance)
-            # layers that are not here have norm 0, and the factor that belongs to it
-            factors = some if factors is None else torch.where(here != 0, some, factors)
-            norms = here if norms is None else norms + here
-
-        with complete_layers(self.index, act, arrived=arrived):
-            yield
-        report(factors, norms)
-
-    @contextmanager
     def updating(
         self,
         update: Callable[[list[Tensor]], None],

@@ -1,11 +1,12 @@
 """A torch optimizer around another one, for a model that grows."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from bld_ext import ops
 from bld_ext.api import checks
 
 
@@ -36,6 +37,43 @@ class ModelOptimizer(torch.optim.Optimizer):
         options = ("momentum", "weight_decay", "maximize", "differentiable")
         other = any(group.get(name) for group in self.param_groups for name in options)
         return type(self.base) is torch.optim.SGD and not hooked and not other
+
+    def _plain_rate(self, rates: Sequence[float | Tensor]) -> float | Tensor | None:
+        """The one learning rate of a plain SGD."""
+        different = set(rates)
+        return different.pop() if self._is_plain_sgd() and len(different) == 1 else None
+
+    def _update(
+        self, params: Iterable[Tensor], ratio: float, on_device: Sequence[Tensor] | None = None
+    ) -> None:
+        """θ - ratio · lr · G of these parameters by the base, with each group's learning rate, or
+        with one that is `on_device`, as in a captured step. Their gradients are released.
+        """
+        before = [(group["lr"], group["params"]) for group in self.param_groups]
+        chosen, plain = set(params), on_device is not None and self._is_plain_sgd()
+        rates = [group["lr"] for group in self.param_groups] if on_device is None else on_device
+        try:
+            for group, rate in zip(self.param_groups, rates, strict=True):
+                group["lr"] = rate * ratio
+                group["params"] = [p for p in group["params"] if p in chosen]
+                if plain:
+                    self._plain_update(group)
+            if not plain:
+                self._start_momentum()
+                self.base.step()
+        finally:
+            for group, (rate, members) in zip(self.param_groups, before, strict=True):
+                group["lr"], group["params"] = rate, members
+            for param in chosen:
+                param.grad = None
+
+    @staticmethod
+    def _plain_update(group: dict) -> None:
+        """θ - lr · G with lr on the device, which torch's SGD would wait for; the same bits."""
+        if params := [p for p in group["params"] if p.grad is not None]:
+            grads, layers = [p.grad for p in params], list(range(len(params)))
+            none = grads[0].new_zeros(len(params))
+            ops.balanced_sgd_(params, grads, grads, layers, none, 0.0, group["lr"])
 
     def _start_momentum(self) -> None:
         """That of new parameters, which torch's fused SGD does not start beside the old ones'.

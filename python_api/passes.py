@@ -65,12 +65,8 @@ def shared_pass(
     bank: Tensor,
     temperature: float,
     params: list[Tensor],
-    buffers: dict[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor, dict[Tensor, Tensor]]:
-    """dL_t/dθ into .grad and G_d apart, from the same forward passes; returns L_t, L_d and G_d.
-
-    G_d is held in `buffers` where it has one for a parameter.
-    """
+    """dL_t/dθ into .grad and G_d apart, from the same forward passes; returns L_t, L_d and G_d."""
     new_losses, old_losses = [], []
     distilled: dict[Tensor, Tensor] = {}
     for rows, logits, labels in views:
@@ -82,8 +78,6 @@ def shared_pass(
         for param, grad in zip(params, grads, strict=True):
             if grad is not None and param in distilled:
                 distilled[param].add_(grad)
-            elif grad is not None and param in buffers:
-                distilled[param] = buffers[param].copy_(grad)
             elif grad is not None:
                 distilled[param] = grad.clone()  # autograd may return one tensor for two parameters
         with backward_arithmetic(views.precision):

@@ -14,26 +14,26 @@ class StepReport:
     The optimizer never reads it again: it is no memory from batch to batch.
 
     Attributes:
+        layers: the name of each layer, L of them.
         warm_up_loss: L_t before the batch was learned, summed over images, averaged over views;
             None where no warm-up was made.
-        layers: the name of each layer, L of them.
         reference_norms: ‖G_w‖, `[L]`.
         new_loss: L_t of each joint repetition.
         distillation_loss: L_d of each; empty while there is no old head.
         distillation_norms: ‖G_d‖ before balancing, `[L]` each. All zero means: no distillation.
         factors: λ‖G_w‖/‖G_d‖, `[L]` each.
         memory: bytes held while the batch was learned, beside the network and the activations;
-            "kept_gradients" are held between batches too, as zeros.
+            "seed" is the seed and the batch's number.
     """
 
-    warm_up_loss: Tensor | None
     layers: tuple[str, ...]
-    reference_norms: Tensor
+    warm_up_loss: Tensor | None = None
+    reference_norms: Tensor | None = None
     new_loss: list[Tensor] = field(default_factory=list)
     distillation_loss: list[Tensor] = field(default_factory=list)
     distillation_norms: list[Tensor] = field(default_factory=list)
     factors: list[Tensor] = field(default_factory=list)
-    memory: dict[str, int] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=lambda: {"seed": 16})
 
 
 @dataclass

@@ -7,14 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from bld_ext.api.batch_norm import ViewBatchNorm
+from bld_ext.api.memory_format import NeedsContiguousError
 from bld_ext.api.precision import no_random_numbers, replayable_rng
 from bld_ext.philox import stream_seed
 
 FORWARD_RNG = 255  # the op word of the Philox counter that seeds a forward pass
-
-
-class NeedsContiguousError(RuntimeError):
-    """The model cannot run on images in torch.channels_last."""
 
 
 @dataclass(frozen=True)

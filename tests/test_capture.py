@@ -90,8 +90,6 @@ WAYS = {
     "all-views": dict(views_per_pass=4),
     "shared": dict(schedule="shared_forward"),
     "one-graph": dict(schedule="shared_forward", views_per_pass=4),
-    "keep": dict(keep_gradients=True),
-    "balance-in-backward": dict(balance_in_backward=True),
     "no-balancing": dict(balance=None),
     "finetune": dict(balance=0.0),
     "every-pass": dict(statistics="every_pass", views_per_pass=3),
@@ -176,7 +174,6 @@ def add_hook(owner, kind, model, optimizer):
         "joint steps": lambda model, o: setattr(o, "joint_steps", 1),
         "layer": lambda model, o: setattr(o, "layer", "tensor"),
         "schedule": lambda model, o: setattr(o, "schedule", "shared_forward"),
-        "in backward": lambda model, o: setattr(o, "balance_in_backward", True),
         "statistics": lambda model, o: setattr(o, "statistics", "every_pass"),
         "precision": lambda model, o: setattr(o, "precision", "mixed"),
         "warm-up": lambda model, o: setattr(o, "warmup_ratio", 0.5),
@@ -308,7 +305,7 @@ def test_a_failed_recording_changes_nothing_and_says_what_to_look_for(
     with torch.no_grad():
         for tensor, value in zip(tensors, values, strict=True):
             tensor.copy_(value)
-    assert optimizer.batches == batches and optimizer._scalars is None
+    assert optimizer.batches == batches and optimizer._recorder.scalars is None
     assert all(p.grad is None for p in model.parameters())
     assert isinstance(optimizer.param_groups[0]["lr"], float)
     optimizer.capture = False
@@ -335,7 +332,11 @@ def test_an_error_in_a_forward_pass_ends_cleanly(echo, make_model, make_batch):
         optimizer.step(*make_batch(2))
     hook.remove()
     assert_same_bits(before, model.state_dict())
-    assert optimizer._captured is None and optimizer._scalars is None and optimizer.batches == 0
+    assert (
+        optimizer._recorder.recorded is None
+        and optimizer._recorder.scalars is None
+        and optimizer.batches == 0
+    )
     optimizer.step(*make_batch(2))
 
 
@@ -359,7 +360,7 @@ def test_state_goes_on_from_a_captured_run(echo, make_model, make_batch):
     saved = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model.state_dict())
     optimizer.step(*make_batch(2, 3))
     for other in copies:
-        assert other._captured is None
+        assert other._recorder.recorded is None
         echo(other.model)
         other.step(*make_batch(2, 3))
         assert_same_bits(model.state_dict(), other.model.state_dict())

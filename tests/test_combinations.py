@@ -51,10 +51,6 @@ def options(draw):
         "base": (BASES | FUSED)[draw(st.sampled_from([*BASES, *FUSED]))],
         "heads": draw(st.sampled_from([(2,), (2, 2), (2, 3, 2)])),
     }
-    if schedule != "in_backward":
-        found["keep_gradients"] = draw(switch)
-    if schedule != "shared_forward":
-        found["balance_in_backward"] = draw(switch)
     if found["views_per_pass"] == "auto":
         found["memory_budget"] = draw(st.sampled_from([None, 5_000, 11_000]))
     return found
@@ -72,7 +68,7 @@ def test_errors_are_undone_and_a_run_that_resumes_goes_on_as_its_copies_do(data)
             [*optimizer.model.parameters()][frozen].requires_grad_(False)
         return optimizer
 
-    optimizer, twin = fresh(), fresh(keep_gradients=False)
+    optimizer, twin = fresh(), fresh()
     new_task = draw(st.sampled_from([(), (1,)]))
     for each in (optimizer, twin):
         learn(each, [0, 1], new_task)

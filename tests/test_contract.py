@@ -310,7 +310,7 @@ def test_a_state_of_other_groups_is_refused(names):
     assert len(params) == len(set(params)) == len(list(optimizer.model.parameters()))
 
 
-OPTIONS = {name: {"schedule": name} for name in SCHEDULES} | {"keep": {"keep_gradients": True}}
+OPTIONS = {name: {"schedule": name} for name in SCHEDULES}
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

@@ -13,7 +13,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from bld_ext import BLDOptimizer, MultiHead, ViewBatchNorm, convert_view_batchnorm
 from bld_ext.api.batch_norm import view_statistics
-from bld_ext.api.convert import lay_out
+from bld_ext.api.memory_format import lay_out
 
 
 def sequential():

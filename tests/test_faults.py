@@ -36,7 +36,7 @@ from benchmarks.paper.experiment import conditions, run
 from benchmarks.paper.methods import PRESETS, Settings
 from benchmarks.paper.streams import DatasetError, load_dataset
 from bld_ext import BLDOptimizer, SeededAugment, ops
-from bld_ext.api.pass_size import is_out_of_memory
+from bld_ext.api.out_of_memory import is_out_of_memory
 
 SMALL = Settings("slim", 3e-3, 2, {"crop_padding": 1}, tasks=2, limit=40)
 

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import torch
 
 from benchmarks import rows
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import index, process
+from benchmarks.gpu import index, parts, process
 from benchmarks.gpu.folder import Folder, FolderError
 from benchmarks.gpu.parts import PARTS, Place
 
@@ -202,8 +203,8 @@ def test_the_plan_names_parts_limits_and_data(capsys):
     "options, message",
     [
         (["taable2"], "no part is named 'taable2'; there are build, step"),
-        (["--minutes", "0"], "--minutes: expected a number above 0, got 0"),
-        (["--minutes", "nan"], "--minutes: expected a number above 0, got nan"),
+        (["--minutes", "0.7"], "--minutes: expected a number above 0.75, which .*, got 0.7"),
+        (["--minutes", "nan"], "--minutes: expected a number above 0.75, which .*, got nan"),
         pytest.param([], "no GPU: .*--rehearse", marks=needs_no_gpu),
     ],
     ids=["part", "no-time", "nan", "no-gpu"],
@@ -216,7 +217,7 @@ def test_bad_arguments_end_with_one_line(options, message, tmp_path, capsys):
 
 
 def test_a_part_that_is_named_needs_its_data(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(command, "machine", lambda: MACHINE)
+    monkeypatch.setattr(command, "machine", lambda place: MACHINE)
     options = ["table3", "--out", str(tmp_path / "out"), "--data", str(tmp_path)]
     assert command.main(options) == 2
     assert "table3 needs CIFAR-10: put cifar10.npz, " in capsys.readouterr().err
@@ -226,19 +227,22 @@ def test_a_part_that_is_named_needs_its_data(tmp_path, capsys, monkeypatch):
 def test_data_is_found_in_any_of_its_forms(place):
     assert "MNIST" in PARTS["table2"].missing(place)
     (place.data / "MNIST" / "raw").mkdir(parents=True)
-    for name in ("train-images-idx3-ubyte.gz", "t10k-images-idx3-ubyte.gz"):
-        (place.data / "MNIST" / "raw" / name).touch()
+    for name in parts.MNIST:
+        assert PARTS["table2"].missing(place)
+        (place.data / "MNIST" / "raw" / f"{name}.gz").touch()
     assert PARTS["table2"].missing(place) is None
     sheets = place.data / "cifar10"
     sheets.mkdir()
-    for name in ("unpack.py", "labels.npz", *(f"train_{i:02d}.webp" for i in range(49))):
+    for name in parts.SHEETS:
+        assert PARTS["table3"].missing(place)  # not all has come yet
         (sheets / name).touch()
-    assert PARTS["table3"].missing(place)  # a sheet has not come yet
-    (sheets / "train_49.webp").touch()
-    assert PARTS["table3"].missing(place) is None
+    assert PARTS["table3"].missing(place) is None and len(parts.SHEETS) == 54
+    (sheets / "unpack.py").write_text("import sys; open(sys.argv[1], 'w').write('images')")
     data, table3 = PARTS["table3"].commands(place)
-    assert data.argv[1:] == (str(sheets / "unpack.py"), str(place.data / "cifar10.npz"))
-    assert table3.instead.argv[-1] == "--no-capture"
+    assert data.needed and table3.instead.argv[-1] == "--no-capture"
+    subprocess.run(data.argv, check=True)
+    assert (place.data / "cifar10.npz").read_text() == "images"
+    assert len(PARTS["table3"].commands(place)) == 1
 
 
 # ---- the folder ----
@@ -253,8 +257,54 @@ def test_results_of_another_commit_are_not_overwritten(place):
         Folder(place, "bbb", MACHINE)
     with pytest.raises(FolderError, match="holds results of rehearsal False"):
         Folder(Place(place.out, place.scratch, place.data, True), "aaa", MACHINE)
+    with pytest.raises(FolderError, match="holds results of card NVIDIA H100.*is NVIDIA H200"):
+        Folder(place, "aaa", MACHINE | {"card": "NVIDIA H200"})
     assert {file.name: file.read_bytes() for file in place.out.iterdir()} == before
     Folder(place, "aaa", MACHINE)
+
+
+def test_an_empty_folder_goes_on_from_what_was_kept(place, capsys):
+    """On a machine whose folder of results is emptied between two calls."""
+    folder = Folder(place, "aaa", MACHINE)
+    folder.state["parts"]["step"] = {"status": "done", "seconds": 1, "commands": {}}
+    folder.save()
+    rows.append(place.out / "rows.jsonl", {"test": "a"})
+    folder.pack()
+    folder.log.close()
+    shutil.rmtree(place.out)
+    again = Folder(place, "aaa", MACHINE)
+    assert again.state == folder.state and "going on from" in capsys.readouterr().out
+    assert rows.read(place.out / "rows.jsonl") == [{"test": "a"}]
+
+
+def test_a_damaged_record_is_told_and_a_damaged_checkpoint_left_out(place, capsys):
+    folder = Folder(place, "aaa", MACHINE)
+    folder.save()
+    folder.log.close()
+    (place.out / "checkpoints.tar").write_bytes(b"half a tar")
+    Folder(place, "aaa", MACHINE).log.close()
+    assert "is damaged" in capsys.readouterr().out
+    (place.out / "records.jsonl").write_text("{\n{}\n")
+    with pytest.raises(FolderError, match="records.jsonl is damaged"):
+        Folder(place, "aaa", MACHINE)
+
+
+def test_a_full_disk_ends_no_session(place, monkeypatch, capsys):
+    folder = Folder(place, "aaa", MACHINE)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    run = place.scratch / "table2" / "mnist-5" / "runs" / "bld-0.json"
+    run.parent.mkdir(parents=True)
+    run.write_text('{"record": {}}')
+    with monkeypatch.context() as patch:
+        patch.setattr(rows, "append", full)
+        folder.pack()
+    assert "not packed: [Errno 28]" in capsys.readouterr().err
+    folder.pack()
+    (found,) = rows.read(place.out / "records.jsonl")
+    assert (found["commit"], found["card"]) == ("aaa", MACHINE["card"])
 
 
 @pytest.mark.parametrize("what", ["a file", "foreign files", "no session", "in use"])
@@ -312,10 +362,9 @@ def test_how_commands_end():
 
 def test_a_failed_part_is_tried_another_way_and_told(place, monkeypatch, capsys):
     monkeypatch.setattr(command, "environment", lambda *_: dict(os.environ))
-    parts = dict(PARTS)
     other = command.Command("eager", python("print('went')"))
     first = command.Command("graph", python("raise SystemExit(1)"), instead=other)
-    parts = {
+    few = {
         "both": command.Part("both", "", 1, lambda _: [first]),
         "bad": command.Part("bad", "", 1, lambda _: [command.Command("bad", python("1/0"))]),
         "slow": command.Part("slow", "", 0.01, lambda _: [
@@ -324,27 +373,41 @@ def test_a_failed_part_is_tried_another_way_and_told(place, monkeypatch, capsys)
         "index": command.Part("index", "", 1, lambda _: [
             command.Command("index", python("print('wrote')"))]),
     }  # fmt: skip
-    monkeypatch.setattr(command, "PARTS", parts)
+    monkeypatch.setattr(command, "PARTS", few)
     folder = Folder(place, "aaa", MACHINE)
     assert not command.Session(place, folder, [], None).run()
     shown = capsys.readouterr().out
     left = shown.split("\n\n")[-1].splitlines()
     assert left == ["bad: failed", "slow: cut", "later: left out, a tool"]
     assert "ZeroDivisionError" in shown and "went" in shown
-    # what is done is not run again, what failed is, and what was cut has used up its minutes
+    # what is done is not run again, what failed is, and what was cut goes on
     assert not command.Session(place, folder, [], None).run()
     shown = capsys.readouterr().out
     assert "both: done before" in shown and "ZeroDivisionError" in shown
+    assert "slow: slow" in shown  # and goes on, behind what no call has begun
+    assert shown.index("bad: bad") < shown.index("slow: slow")
+
+
+def test_without_a_build_nothing_is_measured(place, monkeypatch, capsys):
+    monkeypatch.setattr(command, "environment", lambda *_: dict(os.environ))
+    bad = command.Command("build", python("1/0"))
+    few = {"build": command.Part("build", "", 1, lambda _: [bad], vital=True),
+             "step": command.Part("step", "", 1, lambda _: [bad]),
+             "index": command.Part("index", "", 1, lambda _: [])}  # fmt: skip
+    monkeypatch.setattr(command, "PARTS", few)
+    assert not command.Session(place, Folder(place, "aaa", MACHINE), [], None).run()
+    shown = capsys.readouterr().out
+    assert shown.endswith("build: failed\nstep: not begun\n") and "without build" in shown
 
 
 def test_a_call_ends_in_its_minutes(place, monkeypatch, capsys):
     monkeypatch.setattr(command, "environment", lambda *_: dict(os.environ))
     monkeypatch.setattr(command, "RESERVE", 1)
     sleep = command.Command("sleep", python("import time; time.sleep(60)"))
-    parts = {"first": command.Part("first", "", 1, lambda _: [sleep]),
+    few = {"first": command.Part("first", "", 1, lambda _: [sleep]),
              "then": command.Part("then", "", 1, lambda _: [sleep]),
              "index": command.Part("index", "", 1, lambda _: [])}  # fmt: skip
-    monkeypatch.setattr(command, "PARTS", parts)
+    monkeypatch.setattr(command, "PARTS", few)
     began = time.monotonic()
     assert not command.Session(place, Folder(place, "aaa", MACHINE), [], 8 / 60).run()
     assert time.monotonic() - began < 15
@@ -379,6 +442,32 @@ def test_a_session_becomes_part_of_the_results(rehearsal, tmp_path, monkeypatch)
     written = index.index(card)
     assert written.startswith("# NVIDIA H100 80GB HBM3")
     assert "| mnist-5 / bld, ms a step" in written
+
+
+def test_runs_of_other_ways_and_commits_are_not_mixed():
+    def entry(folder, commit, seconds, seed=0):
+        record = {"method": "bld", "seed": seed, "seconds": seconds, "step_ms": seconds}
+        return {"file": f"{folder}/mnist-5/runs/bld-0.json", "commit": commit, "record": record}
+
+    found = index.figures([], [
+        entry("table2", "a", 90), entry("table2-without-graphs", "a", 300),
+        entry("table2", "b", 80), entry("table2", "b", 70), entry("table2", "b", 72, seed=1),
+    ])  # fmt: skip
+    assert found == {
+        "mnist-5 / bld, s a run": (71, "b"),
+        "mnist-5 / bld, ms a step": (71, "b"),
+        "mnist-5 without graphs / bld, s a run": (300, "a"),
+        "mnist-5 without graphs / bld, ms a step": (300, "a"),
+    }
+
+
+@pytest.mark.parametrize(
+    "card, name",
+    [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-80GB", "a100"), ("Tesla T4", "t4"),
+     ("NVIDIA H100 PCIe", "h100-pcie"), ("NVIDIA GeForce RTX 4090", "rtx-4090")],
+)  # fmt: skip
+def test_cards_have_folders_of_their_own(card, name):
+    assert index.card_name({"card": card}) == name
 
 
 def test_the_index_of_every_card_is_that_of_its_rows():

@@ -1,7 +1,6 @@
-"""Balancing and updating during backward: the same bits, less memory, and nothing left behind."""
+"""Updating during backward: the same bits, less memory, and nothing left behind."""
 
 import copy
-import pickle
 from functools import partial
 
 import pytest
@@ -9,18 +8,13 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from bld_ext import BLDOptimizer, MultiHead, SeededAugment, ops
+from bld_ext import BLDOptimizer, MultiHead, SeededAugment
 from bld_ext.api import in_backward
 from bld_ext.api.in_backward import complete_layers
 
 AUGMENT = SeededAugment(crop_padding=1, rotation=15)
 OPTIONS = {"lr": 0.05, "views": 4, "augment": AUGMENT, "seed": 3}
-WAYS = {
-    "balance": {"balance_in_backward": True},
-    "update": {"schedule": "in_backward"},
-    "keep": {"keep_gradients": True},
-    "balance-keep": {"balance_in_backward": True, "keep_gradients": True},
-}
+WAYS = {"update": {"schedule": "in_backward"}}
 ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
 
 
@@ -65,12 +59,6 @@ def test_same_bits(bucket, way, layer, views_per_pass, make_model, make_batch):
 def test_same_bits_with_nothing_to_distil(way, heads, balance, make_model, make_batch):
     expected = run(make_model(heads), make_batch, balance=balance)
     assert_same(run(make_model(heads), make_batch, balance=balance, **way), expected)
-
-
-def test_same_bits_where_g_d_is_held_apart(make_model, make_batch):
-    expected = run(make_model((2, 3)), make_batch, schedule="shared_forward")
-    found = run(make_model((2, 3)), make_batch, schedule="shared_forward", keep_gradients=True)
-    assert_same(found, expected)
 
 
 class Odd(nn.Module):
@@ -244,7 +232,7 @@ class Checkpointed(nn.Module):
         return self.end(x)
 
 
-@pytest.mark.parametrize("way", [{"balance_in_backward": True}, {"schedule": "in_backward"}])
+@ways
 def test_a_gradient_that_comes_twice_is_refused(monkeypatch, way, make_batch):
     monkeypatch.setattr(in_backward, "BUCKET_BYTES", 0)
     results = []
@@ -264,7 +252,7 @@ def test_a_gradient_that_comes_twice_is_refused(monkeypatch, way, make_batch):
     assert_same(*results)
 
 
-@pytest.mark.parametrize("way", [{"balance_in_backward": True}, {"schedule": "in_backward"}])
+@ways
 def test_an_error_amid_backward_is_undone_with_check_finite(
     way, monkeypatch, make_model, make_batch
 ):
@@ -300,110 +288,9 @@ def test_the_warm_up_never_holds_a_whole_gradient(monkeypatch, make_model, make_
         assert (optimizer.last.memory["gradients"] == gradient) == whole
 
 
-@pytest.mark.parametrize("schedule", ["two_forward", "shared_forward"])
-def test_kept_gradients_stay_where_they_are(schedule, make_model, make_batch):
-    model = make_model((2, 3))
-    optimizer = BLDOptimizer(model, **OPTIONS, schedule=schedule, keep_gradients=True)
-    seen, sgd = [], optimizer.base.step
-    addresses = set()
-
-    def addressed_step():
-        seen.append([p.grad.data_ptr() for p in model.parameters()])
-        return sgd()
-
-    optimizer.base.step = addressed_step
-    for number in range(3):
-        optimizer.step(*make_batch(3, number))
-        kept = optimizer._gradients
-        buffers = [*kept._kept.values(), *kept._apart.values()]
-        addresses.add(tuple(b.data_ptr() for b in buffers))
-        assert not any(b.any() for b in buffers) and all(p.grad is None for p in model.parameters())
-    assert len(seen) >= 3 and all(found == seen[0] for found in seen)
-    assert len(addresses) == 1 and len(buffers) == len(seen[0]) * (1 + (schedule != "two_forward"))
-    model.add_head(2)
-    optimizer.step(*make_batch(2))
-    held = sum(4 * p.numel() for p in model.parameters()) * (1 + (schedule != "two_forward"))
-    assert optimizer.last.memory["kept_gradients"] == held
-    assert len(pickle.dumps(optimizer._gradients)) < 200
-    again = copy.deepcopy(optimizer)
-    assert again._gradients.keep and not again._gradients._kept
-
-
-def test_kept_gradients_of_parameters_that_left_are_dropped(make_model, make_batch):
-    model = make_model((2, 3))
-    optimizer = BLDOptimizer(model, **OPTIONS, keep_gradients=True)
-    optimizer.step(*make_batch(3))
-    model.backbone[0] = nn.Conv2d(3, 4, 3, padding=1)
-    optimizer.step(*make_batch(3, 1))
-    assert set(optimizer._gradients._kept) == set(model.parameters())
-
-
-@pytest.mark.parametrize("schedule", ["two_forward", "shared_forward"])
-def test_kept_gradients_of_a_model_that_was_cast(schedule, make_model, make_batch):
-    states = []
-    for keep in (False, True):
-        model = make_model((2, 3))
-        options = OPTIONS | {"augment": None, "views": 1}
-        optimizer = BLDOptimizer(model, **options, schedule=schedule, keep_gradients=keep)
-        for number, dtype in enumerate((torch.float32, torch.float64)):
-            images, labels = make_batch(3, number)
-            model.to(dtype)
-            optimizer.step(images.to(dtype), labels)
-        states.append(model.state_dict())
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-
-
-@pytest.mark.parametrize("schedule", ["two_forward", "shared_forward"])
-def test_kept_gradients_of_weights_that_were_laid_out_otherwise(schedule, make_model, make_batch):
-    """torch's fused optimizers pair a gradient with its parameter by address."""
-    states = []
-    for keep in (False, True):
-        model = make_model((2, 3))
-        options = OPTIONS | {"base": partial(torch.optim.SGD, fused=True), "channels_last": True}
-        optimizer = BLDOptimizer(model, **options, schedule=schedule, keep_gradients=keep)
-        for number in range(4):
-            if number == 2:
-                optimizer.channels_last = False
-                model.to(memory_format=torch.contiguous_format)
-            optimizer.step(*make_batch(3, number))
-        states.append(model.state_dict())
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-
-
-def test_kept_gradients_after_a_failure(make_model, make_batch, monkeypatch):
-    model = make_model((2, 3))
-    optimizer = BLDOptimizer(model, **OPTIONS, schedule="shared_forward", keep_gradients=True)
-    optimizer.step(*make_batch(3))
-    optimizer.warm_up(*make_batch(3, 1))
-    joint_loss, calls = ops.joint_loss, []
-
-    def fail_at_the_third(*arguments):
-        calls.append(arguments)
-        return joint_loss(*arguments) if len(calls) < 3 else 1 / 0
-
-    monkeypatch.setattr(ops, "joint_loss", fail_at_the_third)
-    with pytest.raises(ZeroDivisionError):
-        optimizer.joint(*make_batch(3, 1))
-    kept = optimizer._gradients
-    assert not any(b.any() for b in (*kept._kept.values(), *kept._apart.values()))
-    assert all(p.grad is None for p in model.parameters())
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            {"schedule": "shared_forward", "balance_in_backward": True},
-            "balance_in_backward: expected False with schedule='shared_forward', got True",
-        ),
-        (
-            {"schedule": "in_backward", "keep_gradients": True},
-            "keep_gradients: expected False with schedule='in_backward', got True",
-        ),
-        ({"balance_in_backward": 1}, "balance_in_backward: expected True or False, got 1"),
-        ({"keep_gradients": "yes"}, "keep_gradients: expected True or False, got 'yes'"),
-    ],
-)
-def test_options_that_do_not_go_together(options, message, make_model):
-    with pytest.raises(ValueError, match=f"^{message}$"):
-        BLDOptimizer(make_model((2,)), **options)
+@pytest.mark.parametrize("name", ["balance_in_backward", "keep_gradients"])
+def test_an_option_that_is_no_more_names_what_replaced_it(name, make_model):
+    with pytest.raises(TypeError, match=f"^{name}: BLDOptimizer has no such option any more; .*="):
+        BLDOptimizer(make_model((2,)), **{name: True})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'lambda_'"):
+        BLDOptimizer(make_model((2,)), lambda_=1)

@@ -25,7 +25,7 @@ from benchmarks.paper.__main__ import main, make_parser, make_settings, parse_se
 from benchmarks.paper.checkpoint import Checkpoint, CheckpointError
 from benchmarks.paper.estimate import Estimator
 from benchmarks.paper.experiment import batch_statistics, conditions, evaluate, run
-from benchmarks.paper.job import devices_of
+from benchmarks.paper.job import devices_of, use_device
 from benchmarks.paper.methods import METHODS, PRESETS, Settings
 from benchmarks.paper.networks import NETWORKS, make_model
 from benchmarks.paper.streams import load_dataset, make_stream
@@ -514,6 +514,16 @@ def test_cuda_is_every_gpu_there_is(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     assert devices_of("cuda") == ["cuda:0", "cuda:1", "cuda:2"]
     assert devices_of("cuda:1") == ["cuda:1"] and devices_of("cpu") == ["cpu"]
+
+
+def test_a_worker_makes_its_gpu_the_current_one(monkeypatch):
+    """Counters are there once CUDA is initialised, and graphs are recorded on the current GPU."""
+    calls = []
+    monkeypatch.setattr(torch.cuda, "init", lambda: calls.append("init"))
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    for device in ("cpu", "cuda:1"):
+        use_device(device)
+    assert calls == ["init", "cuda:1"]
 
 
 def test_every_run_is_in_the_results_before_it_is_told(tiny_mnist, tmp_path, monkeypatch):

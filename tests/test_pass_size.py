@@ -64,7 +64,7 @@ def test_auto_stays_below_the_budget_and_uses_it(make_model, make_batch):
 
         twin = copy.deepcopy(model)
         optimizer = optimizer_of(twin, views=views, views_per_pass=views, joint_steps=0)
-        optimizer._looked_for_mixing = True
+        optimizer._pass_size.looked_for_mixing = True
         with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
             optimizer.step(*batch)
         return sum(saved.values())
@@ -389,7 +389,7 @@ def test_looking_for_mixing_leaves_no_trace(make_model, make_batch):
     for look in (True, False):
         model = make_model(heads=(2, 2), dropout=0.2)
         optimizer = optimizer_of(model, views_per_pass=4)
-        optimizer._looked_for_mixing = not look
+        optimizer._pass_size.looked_for_mixing = not look
         optimizer.step(*make_batch(2))
         states.append(state(model))
     assert_same_bits(*states)

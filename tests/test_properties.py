@@ -254,7 +254,7 @@ def test_views_per_pass_is_as_exact_in_float32_as_one_view_a_pass(
         for count in errors:
             errors[count].append((learn(seed, count, torch.float32) - exact).norm() / moved)
     one, four = (torch.stack(errors[count]) for count in (1, 4))
-    assert four.max() < 0.01
+    assert four.median() < 1e-3  # how far single weights fall depends on the processor
     assert four.square().mean().sqrt() <= 3 * one.square().mean().sqrt()
 
 

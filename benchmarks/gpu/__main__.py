@@ -7,13 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from benchmarks import provenance
 from benchmarks.gpu.folder import Folder, FolderError, tail
 from benchmarks.gpu.parts import PARTS, PYTHON, Command, Part, Place, environment
 from benchmarks.gpu.process import run
-from benchmarks.paper.checkpoint import CheckpointError
+from benchmarks.paper.checkpoint import CheckpointError, one_line
+from benchmarks.provenance import ROOT
 
 EXAMPLES = """\
 examples:
@@ -26,9 +28,9 @@ examples:
   OUT=folder bash benchmarks/gpu.sh
       what that call left undone
   OUT=folder bash benchmarks/gpu.sh distillation joint
-      these parts, again or for the first time
+      these parts alone; rows that are there are kept
 """
-RESERVE = 15  # seconds of --minutes that are kept for the index
+RESERVE = 45  # seconds of --minutes that are kept for the start, a part's end and the index
 NO_CARD = "no GPU: torch.cuda.is_available() is False"
 MACHINE = """
 import json, platform, torch, triton
@@ -42,6 +44,7 @@ print(json.dumps({
     "python": platform.python_version(), "processor": platform.machine(),
 }))
 """
+DRIVER = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -57,7 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--rehearse", action="store_true", help="on the CPU, everything at its smallest size")
     add("--minutes", type=float, help="for the whole call; a part that is cut is gone on with")
     add("--out", type=Path, help="folder for what is measured (default: $OUT, or runs/gpu)")
-    add("--data", type=Path, default=Path("data"), help="folder of the datasets (default: data)")
+    add("--data", type=Path, help="folder of the datasets (default: data)")
     add("--scratch", type=Path, help="folder of the tables' runs (default: runs/gpu-scratch/...)")
     return parser
 
@@ -73,7 +76,11 @@ def plan(place: Place) -> str:
         f"  table2  in {place.data}: the four files of MNIST in MNIST/raw (11.6 MB), or mnist.npz",
         f"  table3  in {place.data}: cifar10.npz (185 MB), or cifar-10-python.tar.gz (170 MB), or",
         "          cifar10/ with 50 sheets of training images, the test images, labels and their",
-        "          unpack.py (87 MB)",
+        "          unpack.py (87 MB; in two calls where that is too much for one, since the part",
+        "          is left out until all 54 files are there)",
+        "",
+        f"Left in {place.out}: state.json, log.txt, rows.jsonl, records.jsonl, trace.json.gz,",
+        "index.md, and checkpoints.tar, which has 43 MB for each run of a table that was cut.",
         f"  scratch {place.scratch}: 50 MB",
     ]
     for part in PARTS.values():
@@ -82,13 +89,18 @@ def plan(place: Place) -> str:
     return "\n".join(lines)
 
 
-def machine() -> dict:
-    done = subprocess.run([PYTHON, "-c", MACHINE], capture_output=True, text=True)
+def machine(place: Place) -> dict:
+    env = environment(place, Command("machine", ()))
+    done = subprocess.run([PYTHON, "-c", MACHINE], capture_output=True, text=True, env=env)
     if done.returncode:
-        raise FolderError(
-            f"this Python cannot import torch and triton: {tail(done.stderr.encode())}"
-        )
-    return json.loads(done.stdout)
+        said = tail(done.stderr.encode())
+        raise FolderError(f"this Python cannot import torch and triton: {said}")
+    found = json.loads(done.stdout)
+    if found["card"]:
+        with suppress(OSError):
+            said = subprocess.run(DRIVER, capture_output=True, text=True).stdout.split()
+            found["driver"] = said[0] if said else None
+    return found
 
 
 class Session:
@@ -99,15 +111,22 @@ class Session:
         self.end = time.monotonic() + 60 * minutes if minutes else float("inf")
 
     def run(self) -> bool:
-        """All parts, or those that were named; returns whether each is done."""
+        """All parts, or those that were named; returns whether each is done.
+
+        What was cut by an earlier call comes after what no call has begun.
+        """
         chosen = [part for part in PARTS.values() if not self.named or part.name in self.named]
-        for part in chosen:
+        was_cut = {p.name: self.state(p)["status"] == "cut" and not p.vital for p in chosen}
+        for part in sorted(chosen, key=lambda part: was_cut[part.name]):
             if part.name == "index":
                 continue
             self.run_part(part)
+            if part.vital and self.state(part)["status"] != "done":
+                print(f"without {part.name} nothing that follows is worth measuring", flush=True)
+                break
         self.run_part(PARTS["index"])
-        open_parts = {p.name: self.state(p)["status"] for p in chosen}
-        left = [f"{name}: {status}" for name, status in open_parts.items() if status != "done"]
+        left = [f"{p.name}: {self.state(p)['status']}" for p in chosen]
+        left = [line for line in left if not line.endswith(": done")]
         print("\n".join(["", *left]) if left else "\nall done", flush=True)
         return not left
 
@@ -117,20 +136,22 @@ class Session:
 
     def run_part(self, part: Part) -> None:
         state, last = self.state(part), part.name == "index"
-        if state["status"] == "done" and not last and part.name not in self.named:
+        named = part.name in self.named
+        if state["status"] == "done" and not last and not named:
             print(f"== {part.name}: done before", flush=True)
             return
         if missing := part.missing(self.place):
             state["status"] = f"left out, {missing}"
             return self.close(part)
-        if last or part.name in self.named:
-            state.update(seconds=0.0, commands={})
-        if not last and self.end - time.monotonic() < RESERVE + 5:
+        if not last and self.end - time.monotonic() < RESERVE:
             return self.close(part)
+        if last or named and state["status"] == "done":
+            state["commands"] = {}
+        state.update(status="cut", seconds=0.0)  # its minutes are those of a call
         outcomes = []
         for command in part.commands(self.place):
             outcomes.append(self.outcome(part, command))
-            if outcomes[-1] == "cut":
+            if outcomes[-1] == "cut" or command.needed and outcomes[-1] != "done":
                 break
         state["status"] = next((o for o in ("failed", "cut") if o in outcomes), "done")
         self.close(part)
@@ -154,8 +175,9 @@ class Session:
         if limit <= 0:
             return "cut"
         print(f"== {part.name}: {command.name}", flush=True)
-        self.folder.log.write(f"== {part.name}: {' '.join(command.argv)}\n".encode())
-        self.folder.log.flush()
+        with suppress(OSError):
+            self.folder.log.write(f"== {part.name}: {' '.join(command.argv)}\n".encode())
+            self.folder.log.flush()
         env = environment(self.place, command)
         if part.name == "build" and not self.place.rehearsal:
             env["TORCH_CUDA_ARCH_LIST"] = self.folder.state["machine"]["capability"]
@@ -187,36 +209,43 @@ class Session:
             print(f"== {part.name}: {status}", flush=True)
 
 
+def make_place(args: argparse.Namespace, commit: str) -> Place:
+    """Paths that are given are those of the caller's folder, the usual ones the repository's."""
+    here = Path(os.environ.get("BLD_CALLED_FROM", os.curdir)).absolute()
+    kind = "-rehearsal" if args.rehearse else ""
+    given = args.out or os.environ.get("OUT")
+    out = here / given if given else ROOT / f"runs/gpu{kind}"
+    scratch = here / args.scratch if args.scratch else ROOT / f"runs/gpu-scratch/{commit}{kind}"
+    data = here / args.data if args.data else ROOT / "data"
+    return Place(out, scratch, data, args.rehearse)
+
+
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
-    usual = Path("runs/gpu-rehearsal" if args.rehearse else "runs/gpu")
-    out = args.out or Path(os.environ.get("OUT") or usual)
     commit = provenance.commit()
-    scratch = Path("runs/gpu-scratch") / (f"{commit}-rehearsal" if args.rehearse else commit)
-    place = Place(
-        out.absolute(), (args.scratch or scratch).absolute(), args.data.absolute(), args.rehearse
-    )
+    place = make_place(args, commit)
     try:
         if unknown := [name for name in args.parts if name not in PARTS]:
-            raise FolderError(
-                f"part: no part is named {unknown[0]!r}; there are {', '.join(PARTS)}"
-            )
-        if args.minutes is not None and not args.minutes > 0:
-            raise FolderError(f"--minutes: expected a number above 0, got {args.minutes:g}")
+            known = ", ".join(PARTS)
+            raise FolderError(f"part: no part is named {unknown[0]!r}; there are {known}")
+        if args.minutes is not None and not 60 * args.minutes > RESERVE:
+            least = f"above {RESERVE / 60:g}, which the start and the index take"
+            raise FolderError(f"--minutes: expected a number {least}, got {args.minutes:g}")
         if args.plan:
             print(plan(place))
             return 0
-        found = machine()
+        found = machine(place)
         if not args.rehearse and not found["card"]:
             raise FolderError(f"{NO_CARD}. On a machine without one, --rehearse runs every part")
         for name in args.parts:
             if missing := PARTS[name].missing(place):
                 raise FolderError(f"{name} needs {missing}")
         folder = Folder(place, commit, found)
-        print(f"{found['card'] or 'rehearsal'}, torch {found['torch']}, commit {commit}: {out}")
+        card = found["card"] or "rehearsal"
+        print(f"{card}, torch {found['torch']}, commit {commit}: {place.out}", flush=True)
         return 0 if Session(place, folder, args.parts, args.minutes).run() else 1
-    except (FolderError, CheckpointError) as error:
-        print(f"gpu.sh: {error}", file=sys.stderr)
+    except (FolderError, CheckpointError, OSError) as error:
+        print(f"gpu.sh: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)

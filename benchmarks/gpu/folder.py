@@ -12,32 +12,52 @@ index.md           all figures beside what was predicted
 import fcntl
 import io
 import json
+import shutil
+import sys
 import tarfile
+import time
+from pathlib import Path
 
 from benchmarks import rows
 from benchmarks.gpu.parts import Place
-from benchmarks.paper.checkpoint import one_line, write_whole
+from benchmarks.paper.checkpoint import CheckpointError, one_line, write_whole
 
 
 class FolderError(Exception):
     """A folder that a session cannot work in; the message says what to do."""
 
 
+SAME = ("card", "torch", "cuda", "triton")  # of a machine, for figures to stand together
+KEPT = ("state.json", "rows.jsonl", "records.jsonl")
+
+
 class Folder:
-    """`place.out` of one commit, held by one session at a time."""
+    """`place.out` of one commit on one card, held by one session at a time.
+
+    What the tables' runs write into `place.scratch`, a folder of many files, is packed into two
+    here; and what would be missed most lies there too, for a machine whose `out` is emptied between
+    two calls.
+    """
 
     def __init__(self, place: Place, commit: str, machine: dict):
-        self.place, self.out = place, place.out
-        self.state_file = self.out / "state.json"
+        self.place, self.out, self.kept = place, place.out, place.scratch / "kept"
+        fresh = {
+            "commit": commit,
+            "rehearsal": place.rehearsal,
+            "machine": machine,
+            "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "parts": {},
+        }
+        for name, folder in (("--scratch", place.scratch), ("OUT", self.out)):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise self._unwritable(name, folder, error) from error
+        self._require_own_files()
         try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            place.scratch.mkdir(parents=True, exist_ok=True)
             self.log = (self.out / "log.txt").open("ab")
         except OSError as error:
-            raise FolderError(
-                f"OUT: {self.out} cannot be written ({one_line(error)}); name another folder in "
-                "OUT or --out"
-            ) from error
+            raise self._unwritable("OUT", self.out, error) from error
         try:
             fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -45,56 +65,95 @@ class Folder:
                 f"OUT: another session is writing to {self.out}; wait for it, or name another "
                 "folder in OUT or --out"
             ) from None
-        self.state = self._known(commit, machine)
-        rows.mend(self.out / "rows.jsonl")
-        rows.mend(self.out / "records.jsonl")
+        if not (self.out / "state.json").exists():
+            self._begin()
+        self.state = self._known(fresh)
+        for name in KEPT[1:]:
+            rows.mend(self.out / name)
         self._packed = {entry["file"] for entry in self._records()}
         self._unpack()
 
-    def _known(self, commit: str, machine: dict) -> dict:
-        fresh = {
-            "commit": commit,
-            "rehearsal": self.place.rehearsal,
-            "machine": machine,
-            "parts": {},
-        }
-        if not self.state_file.exists():
-            foreign = [f.name for f in self.out.iterdir() if f.name != "log.txt"]
-            if foreign or (self.out / "log.txt").stat().st_size:
-                raise FolderError(
-                    f"OUT: {self.out} holds files of something else ({', '.join(foreign[:3])}); "
-                    "name an empty folder in OUT or --out"
-                )
+    @staticmethod
+    def _unwritable(name: str, folder: Path, error: OSError) -> FolderError:
+        return FolderError(
+            f"{name}: {folder} cannot be written ({one_line(error)}); name another folder"
+        )
+
+    def _require_own_files(self) -> None:
+        if (self.out / "state.json").exists():
+            return
+        foreign = [f.name for f in self.out.iterdir() if f.name != "log.txt" or f.stat().st_size]
+        if foreign:
+            raise FolderError(
+                f"OUT: {self.out} holds files of something else ({', '.join(foreign[:3])}); "
+                "name an empty folder in OUT or --out"
+            )
+
+    def _begin(self) -> None:
+        """Of an empty folder: what an earlier call kept; a rehearsal starts anew."""
+        if self.place.rehearsal:
+            for old in (*self.place.scratch.glob("table*"), self.kept):
+                shutil.rmtree(old, ignore_errors=True)
+        elif self.kept.exists():
+            for name in KEPT:
+                if (self.kept / name).exists():
+                    write_whole(self.out / name, (self.kept / name).read_bytes())
+            print(f"{self.out} is empty; going on from {self.kept}", flush=True)
+
+    def _known(self, fresh: dict) -> dict:
+        file = self.out / "state.json"
+        if not file.exists():
             return fresh
         try:
-            state = json.loads(self.state_file.read_text())
+            state = json.loads(file.read_text())
             before = {name: state[name] for name in fresh}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            cards = {name: (before["machine"].get(name), fresh["machine"].get(name))
+                     for name in SAME}  # fmt: skip
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise FolderError(
-                f"OUT: {self.state_file} is not a session's ({one_line(error)}); name another "
-                "folder in OUT or --out"
+                f"OUT: {file} is not a session's ({one_line(error)}); name another folder in OUT "
+                "or --out"
             ) from error
-        for what in ("commit", "rehearsal"):
-            if before[what] != fresh[what]:
+        pairs = {name: (before[name], fresh[name]) for name in ("commit", "rehearsal")} | cards
+        for what, (then, now) in pairs.items():
+            if then != now:
                 raise FolderError(
-                    f"OUT: {self.out} holds results of {what} {before[what]}, and this is "
-                    f"{fresh[what]}; name another folder in OUT or --out. Nothing was overwritten"
+                    f"OUT: {self.out} holds results of {what} {then}, and this is {now}; name "
+                    "another folder in OUT or --out. Nothing was overwritten"
                 )
         return before
 
     def save(self) -> None:
-        write_whole(self.state_file, f"{json.dumps(self.state, indent=1)}\n".encode())
-
-    # ---- runs of the tables: a folder of many files there, two files here ----
+        write_whole(self.out / "state.json", f"{json.dumps(self.state, indent=1)}\n".encode())
 
     def pack(self) -> None:
-        """Take in what the tables' runs have written since; costs nothing where that is nothing."""
+        """Take in what was written since; costs nothing where that is nothing.
+
+        A full disk is noted and not raised: the runs go on where they are.
+        """
+        try:
+            self._pack_records()
+            self._pack_checkpoints()
+            self.kept.mkdir(exist_ok=True)
+            for name in KEPT:
+                file, copy = self.out / name, self.kept / name
+                if file.exists() and not (
+                    copy.exists() and copy.stat().st_mtime_ns > file.stat().st_mtime_ns
+                ):
+                    write_whole(copy, file.read_bytes())
+        except (OSError, CheckpointError) as error:
+            print(f"not packed: {one_line(error)}", file=sys.stderr, flush=True)
+
+    def _pack_records(self) -> None:
         for file in sorted(self.place.scratch.glob("table*/*/runs/*.json")):
             name = str(file.relative_to(self.place.scratch))
             if name not in self._packed:
-                found = json.loads(file.read_text())
-                rows.append(self.out / "records.jsonl", {"file": name, **found})
+                found = {"file": name, "commit": self.state["commit"]}
+                found["card"] = self.state["machine"]["card"]
+                rows.append(self.out / "records.jsonl", found | json.loads(file.read_text()))
                 self._packed.add(name)
+
+    def _pack_checkpoints(self) -> None:
         tar = self.out / "checkpoints.tar"
         cut = sorted(self.place.scratch.glob("table*/*/runs/*.pt"))
         if not cut:
@@ -114,7 +173,12 @@ class Folder:
 
     def _records(self) -> list[dict]:
         file = self.out / "records.jsonl"
-        return rows.read(file) if file.exists() else []
+        try:
+            return rows.read(file) if file.exists() else []
+        except ValueError as error:
+            raise FolderError(
+                f"OUT: {file} is damaged ({one_line(error)}); name another folder in OUT or --out"
+            ) from error
 
     def _unpack(self) -> None:
         """Where the scratch folder is gone, go on from what was packed."""
@@ -122,17 +186,21 @@ class Folder:
             file = self.place.scratch / entry["file"]
             if not file.exists():
                 file.parent.mkdir(parents=True, exist_ok=True)
-                text = json.dumps({key: value for key, value in entry.items() if key != "file"})
+                own = ("file", "commit", "card")
+                text = json.dumps({key: value for key, value in entry.items() if key not in own})
                 write_whole(file, f"{text}\n".encode())
         tar = self.out / "checkpoints.tar"
         if not tar.exists():
             return
-        with tarfile.open(tar) as archive:
-            for member in archive.getmembers():
-                file = self.place.scratch / member.name
-                done = file.with_suffix(".json").exists()
-                if member.isfile() and not file.exists() and not done:
-                    archive.extract(member, self.place.scratch, filter="data")
+        try:
+            with tarfile.open(tar) as archive:
+                for member in archive.getmembers():
+                    file = self.place.scratch / member.name
+                    done = file.with_suffix(".json").exists()
+                    if member.isfile() and not file.exists() and not done:
+                        archive.extract(member, self.place.scratch, filter="data")
+        except (tarfile.TarError, EOFError) as error:
+            print(f"{tar} is damaged ({one_line(error)}): the runs in it begin anew", flush=True)
 
 
 def tail(data: bytes) -> str:

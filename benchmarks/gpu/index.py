@@ -17,7 +17,6 @@ from benchmarks.paper.checkpoint import write_whole
 from benchmarks.provenance import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
-KEPT = ("rows.jsonl", "records.jsonl", "sessions.jsonl")
 
 
 def sessions(folder: Path) -> list[dict]:
@@ -31,26 +30,35 @@ def lines_of(folder: Path, name: str) -> list[dict]:
     return rows.read(folder / name) if (folder / name).exists() else []
 
 
+def streams(records: list[dict]) -> dict[tuple[str, str], list[dict]]:
+    """{(name, commit): its records, of each method and seed the last}.
+
+    The name of "table2/mnist-5/runs/bld-0.json" is "mnist-5"; that of a table without graphs says
+    so.
+    """
+    found: dict[tuple[str, str], dict] = {}
+    for entry in records:
+        table_, stream, *_ = Path(entry["file"]).parts
+        name = f"{stream} without graphs" if table_.endswith("without-graphs") else stream
+        record = entry["record"]
+        own = found.setdefault((name, entry["commit"]), {})
+        own[record["method"], record["seed"]] = record
+    return {key: list(own.values()) for key, own in found.items()}
+
+
 def figures(measured: list[dict], records: list[dict]) -> dict[str, tuple[float, str]]:
-    """Value and commit by name: "step, resnet18 / ours, ms", "mnist-5 / bld, s"."""
+    """Value and commit by name: "step, resnet18 / ours, ms", "mnist-5 / bld, s a run"."""
     found = {}
     for row in measured:
         if us := row["extra_info"].get("us"):
             unit, scale = ("ms", 1e-3) if "views_per_s" in row["extra_info"] else ("µs", 1)
-            name = f"{row['group']} / {row['params']['name']}, {unit}"
-            found[name] = us * scale, row["commit"]
-    for stream, method in dict.fromkeys((_stream(e), e["record"]["method"]) for e in records):
-        own = [
-            e["record"] for e in records if (_stream(e), e["record"]["method"]) == (stream, method)
-        ]
-        for name, unit in (("seconds", "s a run"), ("step_ms", "ms a step")):
-            found[f"{stream} / {method}, {unit}"] = median(r[name] for r in own), ""
+            found[f"{row['group']} / {row['params']['name']}, {unit}"] = us * scale, row["commit"]
+    for (stream, commit), own in streams(records).items():
+        for method in dict.fromkeys(r["method"] for r in own):
+            for name, unit in (("seconds", "s a run"), ("step_ms", "ms a step")):
+                values = [r[name] for r in own if r["method"] == method]
+                found[f"{stream} / {method}, {unit}"] = median(values), commit
     return found
-
-
-def _stream(entry: dict) -> str:
-    """ "mnist-5" of "table2/mnist-5/runs/bld-0.json"."""
-    return Path(entry["file"]).parts[1]
 
 
 def predictions(found: dict[str, tuple[float, str]]) -> list[list[str]]:
@@ -58,13 +66,13 @@ def predictions(found: dict[str, tuple[float, str]]) -> list[list[str]]:
     body = []
     for p in known:
         low, high = p["low"], p["high"]
-        cells = [p["figure"], f"{low:g} to {high:g}", "not measured", "", p["from"]]
+        cells = [p["figure"], f"{low:g} to {high:g}", "not measured", "", "", p["from"]]
         if p["figure"] in found:
-            value, _ = found[p["figure"]]
-            cells[2:4] = [f"{value:.3g}", f"{value / (low * high) ** 0.5:.2f}"]
+            value, commit = found[p["figure"]]
+            cells[2:5] = [f"{value:.3g}", f"{value / (low * high) ** 0.5:.2f}", commit]
         body.append(cells)
-    heads = ["figure", "predicted", "measured", "measured / middle of it", "predicted from"]
-    return [heads, ["---", "---:", "---:", "---:", "---"], *body]
+    heads = ["figure", "predicted", "measured", "measured / middle", "commit", "predicted from"]
+    return [heads, ["---", "---:", "---:", "---:", "---", "---"], *body]
 
 
 def commands(found: list[dict]) -> list[list[str]]:
@@ -96,7 +104,8 @@ def machines(found: list[dict]) -> list[str]:
 def index(folder: Path) -> str:
     found, measured = sessions(folder), lines_of(folder, "rows.jsonl")
     records = lines_of(folder, "records.jsonl")
-    title = next((s["machine"].get("card") for s in found if s["machine"].get("card")), None)
+    real = [s for s in found if not s["rehearsal"]]
+    title = next((s["machine"].get("card") for s in real if s["machine"].get("card")), None)
     text = [
         f"# {title or 'A rehearsal: no figure here is one of a GPU'}",
         "",
@@ -109,10 +118,9 @@ def index(folder: Path) -> str:
         "",
         report.markdown(predictions(figures(measured, records))),
     ]
-    for stream in dict.fromkeys(_stream(entry) for entry in records):
-        dataset, _, tasks = stream.rpartition("-")
-        own = [entry["record"] for entry in records if _stream(entry) == stream]
-        text += ["", f"## {dataset}, {tasks} tasks; in brackets the paper's", ""]
+    for (stream, commit), own in streams(records).items():
+        dataset, tasks = stream.split()[0].rsplit("-", 1)
+        text += ["", f"## {stream}, commit {commit}; in brackets the paper's", ""]
         text += [tables.table(own, dataset, int(tasks)), "", tables.differences(own), ""]
         beside = {r["method"]: tables.printed(dataset, int(tasks), r["method"]) for r in own}
         text += [f"- {report.run_line(r, beside[r['method']])}" for r in own]
@@ -130,24 +138,29 @@ def index(folder: Path) -> str:
 
 
 def card_name(machine: dict) -> str:
-    """ "h100" of "NVIDIA H100 80GB HBM3"."""
-    words = re.findall(r"[A-Za-z]+\d+\w*", machine["card"] or "")
-    return words[0].lower() if words else "gpu"
+    """ "h100" of "NVIDIA H100 80GB HBM3", "rtx-4090" of "NVIDIA GeForce RTX 4090"."""
+    words = re.findall(r"(?:RTX |GTX )?\b[A-Z]*\d+\w*|PCIe|NVL", machine["card"] or "")
+    words = [w for w in words if not w.endswith("GB") and not w.startswith(("SXM", "HBM"))]
+    return "-".join(" ".join(words).lower().split()) or "gpu"
 
 
 def add(folder: Path) -> Path:
     """Take a session in; rows and runs that are there already are not taken twice."""
-    (state,) = sessions(folder)
+    if not (folder / "state.json").exists():
+        raise ValueError(f"{folder} holds no session: there is no state.json")
+    state = json.loads((folder / "state.json").read_text())
     if state["rehearsal"]:
         raise ValueError(f"{folder} is a rehearsal, none of whose figures is one of a GPU")
     into = RESULTS / card_name(state["machine"])
     into.mkdir(parents=True, exist_ok=True)
-    new = {name: lines_of(folder, name) for name in KEPT[:2]} | {"sessions.jsonl": [state]}
-    for name, entries in new.items():
+    for name in ("rows.jsonl", "records.jsonl"):
         known = lines_of(into, name)
-        for entry in entries:
+        for entry in lines_of(folder, name):
             if entry not in known:
                 rows.append(into / name, entry)
+    others = [s for s in sessions(into) if s.get("started") != state["started"]]
+    text = "".join(f"{json.dumps(session)}\n" for session in [*others, state])
+    write_whole(into / "sessions.jsonl", text.encode())
     return into
 
 

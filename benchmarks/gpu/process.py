@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from benchmarks.provenance import ROOT
@@ -36,7 +37,7 @@ def run(
     start = time.monotonic()
     child = subprocess.Popen(
         argv, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_end_with_parent,
+        stderr=subprocess.STDOUT, process_group=0, preexec_fn=_end_with_parent,
     )  # fmt: skip
     seen = bytearray()
     reader = threading.Thread(target=_copy, args=(child.stdout, log, seen), daemon=True)
@@ -97,7 +98,8 @@ def _copy(source, log, seen: bytearray) -> None:
 
 def _note(line: bytes, log, seen: bytearray) -> None:
     text = line.rstrip(b"\r").rpartition(b"\r")[2] + b"\n"
-    log.write(text)
-    log.flush()
+    with suppress(OSError):  # on a full disk the command goes on all the same
+        log.write(text)
+        log.flush()
     seen += text
     del seen[:-4000]

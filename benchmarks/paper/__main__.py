@@ -20,7 +20,7 @@ import bld_ext
 from benchmarks.paper import report, tables
 from benchmarks.paper.checkpoint import CheckpointError, one_line, write_whole
 from benchmarks.paper.estimate import Estimator
-from benchmarks.paper.job import devices_of, locked, preflight, run_all
+from benchmarks.paper.job import devices_of, locked, preflight, run_all, use_device
 from benchmarks.paper.methods import (
     CPU,
     CPU_IMAGES,
@@ -51,7 +51,7 @@ examples:
   python -m benchmarks.paper --dataset mine.npz --tasks 3 --network resnet18-cifar
       your own images: x_train, y_train, x_test, y_test
 """
-DRY_RUN_SECONDS = 40  # of measuring, all streams together
+DRY_RUN_SECONDS = 32  # of measuring, all streams together
 NO_MEMORY = (torch.OutOfMemoryError, MemoryError)
 VARIED = {
     "temperature": [1, 2, 4],
@@ -298,6 +298,7 @@ def leave_out_missing(work: Work, do: Callable[[Stream], None]) -> None:
 def dry_run(work: Work) -> None:
     """Only what it would take."""
     args, spent = work.args, time.perf_counter() - work.start
+    use_device(work.devices[0])
     settings = [stream.settings for stream in work.streams]
     limit = DRY_RUN_SECONDS - spent
     measuring = Estimator(work.devices[0], args.threads, limit, work.methods, settings)

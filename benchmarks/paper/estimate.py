@@ -103,14 +103,16 @@ def try_out(
     for task in stream[:-1]:
         learner.model.add_head(len(task.classes))
     sample = replace(last, x_train=last.x_train[:SAMPLE], y_train=last.y_train[:SAMPLE])
+    synchronize(device)
     start = time.perf_counter()
     learner.begin(sample)
+    synchronize(device)
     begin = (time.perf_counter() - start) / len(sample.x_train)
     learner.model.add_head(len(last.classes))
     wanted, timed = learner.options(settings)["views"], 1
     seconds = _step_seconds(learner, sample, last, device)
     # a batch is learned twice; what is new to the machine takes longer at first
-    fit = int((deadline - time.perf_counter() - seconds) / (1.2 * seconds))
+    fit = int((deadline - time.perf_counter() - seconds) / (1.6 * seconds))
     if wanted > 1 and fit > 1:
         learner.optimizer.views = timed = min(wanted, fit)
         slower = _step_seconds(learner, sample, last, device)

@@ -49,6 +49,7 @@ def run(
     """
     stream = make_stream(dataset, settings.tasks, seed, settings.limit)
     if device.startswith("cuda"):
+        torch.zeros(1, device=device)  # there are no statistics before
         torch.cuda.reset_peak_memory_stats(device)
     torch.manual_seed(seed)
     learner = make_learner(method, settings, seed, device)

@@ -33,7 +33,16 @@ def _end_with_parent() -> None:
 def _start_worker(dataset: str, root: str, devices, threads: int, ticks) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    _worker.update(dataset=load_dataset(dataset, root), device=devices.get(), ticks=ticks)
+    device = devices.get()
+    use_device(device)
+    _worker.update(dataset=load_dataset(dataset, root), device=device, ticks=ticks)
+
+
+def use_device(device: str) -> None:
+    """Graphs are recorded on the current device, and counters are there once it is initialised."""
+    if device.startswith("cuda"):
+        torch.cuda.init()
+        torch.cuda.set_device(device)
 
 
 def devices_of(device: str) -> list[str]:

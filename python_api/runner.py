@@ -1,0 +1,243 @@
+"""The stages of a step, put together with what surrounds them.
+
+Each of these is a file of its own, and none knows another: exact arithmetic (`precision`),
+BatchNorm's policy (`batch_norm`), views and random numbers (`views`), the memory format, the size
+of a pass, running out of memory, recording as a CUDA graph (`capture`).
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bld_ext.api import algorithm, checks
+from bld_ext.api.batch_norm import ViewBatchNorm, view_statistics
+from bld_ext.api.capture import Recorder, key_of
+from bld_ext.api.convert import convert_view_batchnorm
+from bld_ext.api.layers import Layers
+from bld_ext.api.memory import tensor_bytes
+from bld_ext.api.memory_format import MemoryFormat
+from bld_ext.api.model_optimizer import ModelOptimizer
+from bld_ext.api.out_of_memory import too_much, within_memory
+from bld_ext.api.pass_size import PassSize
+from bld_ext.api.precision import exact_float32
+from bld_ext.api.report import Batch, StepReport
+from bld_ext.api.schedules import SCHEDULES
+from bld_ext.api.stage import Stage
+from bld_ext.api.views import Views
+
+# when BatchNorm's running statistics move, in the warm-up and in the joint stage
+STATISTICS = {"once": ("pool", "keep"), "every_pass": ("every_pass", "every_pass")}
+
+
+class StepRunner(ModelOptimizer):
+    """Runs stages with the settings that BLDOptimizer holds."""
+
+    last: StepReport | None
+    _batch: Batch | None  # what the warm-up left for the joint repetitions
+    _format: MemoryFormat
+    _pass_size: PassSize
+    _recorder: Recorder
+    _warned_of_state: bool
+
+    def release(self) -> None:
+        """Drop the bank, the norms and the gradients, as before the next batch arrives."""
+        self._batch = None
+        for param in self._parameters():
+            param.grad = None
+
+    # ---- the stages of a step ----
+
+    def _step(self, images: Tensor, labels: Tensor, sizes: list[int]) -> Tensor:
+        try:
+            warm_up = partial(self._warm_up, images, labels, sizes)
+            loss = self._format.run(self.model, warm_up)
+            for _ in range(self.joint_steps):
+                self._joint(images, labels, sizes)
+        finally:
+            self.release()
+        return loss
+
+    def _captured_step(self, images: Tensor, labels: Tensor, sizes: list[int]) -> Tensor:
+        self._follow_model()
+        number = self.batches
+        rates = [group["lr"] for group in self.param_groups]
+
+        def step(images: Tensor, labels: Tensor) -> tuple[Tensor, StepReport]:
+            loss = self._step(images, labels, sizes)
+            return loss, self.last
+
+        try:
+            loss, self.last = self._recorder.run(
+                key_of(self, images, labels, sizes), images, labels, rates,
+                (self.balance or 0.0, self.seed, number), step,
+            )  # fmt: skip
+        except BaseException:
+            self.batches = number
+            raise
+        self.batches = number + 1
+        return loss.clone()
+
+    def _warm_up(self, images: Tensor, labels: Tensor, sizes: list[int]) -> Tensor:
+        self._follow_model()
+        self.release()
+        layers = Layers.of(self.model, self._parameters(), self.layer)
+        report = StepReport(layers.names)
+        views = self._views(images, labels, sizes, self.batches)
+        stage = self._stage_of("warm-up", self.warmup_ratio, views, layers, report)
+        with self._stage(STATISTICS[self.statistics][0]):
+            loss, bank, norms = algorithm.warm_up(stage, SCHEDULES[self.schedule])
+        report.warm_up_loss, report.reference_norms = loss, norms
+        report.memory["bank"] = tensor_bytes([bank])
+        report.memory["layer_norms"] = tensor_bytes([norms]) if self.balance else 0
+        self._batch = Batch(bank, layers, norms, self.batches, tuple(images.shape))
+        self.last = report
+        self.batches += 1
+        return loss
+
+    def _joint(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        sizes: list[int],
+        bank: Tensor | None = None,
+        losses: Sequence[str] = algorithm.LOSSES,
+    ) -> Tensor:
+        if bank is not None:
+            dtype = next(self.model.parameters()).dtype
+            checks.bank(bank, labels, self.views, sum(sizes[:-1]), dtype)
+            self._replace_bank(images, bank)
+        batch, distils = self._batch, len(sizes) > 1 and self.balance != 0
+        if not distils:
+            losses = tuple(name for name in losses if name != "distillation")
+        self._require_same_batch(images, sizes, "distillation" in losses)
+        if not losses:
+            return batch.reference_norms.new_zeros(())
+        for param in batch.layers.index:
+            param.grad = None
+        views = self._views(images, labels, sizes, batch.number)
+        stage = self._stage_of("joint", 1.0, views, batch.layers, self.last)
+        stage = replace(stage, bank=batch.bank, reference_norms=batch.reference_norms)
+        with self._stage(STATISTICS[self.statistics][1]):
+            loss = algorithm.joint(stage, SCHEDULES[self.schedule], losses)
+        if "new" in losses:
+            self.last.new_loss.append(loss)
+        return loss
+
+    def _replace_bank(self, images: Tensor, bank: Tensor) -> None:
+        """Distil from these predictions; where there was no warm-up, a batch begins."""
+        if self._batch is not None:
+            self._batch = replace(self._batch, bank=bank)
+        else:
+            self._follow_model()
+            layers = Layers.of(self.model, self._parameters(), self.layer)
+            norms = next(iter(layers.index)).new_zeros(len(layers.names))
+            params = [p for p in layers.index if p.requires_grad]
+            self.last = StepReport(layers.names, reference_norms=norms)
+            self.last.memory |= {"layer_norms": 0, "gradients": tensor_bytes(params)}
+            self._batch = Batch(bank, layers, norms, self.batches, tuple(images.shape))
+            self.batches += 1
+        self.last.memory["bank"] = tensor_bytes([bank])
+
+    def _require_same_batch(self, images: Tensor, sizes: list[int], distil: bool) -> None:
+        batch = self._batch
+        old_classes = sum(sizes[:-1]) if distil else batch.bank.shape[1]
+        if tuple(images.shape) != batch.shape or old_classes != batch.bank.shape[1]:
+            raise ValueError(
+                f"images: expected the batch of the last warm_up, shape {batch.shape} with "
+                f"{batch.bank.shape[1]} old classes, got {tuple(images.shape)} with {old_classes}; "
+                "call warm_up(images, labels) first"
+            )
+
+    # ---- what a stage is made of, and what surrounds it ----
+
+    def _stage_of(
+        self, name: str, ratio: float, views: Views, layers: Layers, report: StepReport
+    ) -> Stage:
+        scalars = self._recorder.scalars
+        rates = None if scalars is None else scalars.rates
+        on_device = scalars is not None and self.balance is not None
+
+        # none of these may know the stage: in a cycle it would keep the batch alive
+        def apply(params: Sequence[Tensor]) -> None:
+            self._update(params, ratio, rates)
+            self._warn_of_state()
+
+        def plain_rate() -> float | Tensor | None:
+            return self._plain_rate(rates or [group["lr"] for group in self.param_groups])
+
+        return Stage(
+            name, views, layers, self.temperature, scalars.balance if on_device else self.balance,
+            self.balance != 0, report, self.check_finite, apply, plain_rate,
+        )  # fmt: skip
+
+    def _views(self, images: Tensor, labels: Tensor, sizes: list[int], number: int) -> Views:
+        seed, scalars = self.seed, self._recorder.scalars
+        if scalars is not None:
+            seed, number = scalars.seed, scalars.number
+        return Views(
+            self.model, self._norms(), images, labels, sizes, number, self.views,
+            self._pass_size.number, self.augment, seed, self.precision,
+            self._format.channels_last(images.device),
+        )  # fmt: skip
+
+    def _norms(self) -> list[ViewBatchNorm]:
+        return [m for m in self.model.modules() if isinstance(m, ViewBatchNorm)]
+
+    @contextmanager
+    def _stage(self, statistics: str) -> Iterator[None]:
+        """Exact arithmetic and BatchNorm by policy; on an error the gradients are released."""
+        with torch.enable_grad(), exact_float32(), view_statistics(self._norms(), statistics):
+            try:
+                yield
+            except BaseException:
+                for param in self._parameters():
+                    param.grad = None
+                raise
+
+    def _choose_pass_size(self, images: Tensor, labels: Tensor, sizes: list[int]) -> None:
+        if self._pass_size.is_chosen(self._views(images, labels, sizes, self.batches)):
+            return
+
+        def choose() -> None:
+            with self._stage("keep"):
+                self._pass_size.choose(self._views(images, labels, sizes, self.batches))
+
+        self._within_memory(images, partial(self._format.run, self.model, choose))
+
+    def _within_memory(self, images: Tensor, run: Callable[[], Tensor | None]) -> Tensor | None:
+        def explain() -> torch.OutOfMemoryError:
+            views = self.views_in_pass
+            # both stages of a batch have the same passes
+            self._pass_size.halve(now=self._batch is None)
+            return too_much(views, len(images), self._pass_size.automatic)
+
+        return within_memory(run, explain)
+
+    def _warn_of_state(self) -> None:
+        if not self._warned_of_state and any(self.state.values()):
+            self._warned_of_state = True
+            warnings.warn(
+                f"BLDOptimizer: {type(self.base).__name__} keeps state, which carries memory from "
+                "batch to batch; in the paper nothing but the network does. Plain torch.optim.SGD "
+                "keeps none.",
+                stacklevel=4,
+            )
+
+    def _check(self, images: Tensor, labels: Tensor) -> list[int]:
+        """The head sizes, after every check that can be made before anything changes."""
+        convert_view_batchnorm(self.model)  # also what was added since the last step
+        device = next(self.model.parameters()).device
+        checks.batch(images, labels, device, takes_uint8=self.augment is not None)
+        sizes = checks.heads(self.model.head_sizes)
+        checks.dtypes(self.model)
+        checks.batch_norms(self.model, self.views_per_pass, self.statistics)
+        checks.trainable(self.model)
+        if device.type == "cpu" or self.check_finite:
+            checks.batch_values(images, labels, sizes[-1])
+        self._format.apply(self.model, self.state)
+        return sizes

@@ -1,0 +1,112 @@
+"""A batch in one stage of its step: what Algorithms 1 and 2 read, and what they can do to it."""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from bld_ext import ops
+from bld_ext.api import passes
+from bld_ext.api.layers import Layers
+from bld_ext.api.memory import tensor_bytes
+from bld_ext.api.report import StepReport
+from bld_ext.api.views import Views
+
+
+@dataclass
+class Stage:
+    """The warm-up, or one joint repetition."""
+
+    name: str  # in errors
+    views: Views
+    layers: Layers
+    temperature: float  # τ
+    balance: float | Tensor | None  # λ, on the device in a captured step; None: G_d as it is
+    distils: bool  # whether λ is not 0
+    report: StepReport
+    check_finite: bool
+    apply: Callable[[Sequence[Tensor]], None]  # θ - α G of some parameters; releases their G
+    plain_rate: Callable[[], float | Tensor | None]  # α, where the base is plain SGD
+    bank: Tensor | None = None  # [V·B, C_old, *]; None in the warm-up
+    reference_norms: Tensor | None = None  # ‖G_w‖, [L]
+
+    # ---- passes of all views: a loss, and its gradient added to .grad ----
+
+    def fill_bank(self, last: AbstractContextManager) -> tuple[Tensor, Tensor]:
+        """L_t and the bank; `last` is around the last backward pass."""
+        return passes.warm_up_pass(self.views, self.temperature, self.distils, last)
+
+    def learn(self, last: AbstractContextManager) -> Tensor:
+        """L_t."""
+        return passes.new_task_pass(self.views, self.temperature, last)
+
+    def distil(self, last: AbstractContextManager) -> Tensor:
+        """L_d against the bank."""
+        loss = passes.distillation_pass(self.views, self.bank, self.temperature, last)
+        self.note_distillation(loss)
+        return loss
+
+    # ---- what is done with gradients ----
+
+    @property
+    def params(self) -> Iterable[Tensor]:
+        return self.layers.index
+
+    def arrived(self) -> list[Tensor]:
+        """The parameters that have a gradient."""
+        return [p for p in self.params if p.grad is not None]
+
+    def norms(self) -> Tensor:
+        """Of the gradient of each layer, `[L]`."""
+        return self.layers.norms(self.arrived())
+
+    def rescale(self, grads: dict[Tensor, Tensor] | None = None) -> None:
+        """G_d[l] ← λ ‖G_w[l]‖ / ‖G_d[l]‖ · G_d[l] for each layer l; G_d is in .grad, or given."""
+        if grads is None:
+            grads = {p: p.grad for p in self.arrived()}
+        self.note_balance(*self.layers.balance(grads, self.reference_norms, self.balance))
+
+    def rescale_and_update(self, old: dict[Tensor, Tensor], rate: float | Tensor) -> None:
+        """The same for a G_d that is given, dL_t/dθ from .grad added, and θ - α G: one kernel."""
+        params = self.arrived()
+        lists = ([old[p] for p in params], [p.grad for p in params])
+        index = [self.layers.index[p] for p in params]
+        found = ops.balanced_sgd_(params, *lists, index, self.reference_norms, self.balance, rate)
+        self.note_balance(*found)
+        for param in self.params:
+            param.grad = None
+
+    def update(self, params: Iterable[Tensor]) -> None:
+        """θ - α G of these parameters."""
+        params = list(params)
+        self.apply(params)
+        self.require_finite(*(p.detach() for p in params))
+
+    # ---- what is noted, and checked ----
+
+    def note_distillation(self, loss: Tensor) -> None:
+        self.report.distillation_loss.append(loss)
+        self.require_finite(loss)
+
+    def note_balance(self, factors: Tensor, norms: Tensor) -> None:
+        self.report.factors.append(factors)
+        self.report.distillation_norms.append(norms)
+        self.require_finite(norms)
+
+    def note_held(self, held: int | None = None) -> None:
+        """The bytes of the gradients there are, the most so far."""
+        if held is None:
+            held = tensor_bytes(p.grad for p in self.arrived())
+        self.report.memory["gradients"] = max(held, self.report.memory.get("gradients", 0))
+
+    def require_finite(self, *values: Tensor) -> None:
+        if not self.check_finite:
+            return
+        for value in values:
+            if not value.isfinite().all():
+                raise FloatingPointError(
+                    f"{self.name} stage: a loss, gradient norm or parameter is not finite. step() "
+                    "puts the network back as it was; lower lr, or look at the images and the "
+                    "weights"
+                )
