@@ -112,8 +112,8 @@ class StepRunner(ModelOptimizer):
             checks.bank(bank, labels, self.views, sum(sizes[:-1]), dtype)
             self._replace_bank(images, bank)
         batch, distils = self._batch, len(sizes) > 1 and self.balance != 0
-        if not distils:
-            losses = tuple(name for name in losses if name != "distillation")
+        wanted = algorithm.LOSSES if distils else ("new",)
+        losses = tuple(name for name in wanted if name in losses)  # each once
         self._require_same_batch(images, sizes, "distillation" in losses)
         if not losses:
             return batch.reference_norms.new_zeros(())
