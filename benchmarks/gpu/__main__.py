@@ -160,7 +160,8 @@ class Session:
         """Of a command, or of the one in its place; what is done is not done again."""
         known = self.state(part)["commands"]
         ways = [way for way in (command, command.instead) if way]
-        if any(known.get(way.name, {}).get("status") == "done" for way in ways):
+        done = any(known.get(way.name, {}).get("status") == "done" for way in ways)
+        if done and not command.needed:  # what it prepared may be gone
             return "done"
         for way in ways:
             if (status := self.run_command(part, way)) != "failed":

@@ -47,7 +47,9 @@ class Place:
 
 @dataclass(frozen=True)
 class Command:
-    """`instead` runs where it fails; what is `needed` ends its part where it fails."""
+    """`instead` runs where it fails. What is `needed` prepares the others: it is run each time, and
+    ends its part where it fails.
+    """
 
     name: str
     argv: tuple[str, ...]
@@ -104,7 +106,7 @@ def _table(name: str) -> Callable[[Place], list[Command]]:
             small = "--preset cpu --seeds 0,1 --limit 60 --views 2 --jobs 1".split()
             argv += (*small, "--checkpoint-seconds", "0", "--data", data)
             stand_in = (PYTHON, "-m", "benchmarks.gpu.stand_in", data)
-            return [Command("data", stand_in), Command(name, (*argv, *to))]
+            return [Command("data", stand_in, needed=True), Command(name, (*argv, *to))]
         argv += ("--device", "cuda", "--checkpoint-seconds", "20", "--data", str(place.data))
         apart = ("--out", str(place.scratch / f"{name}-without-graphs"), "--no-capture")
         eager = Command(f"{name} without graphs", (*argv, *apart))

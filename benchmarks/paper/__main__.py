@@ -1,26 +1,20 @@
 """Train streams of tasks with BLD and its baselines over several seeds, and compare them."""
 
 import argparse
-import json
 import os
-import platform
 import signal
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-import bld_ext
-from benchmarks.paper import report, tables
-from benchmarks.paper.checkpoint import CheckpointError, one_line, write_whole
-from benchmarks.paper.estimate import Estimator
-from benchmarks.paper.job import devices_of, locked, preflight, run_all, use_device
+from benchmarks.paper.checkpoint import CheckpointError, one_line
+from benchmarks.paper.job import locked
 from benchmarks.paper.methods import (
     CPU,
     CPU_IMAGES,
@@ -28,11 +22,19 @@ from benchmarks.paper.methods import (
     PAPER_VIEWS,
     PRECISIONS,
     PRESETS,
-    Settings,
 )
 from benchmarks.paper.networks import NETWORKS
-from benchmarks.paper.streams import LOADERS, DatasetError, load_dataset, make_stream
+from benchmarks.paper.streams import LOADERS, DatasetError
 from benchmarks.paper.tables import TABLES
+from benchmarks.paper.work import (
+    Stream,
+    Work,
+    ablation,
+    describe,
+    dry_run,
+    one_stream,
+    paper_table,
+)
 
 EXAMPLES = """\
 examples:
@@ -51,7 +53,6 @@ examples:
   python -m benchmarks.paper --dataset mine.npz --tasks 3 --network resnet18-cifar
       your own images: x_train, y_train, x_test, y_test
 """
-DRY_RUN_SECONDS = 32  # of measuring, all streams together
 NO_MEMORY = (torch.OutOfMemoryError, MemoryError)
 VARIED = {
     "temperature": [1, 2, 4],
@@ -196,220 +197,14 @@ def make_settings(args: argparse.Namespace, dataset: str, tasks: int | None = No
     return replace(preset, **given)
 
 
-def facts(device: str) -> dict:
-    packages = ("torch", "torchvision", "numpy", "scikit-learn")
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
-    return {
-        "bld_ext": version("bld_ext"),
-        "python": platform.python_version(),
-        **{package: version(package) for package in packages},
-        "device": name,
-        "kernels": {op: bld_ext.backend(op, device.partition(":")[0]) for op in bld_ext.SCHEMAS},
-    }
-
-
-def describe(dataset: str, settings: Settings, seeds: list[int]) -> str:
-    limit = f", {settings.limit:,} images a task" if settings.limit else ""
-    return (
-        f"{Path(dataset).stem}, {settings.tasks} tasks{limit}, {settings.network}, "
-        f"{settings.views} views, lr {settings.lr:g}, {len(seeds)} seeds"
-    )
-
-
-@dataclass
-class Stream:
-    """A dataset in tasks, how it is learned, and where its results go."""
-
-    dataset: str
-    settings: Settings
-    out: Path
-
-    def title(self, seeds: list[int]) -> str:
-        return describe(self.dataset, self.settings, seeds)
-
-
-@dataclass
-class Work:
-    """What a command does: every method on every seed of every stream."""
-
-    args: argparse.Namespace
-    methods: list[str]
-    seeds: list[int]
-    streams: list[Stream]
-    out: Path
-    start: float
-
-    @property
-    def devices(self) -> list[str]:
-        return devices_of(self.args.device)
-
-    @property
-    def jobs(self) -> int:
-        """Runs at a time."""
-        cores = max(1, (os.cpu_count() or 1) // self.args.threads)
-        jobs = self.args.jobs or (cores if self.args.device == "cpu" else len(self.devices))
-        return min(jobs, len(self.seeds) * len(self.methods))
-
-    def check(self, stream: Stream) -> int:
-        """Raise what a run would raise; returns the batches of all runs."""
-        what = (stream.dataset, self.args.data, self.methods, stream.settings, self.seeds)
-        return preflight(*what, self.args.device)
-
-    def train(
-        self, stream: Stream, arrived: Callable[[list[dict]], None] = lambda records: None
-    ) -> list[dict]:
-        """All runs of a stream, from where they were left; `arrived` gets what there is of them
-        whenever there is one more.
-        """
-        args, settings = self.args, stream.settings
-        batches = self.check(stream)
-        if args.tensorboard:
-            report.summary_writer()
-        print(stream.title(self.seeds))
-
-        def tell(record: dict, records: list[dict]) -> None:
-            arrived(records)
-            beside = tables.printed(stream.dataset, settings.tasks, record["method"])
-            print(report.run_line(record, beside), flush=True)
-
-        records = run_all(
-            stream.dataset, args.data, self.methods, settings, self.seeds, batches,
-            stream.out / "runs", self.devices, self.jobs, args.threads, args.resume,
-            args.checkpoint_seconds, tell,
-        )  # fmt: skip
-        if args.tensorboard:
-            report.tensorboard(records, stream.out / "tensorboard")
-        return records
-
-
-def leave_out_missing(work: Work, do: Callable[[Stream], None]) -> None:
-    """`do` for each stream whose dataset can be had; an error where none can."""
-    errors = []
-    for stream in work.streams:
-        try:
-            do(stream)
-        except DatasetError as error:
-            errors.append(error)
-            if len(errors) == len(work.streams):
-                raise
-            print(f"left out: {one_line(error)}", file=sys.stderr)
-
-
-def dry_run(work: Work) -> None:
-    """Only what it would take."""
-    args, spent = work.args, time.perf_counter() - work.start
-    use_device(work.devices[0])
-    settings = [stream.settings for stream in work.streams]
-    limit = DRY_RUN_SECONDS - spent
-    measuring = Estimator(work.devices[0], args.threads, limit, work.methods, settings)
-
-    def estimate(stream: Stream) -> None:
-        work.check(stream)
-        print(stream.title(work.seeds))
-        dataset, settings = load_dataset(stream.dataset, args.data), stream.settings
-        tasks = make_stream(dataset, settings.tasks, work.seeds[0], settings.limit)
-        found = measuring.estimate(tasks, work.methods, settings, work.seeds)
-        print(f"\n{report.estimate_table(found, work.jobs)}\n")
-
-    leave_out_missing(work, estimate)
-
-
-def result(work: Work, stream: Stream, records: list[dict]) -> dict:
-    methods = list(dict.fromkeys(r["method"] for r in records))
-    return {
-        "command": ["python", "-m", "benchmarks.paper", *work.args.argv],
-        "dataset": stream.dataset,
-        "settings": stream.settings.as_dict(),
-        "seeds": work.seeds,
-        "versions": facts(work.devices[0]),
-        "seconds": round(time.perf_counter() - work.start, 1),
-        "summary": report.summarise(records),
-        "bld_minus": {
-            baseline: report.paired(records, "bld", baseline)
-            for baseline in methods
-            if baseline != "bld" and "bld" in methods
-        },
-        "runs": records,
-    }
-
-
-def as_json(found: dict) -> bytes:
-    return f"{json.dumps(found, indent=1)}\n".encode()
-
-
-def draw(records: list[dict], title: str, out: Path) -> None:
-    report.figure(records, title, out / "accuracy.png")
-    report.figures(records, out)
-
-
-def one_stream(work: Work) -> None:
-    (stream,) = work.streams
-
-    def keep(records: list[dict]) -> dict:
-        found = result(work, stream, records)
-        write_whole(stream.out / "results.json", as_json(found))
-        return found
-
-    records = work.train(stream, keep)
-    found = keep(records)
-    draw(records, stream.title(work.seeds), stream.out)
-    print(report.table(found["summary"]))
-    for baseline, difference in found["bld_minus"].items():
-        print(report.difference_line(difference, "bld", baseline))
-    files = (stream.out / name for name in ("results.json", "accuracy.png"))
-    print(f"{found['seconds']:.0f} s; wrote {' and '.join(map(str, files))}")
-
-
-def paper_table(work: Work) -> None:
-    parts: dict[Path, str] = {}  # of each stream, its table
-
-    def learn(stream: Stream) -> None:
-        title = stream.title(work.seeds)
-
-        def keep(records: list[dict]) -> None:
-            found = as_json(result(work, stream, records))
-            write_whole(stream.out / "results.json", found)
-            rows = tables.table(records, stream.dataset, stream.settings.tasks)
-            parts[stream.out] = f"{rows}\n\n{tables.differences(records)}\n"
-            heads = [f"{work.args.what}: {TABLES[work.args.what].caption}\n"]
-            shown = [f"{title}; in brackets the paper's\n\n{text}" for text in parts.values()]
-            write_whole(work.out / "table.md", "\n".join(heads + shown).encode())
-
-        records = work.train(stream, keep)
-        keep(records)
-        draw(records, title, stream.out)
-        print(parts[stream.out])
-
-    leave_out_missing(work, learn)
-    print(f"{time.perf_counter() - work.start:.0f} s; wrote {work.out / 'table.md'}")
-
-
-def ablation(work: Work) -> None:
-    """One setting at a time around the preset."""
-    for stream in work.streams:
-        work.check(stream)
-    rows = []
-    for stream in work.streams:
-        records = work.train(stream)
-        name, _, value = stream.out.name.partition("-")
-        rows += [(name, value, m, e) for m, e in report.summarise(records).items()]
-    text = report.ablation_table(rows)
-    write_whole(work.out / "ablation.md", f"{text}\n".encode())
-    base = make_settings(work.args, work.args.dataset)
-    title = describe(work.args.dataset, base, work.seeds)
-    report.ablation_figure(rows, title, work.out / "ablation.png")
-    print(text)
-    seconds = time.perf_counter() - work.start
-    print(f"{seconds:.0f} s; wrote {work.out / 'ablation.md'} and ablation.png")
-
-
 def plan(args: argparse.Namespace, out: Path) -> tuple[Callable[[Work], None], Work]:
     """The command, and its work."""
 
     def work(methods, seeds, streams):
         streams = [Stream(dataset, settings, here) for dataset, settings, here in streams]
-        start = time.perf_counter()
-        return Work(args, args.methods or methods, args.seeds or seeds, streams, out, start)
+        methods, seeds, start = args.methods or methods, args.seeds or seeds, time.perf_counter()
+        title = describe(args.dataset, make_settings(args, args.dataset), seeds)
+        return Work(args, methods, seeds, streams, out, start, title)
 
     if args.what in TABLES:
         wanted = TABLES[args.what]
