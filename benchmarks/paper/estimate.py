@@ -92,9 +92,11 @@ def _relevant(settings: Settings) -> str:
 def try_out(
     stream: list[Task], method: str, settings: Settings, seed: int, device: str, limit: float
 ) -> Trial:
-    """In about `limit` seconds: batches with one view, and with as many as there is time for.
+    """In about `limit` seconds: a quarter of a batch, a batch with one view, and one with as many
+    as there is time for.
 
-    Their difference is what the other views are taken to cost. On a GPU all are timed.
+    The last difference is what the other views are taken to cost, since a part of a step, as the
+    update is, has no views. On a GPU all are timed.
     """
     deadline, last = time.perf_counter() + limit, stream[-1]
     if device.startswith("cuda"):
@@ -110,16 +112,17 @@ def try_out(
     begin = (time.perf_counter() - start) / len(sample.x_train)
     learner.model.add_head(len(last.classes))
     wanted, timed = learner.options(settings)["views"], 1
+    quarter = _step_seconds(learner, sample, last, device, 0.25) if wanted > 1 else 0.0
     seconds = _step_seconds(learner, sample, last, device)
+    a_view = max(0.0, seconds - quarter) / 0.75
     # a batch is learned twice; what is new to the machine takes longer at first
     fit = int((deadline - time.perf_counter() - seconds) / (1.6 * seconds))
     if wanted > 1 and fit > 1:
         learner.optimizer.views = timed = min(wanted, fit)
         slower = _step_seconds(learner, sample, last, device)
         a_view = max(0.0, (slower - seconds) / (timed - 1))
-        seconds = slower + a_view * (wanted - timed)
-    else:
-        seconds *= wanted
+        seconds = slower
+    seconds += a_view * (wanted - timed)
     return Trial(
         learner,
         step_seconds=seconds,
@@ -131,10 +134,15 @@ def try_out(
     )
 
 
-def _step_seconds(learner: Method, sample: Task, task: Task, device: str) -> float:
-    """Of a whole batch; the first one, and on a GPU the one that is recorded, are not timed."""
-    where, images, labels = next(learner.batches(sample, 0))
-    whole = len(next(learner.batches(task, 0))[0])
+def _step_seconds(
+    learner: Method, sample: Task, task: Task, device: str, part: float = 1.0
+) -> float:
+    """Of a batch, or a part of one; the first one, and on a GPU the one that is recorded, are not
+    timed. A batch that is larger than the sample takes as much longer.
+    """
+    batch = next(learner.batches(sample, 0))
+    where, images, labels = (tensor[: max(2, int(part * len(tensor)))] for tensor in batch)
+    whole = max(len(where), part * len(next(learner.batches(task, 0))[0]))
     images, labels = images.to(device), labels.to(device)
     start = 0.0
     for _ in range(2 if device == "cpu" else 3):
