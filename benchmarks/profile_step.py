@@ -26,7 +26,8 @@ def own_time(name: str) -> str | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--setting", choices=setting.SETTINGS, default="ours")
+    ours = [name for name, options in setting.SETTINGS.items() if options is not None]
+    parser.add_argument("--setting", choices=ours, default="ours")
     parser.add_argument("--capture", action="store_true", help="as a CUDA graph")
     parser.add_argument("--rows", type=int, default=20)
     parser.add_argument("--trace", help="write a chrome trace here")
