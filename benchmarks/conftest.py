@@ -1,12 +1,12 @@
 """`--rows FILE` keeps each figure once it is measured; `--smallest` runs the smallest cases."""
 
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from benchmarks import measure, provenance, rows
-from bld_ext import SCHEMAS, backend
 
 FILE = pytest.StashKey[Path | None]()
 KNOWN = pytest.StashKey[int]()
@@ -56,14 +56,14 @@ def pytest_sessionfinish(session, exitstatus):
         session.exitstatus = pytest.ExitCode.OK
 
 
+@cache
 def _conditions() -> dict:
     """What a row was measured under; under other conditions it is another row."""
-    device = measure.DEVICE.type
     return {
         "commit": provenance.commit(),
         "versions": provenance.versions(),
         "machine": measure.machine()["device"],
-        "kernels": {op: backend(op, device) for op in SCHEMAS},
+        "kernels": provenance.kernels(measure.DEVICE.type),
         "smallest": measure.SMALLEST,
     }
 
@@ -73,7 +73,8 @@ def pytest_runtest_makereport(item, call):
     report = yield
     benchmark = getattr(item, "funcargs", {}).get("benchmark")
     file = item.config.stash[FILE]
-    if file and report.when == "call" and report.passed and benchmark and benchmark.extra_info:
+    measured = benchmark is not None and "us" in benchmark.extra_info
+    if file and report.when == "call" and report.passed and measured:
         row = {
             "test": item.nodeid,
             "group": benchmark.group,

@@ -47,9 +47,16 @@ def _digest() -> str:
 
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for package in ("torch", "torchvision", "triton", "numpy"):
+    for package in ("bld_ext", "torch", "torchvision", "triton", "numpy", "scikit-learn"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             pass
     return found
+
+
+def kernels(device: str) -> dict[str, str]:
+    """Which backend runs each op on a kind of device, "cpu" or "cuda"."""
+    import bld_ext  # not there before it is built, when a commit already is asked for
+
+    return {op: bld_ext.backend(op, device) for op in bld_ext.SCHEMAS}

@@ -24,11 +24,15 @@ def read(path: Path) -> list[dict]:
 
     A last line that was cut while it was written is left out.
     """
-    text = Path(path).read_text()
     if Path(path).suffix != ".jsonl":
-        return json.loads(text)["benchmarks"]
-    lines = text.split("\n")
+        return json.loads(Path(path).read_text())["benchmarks"]
+    lines = Path(path).read_text().split("\n")
     return [json.loads(line) for line in lines[:-1] if line.strip()]
+
+
+def so_far(path: Path) -> list[dict]:
+    """The rows of a file that may not be there yet."""
+    return read(path) if path.exists() else []
 
 
 def mend(path: Path) -> None:

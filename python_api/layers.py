@@ -14,6 +14,11 @@ from bld_ext.api.memory import tensor_bytes
 KINDS = ("module", "tensor", "network")
 
 
+def release_gradients(params: Iterable[Tensor]) -> None:
+    for param in params:
+        param.grad = None
+
+
 def require_gradient(came: Sized) -> None:
     if not came:
         raise RuntimeError("model: no parameter received a gradient; are all of them frozen?")
@@ -38,6 +43,10 @@ class Layers:
             name = {"module": module, "tensor": tensor, "network": "network"}[kind]
             index[param] = names.setdefault(name, len(names))
         return cls(tuple(names), index)
+
+    def zeros(self) -> Tensor:
+        """A number for each layer, `[L]`."""
+        return next(iter(self.index)).new_zeros(len(self.names))
 
     def norms(self, params: Iterable[Tensor]) -> Tensor:
         """The norm of these parameters' gradients in each layer, `[L]`."""

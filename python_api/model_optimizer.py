@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from bld_ext import ops
 from bld_ext.api import checks
+from bld_ext.api.layers import release_gradients
 
 
 class ModelOptimizer(torch.optim.Optimizer):
@@ -64,8 +65,7 @@ class ModelOptimizer(torch.optim.Optimizer):
         finally:
             for group, (rate, members) in zip(self.param_groups, before, strict=True):
                 group["lr"], group["params"] = rate, members
-            for param in chosen:
-                param.grad = None
+            release_gradients(chosen)
 
     @staticmethod
     def _plain_update(group: dict) -> None:

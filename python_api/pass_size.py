@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bld_ext.api.mixing import no_trace, warn_of_mixing
 from bld_ext.api.out_of_memory import is_out_of_memory
@@ -35,7 +35,8 @@ class PassSize:
         """Measure what a view takes, where the batch is of a new shape or other parameters learn;
         look for layers that mix images, once. Neither leaves a trace.
         """
-        key, one = self.key_of(views), replace(views, count=1, per_pass=1)
+        key = self.key_of(views.model, views.images, views.count)
+        one = replace(views, count=1, per_pass=1)
         with no_trace(views.model):
             if not self.fits(key):
                 self.fit(one, views.count, key)
@@ -43,17 +44,17 @@ class PassSize:
                 self.looked_for_mixing = True
                 self._look_for_mixing(one, min(self.number, views.count))
 
-    def is_chosen(self, views: Views) -> bool:
-        """Whether `choose` has nothing to do for such a batch."""
-        alone = min(self.number, views.count) == 1
-        return self.fits(self.key_of(views)) and (self.looked_for_mixing or alone)
+    def is_chosen(self, model: nn.Module, images: Tensor, count: int) -> bool:
+        """Whether `choose` has nothing to do for `count` views of such a batch."""
+        fits = self.fits(self.key_of(model, images, count))
+        return fits and (self.looked_for_mixing or min(self.number, count) == 1)
 
-    def key_of(self, views: Views) -> object:
+    def key_of(self, model: nn.Module, images: Tensor, count: int) -> object:
         """Of batches whose views take as much memory."""
         if not self.automatic:
             return ()
-        params, images = [*views.model.parameters()], views.images
-        batch = (tuple(images.shape), images.device, params[0].dtype, views.count)
+        params = [*model.parameters()]
+        batch = (tuple(images.shape), images.device, params[0].dtype, count)
         return batch + tuple(p.requires_grad for p in params)
 
     def _look_for_mixing(self, one: Views, per_pass: int) -> None:

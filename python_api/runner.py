@@ -18,7 +18,7 @@ from bld_ext.api import algorithm, checks
 from bld_ext.api.batch_norm import ViewBatchNorm, view_statistics
 from bld_ext.api.capture import Recorder, key_of
 from bld_ext.api.convert import convert_view_batchnorm
-from bld_ext.api.layers import Layers
+from bld_ext.api.layers import Layers, release_gradients
 from bld_ext.api.memory import tensor_bytes
 from bld_ext.api.memory_format import MemoryFormat
 from bld_ext.api.model_optimizer import ModelOptimizer
@@ -47,8 +47,7 @@ class StepRunner(ModelOptimizer):
     def release(self) -> None:
         """Drop the bank, the norms and the gradients, as before the next batch arrives."""
         self._batch = None
-        for param in self._parameters():
-            param.grad = None
+        release_gradients(self._parameters())
 
     # ---- the stages of a step ----
 
@@ -117,8 +116,7 @@ class StepRunner(ModelOptimizer):
         self._require_same_batch(images, sizes, "distillation" in losses)
         if not losses:
             return batch.reference_norms.new_zeros(())
-        for param in batch.layers.index:
-            param.grad = None
+        release_gradients(batch.layers.index)
         views = self._views(images, labels, sizes, batch.number)
         stage = self._stage_of("joint", 1.0, views, batch.layers, self.last)
         stage = replace(stage, bank=batch.bank, reference_norms=batch.reference_norms)
@@ -135,7 +133,7 @@ class StepRunner(ModelOptimizer):
         else:
             self._follow_model()
             layers = Layers.of(self.model, self._parameters(), self.layer)
-            norms = next(iter(layers.index)).new_zeros(len(layers.names))
+            norms = layers.zeros()
             params = [p for p in layers.index if p.requires_grad]
             self.last = StepReport(layers.names, reference_norms=norms)
             self.last.memory |= {"layer_norms": 0, "gradients": tensor_bytes(params)}
@@ -195,12 +193,11 @@ class StepRunner(ModelOptimizer):
             try:
                 yield
             except BaseException:
-                for param in self._parameters():
-                    param.grad = None
+                release_gradients(self._parameters())
                 raise
 
     def _choose_pass_size(self, images: Tensor, labels: Tensor, sizes: list[int]) -> None:
-        if self._pass_size.is_chosen(self._views(images, labels, sizes, self.batches)):
+        if self._pass_size.is_chosen(self.model, images, self.views):
             return
 
         def choose() -> None:

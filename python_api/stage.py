@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bld_ext import ops
 from bld_ext.api import passes
-from bld_ext.api.layers import Layers
+from bld_ext.api.layers import Layers, release_gradients
 from bld_ext.api.memory import tensor_bytes
 from bld_ext.api.report import StepReport
 from bld_ext.api.views import Views
@@ -74,14 +74,14 @@ class Stage:
         index = [self.layers.index[p] for p in params]
         found = ops.balanced_sgd_(params, *lists, index, self.reference_norms, self.balance, rate)
         self.note_balance(*found)
-        for param in self.params:
-            param.grad = None
+        release_gradients(self.params)
 
     def update(self, params: Iterable[Tensor]) -> None:
         """θ - α G of these parameters."""
         params = list(params)
         self.apply(params)
-        self.require_finite(*(p.detach() for p in params))
+        if self.check_finite:
+            self.require_finite(*(p.detach() for p in params))
 
     # ---- what is noted, and checked ----
 

@@ -18,7 +18,7 @@ from benchmarks import rows
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import index, parts, process
 from benchmarks.gpu.folder import Folder, FolderError
-from benchmarks.gpu.parts import PARTS, Place
+from benchmarks.gpu.parts import PARTS, Place, environment
 
 ROOT = Path(__file__).parents[1]
 MACHINE = {"card": "NVIDIA H100 80GB HBM3", "torch": "2.11.0", "capability": "9.0"}
@@ -151,14 +151,15 @@ def processes_of(folder: Path) -> list[str]:
 # ---- rows ----
 
 
-def test_a_row_is_kept_when_it_is_measured_and_not_measured_again(tmp_path):
+def test_a_row_is_kept_when_it_is_measured_and_not_measured_again(place, tmp_path):
     file = tmp_path / "rows.jsonl"
     argv = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--smallest",
             "benchmarks/test_distillation.py", "--benchmark-enable", "--rows", str(file),
             "--benchmark-min-rounds", "1", "--benchmark-max-time", "0.01", "-k"]  # fmt: skip
 
     def measure(chosen):
-        done = subprocess.run([*argv, chosen], cwd=ROOT, capture_output=True, text=True)
+        env = environment(place, command.Command("rows", ()))
+        done = subprocess.run([*argv, chosen], cwd=ROOT, env=env, capture_output=True, text=True)
         return done.stdout.splitlines()[-1]
 
     assert measure("head_softmax-loop").startswith("1 passed")
@@ -240,7 +241,7 @@ def test_data_is_found_in_any_of_its_forms(place):
     (sheets / "unpack.py").write_text("import sys; open(sys.argv[1], 'w').write('images')")
     data, table3 = PARTS["table3"].commands(place)
     assert data.needed and table3.instead.argv[-1] == "--no-capture"
-    subprocess.run(data.argv, check=True)
+    subprocess.run(data.argv, cwd=ROOT, check=True)
     assert (place.data / "cifar10.npz").read_text() == "images"
     assert len(PARTS["table3"].commands(place)) == 1
 

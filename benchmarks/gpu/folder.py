@@ -174,7 +174,7 @@ class Folder:
     def _records(self) -> list[dict]:
         file = self.out / "records.jsonl"
         try:
-            return rows.read(file) if file.exists() else []
+            return rows.so_far(file)
         except ValueError as error:
             raise FolderError(
                 f"OUT: {file} is damaged ({one_line(error)}); name another folder in OUT or --out"

@@ -21,13 +21,9 @@ RESULTS = ROOT / "benchmarks" / "results" / "gpu"
 
 def sessions(folder: Path) -> list[dict]:
     """Of a folder of results, or of the one that is at work in a folder."""
-    kept, state = folder / "sessions.jsonl", folder / "state.json"
-    found = rows.read(kept) if kept.exists() else []
+    state = folder / "state.json"
+    found = rows.so_far(folder / "sessions.jsonl")
     return found + ([json.loads(state.read_text())] if state.exists() else [])
-
-
-def lines_of(folder: Path, name: str) -> list[dict]:
-    return rows.read(folder / name) if (folder / name).exists() else []
 
 
 def streams(records: list[dict]) -> dict[tuple[str, str], list[dict]]:
@@ -102,8 +98,8 @@ def machines(found: list[dict]) -> list[str]:
 
 
 def index(folder: Path) -> str:
-    found, measured = sessions(folder), lines_of(folder, "rows.jsonl")
-    records = lines_of(folder, "records.jsonl")
+    found, measured = sessions(folder), rows.so_far(folder / "rows.jsonl")
+    records = rows.so_far(folder / "records.jsonl")
     real = [s for s in found if not s["rehearsal"]]
     title = next((s["machine"].get("card") for s in real if s["machine"].get("card")), None)
     text = [
@@ -154,8 +150,8 @@ def add(folder: Path) -> Path:
     into = RESULTS / card_name(state["machine"])
     into.mkdir(parents=True, exist_ok=True)
     for name in ("rows.jsonl", "records.jsonl"):
-        known = lines_of(into, name)
-        for entry in lines_of(folder, name):
+        known = rows.so_far(into / name)
+        for entry in rows.so_far(folder / name):
             if entry not in known:
                 rows.append(into / name, entry)
     others = [s for s in sessions(into) if s.get("started") != state["started"]]

@@ -105,24 +105,21 @@ def _table(name: str) -> Callable[[Place], list[Command]]:
             data = str(place.scratch / "data")
             small = "--preset cpu --seeds 0,1 --limit 60 --views 2 --jobs 1".split()
             argv += (*small, "--checkpoint-seconds", "0", "--data", data)
-            stand_in = (PYTHON, "-m", "benchmarks.gpu.stand_in", data)
-            return [Command("data", stand_in, needed=True), Command(name, (*argv, *to))]
+            return [_datasets("stand-in", data), Command(name, (*argv, *to))]
         argv += ("--device", "cuda", "--checkpoint-seconds", "20", "--data", str(place.data))
         apart = ("--out", str(place.scratch / f"{name}-without-graphs"), "--no-capture")
         eager = Command(f"{name} without graphs", (*argv, *apart))
         prepare = []
-        if name == "table3" and _sheets(place) and not (place.data / "cifar10.npz").exists():
-            script, unpacked = _sheets(place), place.data / "cifar10.npz"
-            whole = unpacked.with_suffix(".new.npz")  # under its name once it is whole
-            code = "import os, subprocess, sys; _, script, new, npz = sys.argv; "
-            code += (
-                "subprocess.run([sys.executable, script, new], check=True); os.replace(new, npz)"
-            )
-            argv_ = (PYTHON, "-c", code, str(script), str(whole), str(unpacked))
-            prepare = [Command("data", argv_, needed=True)]
+        unpacked = place.data / "cifar10.npz"
+        if name == "table3" and (script := _sheets(place)) and not unpacked.exists():
+            prepare = [_datasets("unpack", str(script), str(unpacked))]
         return [*prepare, Command(name, (*argv, *to), instead=eager)]
 
     return commands
+
+
+def _datasets(*arguments: str) -> Command:
+    return Command("data", (PYTHON, "-m", "benchmarks.gpu.datasets", *arguments), needed=True)
 
 
 def _sheets(place: Place) -> Path | None:
@@ -223,7 +220,9 @@ PARTS = {
 
 
 def environment(place: Place, command: Command) -> dict[str, str]:
-    env = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONUNBUFFERED": "1"}
+    # under pytest-xdist, as when a test runs a session, pytest-benchmark would measure nothing
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    env |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONUNBUFFERED": "1"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
     if place.rehearsal:
         env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

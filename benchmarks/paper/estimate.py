@@ -23,7 +23,8 @@ class Trial:
     learner: Method
     step_seconds: float  # a whole batch, all views
     begin_seconds: float  # an image, before a task: LwF's predictions
-    views: str  # how many of the views were timed
+    timed: int  # how many views were
+    views: int  # how many there are
     images: int  # that it looked at before the task
     old_classes: int
     allocated: int | None  # the most that a GPU's allocator gave out
@@ -39,7 +40,7 @@ class Estimate:
     seconds: float
     held_bytes: int  # beside the network and the activations
     allocated: int | None
-    views: str
+    views: str  # how many of them were timed
 
 
 class Estimator:
@@ -127,7 +128,8 @@ def try_out(
         learner,
         step_seconds=seconds,
         begin_seconds=begin,
-        views=f"{timed} of {wanted}",
+        timed=timed,
+        views=wanted,
         images=len(sample.x_train),
         old_classes=_old_classes(stream),
         allocated=torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else None,
@@ -163,9 +165,12 @@ def reckon(
     learner = trial.learner
     batches = count_batches(make_learner(method, settings, seeds[0]), stream) * len(seeds)
     images = sum(len(task.x_train) for task in stream) / len(stream)
-    timed, wanted = (int(number) for number in trial.views.split(" of "))
     classes = _old_classes(stream) / max(1, trial.old_classes)
-    more = {"views": classes * wanted / timed, "images": classes * images / trial.images, None: 1}
+    more = {
+        "views": classes * trial.views / trial.timed,
+        "images": classes * images / trial.images,
+        None: 1,
+    }
     memory, extra = learner.optimizer.last.memory, learner.extra_bytes()
     # the bank stands in both ledgers
     held = sum(memory.values()) - memory["bank"]
@@ -173,5 +178,5 @@ def reckon(
     begin = trial.begin_seconds * images * (len(stream) - 1) * len(seeds)
     return Estimate(
         method, batches, trial.step_seconds, batches * trial.step_seconds + begin, round(held),
-        trial.allocated, trial.views,
+        trial.allocated, f"{trial.timed} of {trial.views}",
     )  # fmt: skip

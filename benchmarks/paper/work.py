@@ -8,12 +8,11 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-import bld_ext
+from benchmarks import provenance
 from benchmarks.paper import report, tables
 from benchmarks.paper.checkpoint import one_line, write_whole
 from benchmarks.paper.estimate import Estimator
@@ -25,16 +24,10 @@ from benchmarks.paper.tables import TABLES
 DRY_RUN_SECONDS = 32  # of measuring, all streams together
 
 
-def facts(device: str) -> dict:
-    packages = ("torch", "torchvision", "numpy", "scikit-learn")
+def facts(device: str) -> dict[str, object]:
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
-    return {
-        "bld_ext": version("bld_ext"),
-        "python": platform.python_version(),
-        **{package: version(package) for package in packages},
-        "device": name,
-        "kernels": {op: bld_ext.backend(op, device.partition(":")[0]) for op in bld_ext.SCHEMAS},
-    }
+    kernels = provenance.kernels(device.partition(":")[0])
+    return provenance.versions() | {"device": name, "kernels": kernels}
 
 
 def describe(dataset: str, settings: Settings, seeds: list[int]) -> str:
