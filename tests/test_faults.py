@@ -24,7 +24,7 @@ from torch import nn
 
 from benchmarks.paper import __main__ as command
 from benchmarks.paper import checkpoint as files
-from benchmarks.paper import job, report
+from benchmarks.paper import job, report, work
 from benchmarks.paper.checkpoint import (
     MARK,
     Checkpoint,
@@ -629,7 +629,7 @@ def full_disk(monkeypatch):
 @pytest.fixture
 def finished(monkeypatch, records):
     """The command where all runs have come to their end; finished(out, *options): its code."""
-    monkeypatch.setattr(command, "run_all", lambda *_: records)
+    monkeypatch.setattr(work, "run_all", lambda *_: records)
     options = "--tasks 2 --limit 40 --views 2 --seeds 2 --resume".split()
     return lambda out, *more: command.main([*options, *more, "--out", str(out)])
 
@@ -753,7 +753,7 @@ def test_memory_that_runs_out_in_a_run_ends_with_one_line(monkeypatch, tmp_path,
     def fail(*_):
         raise torch.OutOfMemoryError("views_per_pass: 50 views of 20 images do not fit")
 
-    monkeypatch.setattr(command, "run_all", fail)
+    monkeypatch.setattr(work, "run_all", fail)
     assert command.main(["--out", str(tmp_path / "new")]) == 2
     assert last_line(capsys) == "error: views_per_pass: 50 views of 20 images do not fit"
 
