@@ -35,6 +35,7 @@ PASSES = {  # forward and backward passes of all views in a step
     "shared_forward": (3, 5),
     "in_backward": (5, 5),
 }
+LAST = torch.channels_last
 ALL = dict(views_per_pass=VIEWS)
 SHARED = dict(views_per_pass=VIEWS, schedule="shared_forward")
 ON_A_GPU = {  # captured
@@ -42,9 +43,9 @@ ON_A_GPU = {  # captured
     "shared_forward, mixed, captured": SHARED | dict(capture=True, precision="mixed"),
 }
 MORE_ON_A_GPU = {
-    "shared_forward, channels last, captured": SHARED | dict(capture=True, channels_last=True),
+    "shared_forward, channels last, captured": SHARED | dict(capture=True, layout=LAST),
     "shared_forward, mixed, channels last, captured": SHARED
-    | dict(capture=True, channels_last=True, precision="mixed"),
+    | dict(capture=True, layout=LAST, precision="mixed"),
     "two_forward, captured": ALL | dict(capture=True),
 }
 SETTINGS = {  # what a row has beside the paper's defaults; None: it is not BLDOptimizer's
@@ -58,8 +59,8 @@ SETTINGS = {  # what a row has beside the paper's defaults; None: it is not BLDO
     "two_forward, mixed": ALL | dict(precision="mixed"),
     "shared_forward, a view a pass": dict(schedule="shared_forward"),
     "two_forward, 4 views a pass": dict(views_per_pass=4),
-    "two_forward, contiguous": ALL | dict(channels_last=False),
-    "two_forward, channels last": ALL | dict(channels_last=True),
+    "two_forward, contiguous": ALL | dict(layout=torch.contiguous_format),
+    "two_forward, channels last": ALL | dict(layout=LAST),
     "in_backward": ALL | dict(schedule="in_backward"),
     **(MORE_ON_A_GPU if ON_GPU else {}),
     "straight line, kornia": None,
@@ -213,7 +214,7 @@ def bare_passes(count, layout):
     return forward, both, twice
 
 
-LAYOUTS = (torch.contiguous_format, torch.channels_last)
+LAYOUTS = (torch.contiguous_format, LAST)
 SIZES = (VIEWS,) if measure.SMALLEST else tuple(dict.fromkeys((1, 4, 12, VIEWS)))
 
 
@@ -322,11 +323,13 @@ def bare_step():
     return step
 
 
-def our_step(settings):
+def our_step(layout=None, **settings):
     optimizer = BLDOptimizer(
         model(), LR, temperature=TEMPERATURE, balance=BALANCE, views=VIEWS, augment=AUGMENT,
         **settings,
     )  # fmt: skip
+    if layout is not None:
+        optimizer.model.to(memory_format=layout)
     for _ in range(3 if settings.get("capture") else 1):  # a graph is recorded at the second step
         optimizer.step(*batch())
     assert optimizer.last.distillation_norms[0].max() > 0  # it distils
@@ -341,7 +344,7 @@ def test_step(benchmark, op, name):
     benchmark.group = f"step, {NETWORK}"
     if settings is not None:
         schedule = settings.get("schedule", "two_forward")
-        call = functools.partial(our_step(settings), *batch())
+        call = functools.partial(our_step(**settings), *batch())
         time_and_record(benchmark, call, schedule, rounds=30)
         return
     with exact_float32():

@@ -10,6 +10,15 @@ from bld_ext import checks, ops
 from bld_ext.reference import Policy, ViewParameters
 
 
+def _plain(setting: object) -> object:
+    """As plain Python numbers, where it is numbers; else as it is, to be refused."""
+    if isinstance(setting, (tuple, list)):
+        return tuple(map(_plain, setting))
+    if isinstance(setting, Real):
+        return int(setting) if isinstance(setting, Integral) else float(setting)
+    return setting
+
+
 class SeededAugment:
     """Views of images as a pure function of (seed, step, view, image index); nothing is stored.
 
@@ -82,38 +91,14 @@ class SeededAugment:
         checks.require((mean is None) == (std is None), "mean, std", "both or none", (mean, std))
         checks.require(dtype in checks.FLOATS, "dtype", "a floating-point dtype", dtype)
 
-        def values(setting):
-            """As plain Python numbers, where it is numbers; else as it is, to be refused."""
-            if isinstance(setting, (tuple, list)):
-                return tuple(map(values, setting))
-            if isinstance(setting, Real):
-                return int(setting) if isinstance(setting, Integral) else float(setting)
-            return setting
-
-        self.policy = Policy(
-            *map(
-                values,
-                (
-                    crop_padding,
-                    resized_crop,
-                    resized_crop_ratio,
-                    flip,
-                    rotation,
-                    translate,
-                    scale,
-                    shear,
-                    *(jitter if x is None else x for x in (brightness, contrast, saturation)),
-                    jitter / 4 if hue is None else hue,
-                    () if mean is None else mean,
-                    () if std is None else std,
-                    erase,
-                    erase_area,
-                    erase_ratio,
-                    interpolation,
-                    padding_mode,
-                ),
-            )
-        )
+        colour = [jitter if x is None else x for x in (brightness, contrast, saturation)]
+        settings = (
+            crop_padding, resized_crop, resized_crop_ratio, flip, rotation, translate, scale, shear,
+            *colour, jitter / 4 if hue is None else hue, () if mean is None else mean,
+            () if std is None else std, erase, erase_area,
+            erase_ratio, interpolation, padding_mode,
+        )  # fmt: skip
+        self.policy = Policy(*map(_plain, settings))
         checks.policy(self.policy, prefix="")
         self.dtype = dtype
         self.channels_last = channels_last

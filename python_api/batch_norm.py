@@ -14,18 +14,19 @@ class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm that normalises each of several views in a batch by its own statistics.
 
     Outside `view_statistics` it is the PyTorch module it was made from, to the letter. Inside, in
-    training mode, a batch holds `views` views one after the other, and what happens to the running
-    statistics is the mode's affair:
+    training mode, a batch holds `views` views one after the other, and the running statistics move
+    as the attribute `statistics` says:
 
-    "every_pass"  PyTorch's rule at each view: running ← (1 - m)·running + m·statistics. A module
+    "once"        once a batch: the mode "pool" gathers every view of the warm-up, and `commit`
+                  makes one update of it; in the mode "keep" they are left alone.
+    "every_pass"  by PyTorch's rule at each view: running ← (1 - m)·running + m·statistics. A module
                   that is used twice in a forward pass moves for all views of one use first.
-    "pool"        they wait; `pooled` gathers every view, and `commit` makes one update of it.
-    "keep"        they are left alone.
 
     In a network of your own, `norm(x, relu=True)` and `norm(x, residual=y, relu=True)` are what
     `relu(norm(x))` and `relu(norm(x) + y)` are, in one kernel inside a step.
     """
 
+    statistics = "once"
     views = 1
     mode: str | None = None
     pooled: Tensor | None = None  # [2, C], Σ mean and Σ E[x²] over the views
@@ -62,8 +63,8 @@ class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def begin(self, mode: str) -> None:
         """From now on a batch holds views."""
-        self.mode = mode
-        if mode == "pool" and self.track_running_stats:
+        self.mode = mode if self.statistics == "once" else self.statistics
+        if self.mode == "pool" and self.track_running_stats:
             like = dict(dtype=torch.float64, device=self.running_mean.device)
             self.pooled = torch.zeros(2, self.num_features, **like)
             self.counted = torch.zeros(2, **like)
@@ -71,6 +72,10 @@ class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
     def end(self) -> None:
         self.mode = self.pooled = self.counted = None
         self.views = 1
+
+    def extra_repr(self) -> str:
+        own = "" if self.statistics == "once" else f", statistics={self.statistics!r}"
+        return super().extra_repr() + own
 
     @torch.no_grad()
     def _gather(self, mean: Tensor, variance: Tensor, n: int) -> None:  # [V, C]
@@ -144,7 +149,7 @@ def view_statistics(layers: Sequence[ViewBatchNorm], mode: str) -> Iterator[None
     """Put the layers into a mode; commit what they gathered, or undo it if anything raises."""
     for layer in layers:
         layer.begin(mode)
-    moving = [b for layer in layers for b in layer.buffers()] if mode == "every_pass" else []
+    moving = [b for layer in layers if layer.mode == "every_pass" for b in layer.buffers()]
     before = [b.clone() for b in moving]
     try:
         yield

@@ -159,8 +159,8 @@ def key_of(
     """All that a recorded step has been made for."""
     o = optimizer
     settings = [o.temperature, o.joint_steps, o.views, o.views_in_pass, o.layer, o.schedule]
-    settings += [o.statistics, o.precision, o.balance is None, o.balance == 0, o.warmup_ratio]
-    settings += [o._format.channels_last(images.device), o.augment, repr(o.augment)]
+    settings += [o.precision, o.balance is None, o.balance == 0, o.warmup_ratio]
+    settings += [o._format.channels_last(o.model), o.augment, repr(o.augment)]
     batch = [(tuple(t.shape), t.stride(), t.dtype, t.device) for t in (images, labels)]
     # hooks by the numbers of their handles, which no two share
     params = [

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bld_ext.api.batch_norm import ViewBatchNorm
 from bld_ext.api.layers import KINDS
+from bld_ext.api.pass_size import parse_bytes
 from bld_ext.api.precision import PRECISIONS, REFUSED
 from bld_ext.api.schedules import SCHEDULES
 
@@ -57,18 +58,14 @@ def at_least(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
 
 
-def views_per_pass(value: int | str, budget: int | None) -> None:
-    if isinstance(value, str) and value != "auto":
-        raise ValueError(f"views_per_pass: expected a whole number or 'auto', got {value!r}")
+def views_per_pass(value: int | str) -> None:
     if not isinstance(value, str):
         at_least("views_per_pass", value, 1)
-    if budget is not None:
-        at_least("memory_budget", budget, 1)
-        if value != "auto":
-            raise ValueError(
-                f"memory_budget: expected None with views_per_pass={value}, got {budget}; it is "
-                "what views_per_pass='auto' goes by"
-            )
+    elif value != "auto" and not parse_bytes(value):
+        raise ValueError(
+            "views_per_pass: expected a whole number, 'auto', or the memory that a pass may take, "
+            f"such as '512 MiB', got {value!r}"
+        )
 
 
 def precision(value: str) -> None:
@@ -80,11 +77,6 @@ def precision(value: str) -> None:
             "and reduces the backward passes alone"
         )
     choice("precision", value, PRECISIONS)
-
-
-def switch(name: str, value: bool | None) -> None:
-    if value is not None and not isinstance(value, bool):
-        raise ValueError(f"{name}: expected True, False or None, got {value!r}")
 
 
 def number(name: str, value: float, positive: bool = False) -> None:
@@ -113,27 +105,20 @@ def options(
     joint_steps: int,
     views: int,
     per_pass: int | str,
-    memory_budget: int | None,
     layer: str,
     schedule: str,
     precision_: str,
-    channels_last: bool | None,
     capture: bool,
     check_finite: bool,
-    seed: int,
 ) -> None:
     choice("layer", layer, KINDS)
     choice("schedule", schedule, SCHEDULES)
     apart("schedule", schedule, "in_backward", capture=capture)
     apart("check_finite", check_finite, True, capture=capture)
     at_least("views", views, 1)
-    views_per_pass(per_pass, memory_budget)
+    views_per_pass(per_pass)
     precision(precision_)
-    switch("channels_last", channels_last)
     at_least("joint_steps", joint_steps, 0)
-    at_least("seed", seed, 0)
-    if seed >= 2**63:
-        raise ValueError(f"seed: expected 0 to 2**63 - 1, got {seed}")
     number("temperature", temperature, positive=True)
     if balance is not None:
         number("balance", balance)
@@ -181,7 +166,7 @@ def dtypes(value: nn.Module) -> None:
             )
 
 
-def batch_norms(value: nn.Module, views_per_pass: int | str, statistics: str) -> None:
+def batch_norms(value: nn.Module, views_per_pass: int | str) -> None:
     """Refuse or warn of BatchNorms that are no ViewBatchNorm: SyncBatchNorm, subclasses."""
     for name, module in value.named_modules():
         if isinstance(module, _BatchNorm) and not isinstance(module, ViewBatchNorm):
@@ -191,12 +176,11 @@ def batch_norms(value: nn.Module, views_per_pass: int | str, statistics: str) ->
                     f"views_per_pass: expected 1, since {name} is a {kind}, which normalises all "
                     f"views of a pass together, got {views_per_pass!r}. Or use a plain nn.BatchNorm"
                 )
-            if statistics == "once":
-                warnings.warn(
-                    f"BLDOptimizer: {name} is a {kind}; its running statistics move at every "
-                    "forward pass in spite of statistics='once'. Or use a plain nn.BatchNorm",
-                    stacklevel=5,
-                )
+            warnings.warn(
+                f"BLDOptimizer: {name} is a {kind}; its running statistics move at every forward "
+                "pass, and not once a batch. Use a plain nn.BatchNorm",
+                stacklevel=5,
+            )
 
 
 def heads(sizes: Iterable[int]) -> list[int]:

@@ -68,7 +68,10 @@ _CONVERTED = {
 }
 
 
-def convert_view_batchnorm(module: nn.Module) -> nn.Module:
+STATISTICS = ("once", "every_pass")
+
+
+def convert_view_batchnorm(module: nn.Module, statistics: str | None = None) -> nn.Module:
     """Turn every `nn.BatchNorm*d` inside into a `ViewBatchNorm`, in place, and return the module.
 
     The modules, their parameters, buffers, hooks and state_dict stay the same objects; each is
@@ -76,10 +79,19 @@ def convert_view_batchnorm(module: nn.Module) -> nn.Module:
     by a module's exact type, such as torch.jit.script, want a copy from before. Inside a step, a
     ReLU behind a BatchNorm of an `nn.Sequential`, and the shortcut and the ReLUs of torchvision's
     residual blocks, are computed by the BatchNorm's kernel, unless a hook watches them.
+
+    Args:
+        statistics: when running statistics move: "once" a batch, from all views of the warm-up
+            pooled, or at "every_pass", as in PyTorch. Default: as it was; at first "once".
     """
+    if statistics not in (None, *STATISTICS):
+        expected = ", ".join(STATISTICS)
+        raise ValueError(f"statistics: expected one of {expected}, got {statistics!r}")
     for child in module.modules():
         if type(child) in _CONVERTED:
             child.__class__ = _CONVERTED[type(child)]
+        if statistics and isinstance(child, ViewBatchNorm):
+            child.statistics = statistics
     for child in module.modules():
         _fuse(child)
     return module

@@ -1,4 +1,4 @@
-"""torch.channels_last for images and weights of convolutions, where it is wanted and possible."""
+"""torch.channels_last for images and weights of convolutions, where it is faster and possible."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -12,33 +12,40 @@ class NeedsContiguousError(RuntimeError):
 
 
 class MemoryFormat:
-    """Args:
-    asked: True or False; None: on a CPU, where it is faster, unless the model cannot.
+    """Images lie as the weights of the model's convolutions do.
+
+    On a CPU, where it is faster, `prefer` lays these weights out in channels_last. Elsewhere, and
+    after that, the model's own `to(memory_format=...)` decides.
     """
 
-    def __init__(self, asked: bool | None):
-        self.asked = asked
-        self.impossible = False  # whether the model was seen to need contiguous activations
+    def __init__(self) -> None:
+        self.possible = True  # until the model was seen to need contiguous activations
 
-    def channels_last(self, device: torch.device) -> bool:
-        if self.asked is None:
-            return device.type == "cpu" and not self.impossible
-        return self.asked
-
-    def apply(self, model: nn.Module, state: Mapping[Tensor, dict] | None = None) -> None:
-        """To the weights, and to the state that an optimizer keeps of them."""
-        if self.channels_last(next(model.parameters()).device):
+    def prefer(self, model: nn.Module) -> None:
+        if next(model.parameters()).device.type == "cpu":
             lay_out(model, torch.channels_last)
-        lay_out_state(state or {})
+
+    def channels_last(self, model: nn.Module) -> bool:
+        """Whether a weight lies so, and could not be called contiguous too."""
+        return self.possible and any(
+            p.dim() == 4
+            and p.is_contiguous(memory_format=torch.channels_last)
+            and not p.is_contiguous()
+            for p in model.parameters()
+        )
+
+    def follow(self, model: nn.Module, state: Mapping[Tensor, dict]) -> None:
+        """Lay out weights that are new, and the state that an optimizer keeps of all."""
+        if self.channels_last(model):
+            lay_out(model, torch.channels_last)
+        lay_out_state(state)
 
     def run(self, model: nn.Module, call: Callable[[], Tensor | None]) -> Tensor | None:
-        """Where channels_last is the default and the model cannot, contiguous from now on."""
+        """Where the model cannot run in channels_last, contiguous from now on."""
         try:
             return call()
         except NeedsContiguousError:
-            if self.asked is not None:
-                raise
-        self.impossible = True
+            self.possible = False
         lay_out(model, torch.contiguous_format)
         return call()
 
@@ -64,7 +71,7 @@ def lay_out(model: nn.Module, layout: torch.memory_format) -> None:
             param.data = param.data.contiguous(memory_format=layout)
 
 
-def lay_out_state(state: dict) -> None:
+def lay_out_state(state: Mapping[Tensor, dict]) -> None:
     """An optimizer's state as its parameters lie: torch's fused kernels pair them by address."""
     for param, entry in state.items():
         for name, value in entry.items():

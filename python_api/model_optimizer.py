@@ -18,14 +18,12 @@ class ModelOptimizer(torch.optim.Optimizer):
     optimizer. `seed` and `batches`, learned so far, are the place in a stream.
     """
 
-    def __init__(
-        self, model: nn.Module, base: Callable[..., torch.optim.Optimizer], lr: float, seed: int
-    ):
+    def __init__(self, model: nn.Module, base: Callable[..., torch.optim.Optimizer], lr: float):
         self.model = model
         self.base = base(list(model.named_parameters()), lr=lr)
         checks.base(self.base)
         super().__init__(self.base.param_groups, self.base.defaults)
-        self.seed = int(seed)
+        self.seed = torch.initial_seed() % 2**63  # of views and forward passes
         self.batches = 0  # the step word of the views' random numbers
         self._share_with_base()
 

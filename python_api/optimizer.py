@@ -19,12 +19,17 @@ from bld_ext.api.memory_format import MemoryFormat
 from bld_ext.api.out_of_memory import is_out_of_memory, too_much
 from bld_ext.api.pass_size import PassSize
 from bld_ext.api.report import Batch, StepReport
-from bld_ext.api.runner import STATISTICS, StepRunner
+from bld_ext.api.runner import StepRunner
 
 REMOVED = {
     "balance_in_backward": "it changed neither results nor memory; schedule='in_backward' updates "
     "each layer amid the backward pass",
     "keep_gradients": "capture=True keeps every address from step to step",
+    "memory_budget": "give the budget as views_per_pass='512 MiB'",
+    "channels_last": "images lie as the model's weights do; on a CPU these are laid out in "
+    "channels_last by the constructor. Change it with model.to(memory_format=...)",
+    "statistics": "call convert_view_batchnorm(model, statistics=...) before the constructor",
+    "seed": "call torch.manual_seed(seed) before the constructor, or set optimizer.seed = seed",
 }
 
 
@@ -52,10 +57,9 @@ class BLDOptimizer(StepRunner):
         views: views V of each image; default 50 with `augment`, else 1, the images themselves.
         views_per_pass: views that go through the network as one batch. BatchNorm's statistics stay
             those of a view, so this changes speed and memory alone; a model that mixes the images
-            of a batch in another way is named in a warning. "auto" is the most that fits
-            `memory_budget`, and less after running out of memory.
-        memory_budget: bytes of activations in a pass, for "auto"; default 256 MiB on a CPU, 80 % of
-            what is free on a GPU.
+            of a batch in another way is named in a warning. A size such as "512 MiB" stands for
+            the most views whose activations fit into it, and for less after running out of memory;
+            "auto" is 256 MiB on a CPU, 80 % of what is free on a GPU.
         augment: `augment(images, seed=, step=, views=, indices=)`, which returns the views one
             after the other, `[len(views)·B, ...]`, the same every time: a `SeededAugment` or your
             own.
@@ -64,13 +68,9 @@ class BLDOptimizer(StepRunner):
             repetition. "shared_forward" runs one, and holds a second gradient unless all views go
             through the network in one pass. "in_backward" is two_forward that updates each layer as
             soon as its gradient is complete, and releases it. See `schedules.py`.
-        statistics: when BatchNorm's running statistics move: "once" a batch, from all views of the
-            warm-up pooled, or at "every_pass", as in PyTorch.
         precision: of products. "fp32" switches TF32 off. "mixed" keeps the forward passes in fp32,
             where rounding would drown what is distilled, and runs the backward passes in TF32 on a
             GPU, and in bfloat16 on a CPU with instructions for it.
-        channels_last: keep images and the weights of two-dimensional convolutions in
-            torch.channels_last. Default: on a CPU, unless the model needs contiguous activations.
         capture: replay a CUDA graph of the whole step for batches of one shape. The first such
             batch is learned without a graph and the second is recorded; so again after a change of
             heads, shape, modules, hooks or settings other than learning rates, λ and seed. The
@@ -81,12 +81,19 @@ class BLDOptimizer(StepRunner):
         check_finite: raise FloatingPointError on a loss, gradient norm or parameter that is not
             finite, and put the network back as it was before the step. Costs a copy of the network
             and a wait for the device in each stage.
-        seed: of the views and of the forward passes' random numbers, 0 to 2**63 - 1.
+
+    Attributes:
+        seed: of the views and of the forward passes' random numbers, 0 to 2**63 - 1. It is torch's
+            initial seed, which `torch.manual_seed` sets.
+        last: a `StepReport` of the last step: losses, norms and factors of each layer.
 
     The model's BatchNorm modules become `ViewBatchNorm` in place, with the same parameters, buffers
-    and state_dict. Inside a step TF32, reduced-precision products and autocast are off, and torch's
-    random state is replaced; both are put back after it. They are global, so steps in two threads
-    at once disturb each other. `step` owns the gradients and releases them.
+    and state_dict; `convert_view_batchnorm` sets when their running statistics move. On a CPU the
+    weights of two-dimensional convolutions are laid out in torch.channels_last, which is faster;
+    the images of a step lie as these weights do. Inside a step TF32, reduced-precision products and
+    autocast are off, and torch's random state is replaced; both are put back after it. They are
+    global, so steps in two threads at once disturb each other. `step` owns the gradients and
+    releases them.
 
     Example:
         optimizer = BLDOptimizer(model, lr=1e-4, views=50, augment=SeededAugment(crop_padding=4))
@@ -107,17 +114,13 @@ class BLDOptimizer(StepRunner):
         joint_steps: int = 2,
         views: int | None = None,
         views_per_pass: int | str = 1,
-        memory_budget: int | None = None,
         augment: Callable[..., Tensor] | None = None,
         layer: str = "module",
         schedule: str = "two_forward",
-        statistics: str = "once",
         precision: str = "fp32",
-        channels_last: bool | None = None,
         capture: bool = False,
         base: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
         check_finite: bool = False,
-        seed: int = 0,
         **removed: object,
     ):
         checks.removed(removed, REMOVED)
@@ -125,29 +128,21 @@ class BLDOptimizer(StepRunner):
             views = 50 if augment else 1
         checks.model(model)
         checks.options(
-            lr, warmup_lr, temperature, balance, joint_steps, views, views_per_pass, memory_budget,
-            layer, schedule, precision, channels_last, capture, check_finite, seed,
+            lr, warmup_lr, temperature, balance, joint_steps, views, views_per_pass,
+            layer, schedule, precision, capture, check_finite,
         )  # fmt: skip
-        checks.choice("statistics", statistics, STATISTICS)
 
-        self._format = MemoryFormat(channels_last)
-        self._format.apply(model)
-        super().__init__(convert_view_batchnorm(model), base, lr, seed)
+        self._format = MemoryFormat()
+        self._format.prefer(model)
+        super().__init__(convert_view_batchnorm(model), base, lr)
         self.warmup_ratio = 0.01 if warmup_lr is None else warmup_lr / lr
-        self.temperature = temperature
-        self.balance = balance
-        self.joint_steps = joint_steps
-        self.views = views
-        self.augment = augment
-        self.layer = layer
-        self.schedule = schedule
-        self.statistics = statistics
-        self.precision = precision
-        self.capture = capture
+        self.temperature, self.balance, self.joint_steps = temperature, balance, joint_steps
+        self.views, self.augment, self.layer = views, augment, layer
+        self.schedule, self.precision, self.capture = schedule, precision, capture
         self.check_finite = check_finite
         self.last: StepReport | None = None
         self._batch: Batch | None = None
-        self._pass_size = PassSize(views_per_pass, memory_budget)
+        self._pass_size = PassSize(views_per_pass)
         self._recorder = Recorder()
         self._warned_of_state = False
 
@@ -224,31 +219,20 @@ class BLDOptimizer(StepRunner):
 
     @property
     def views_per_pass(self) -> int | str:
-        """As it was asked for: a number, or "auto"."""
+        """As it was asked for: a number, "auto", or a size such as "512 MiB"."""
         return self._pass_size.wanted
 
     @views_per_pass.setter
     def views_per_pass(self, value: int | str) -> None:
-        budget = self._pass_size.budget if value == "auto" else None
-        checks.views_per_pass(value, budget)
+        checks.views_per_pass(value)
         looked = self._pass_size.looked_for_mixing
-        self._pass_size = PassSize(value, budget)
+        self._pass_size = PassSize(value)
         self._pass_size.looked_for_mixing = looked
 
     @property
     def views_in_pass(self) -> int:
-        """Views that go through the network at once: `views_per_pass`, or what "auto" chose."""
+        """Views that go through the network at once: `views_per_pass`, or what was chosen."""
         return min(self._pass_size.number, self.views)
-
-    @property
-    def channels_last(self) -> bool | None:
-        """As it was asked for; None is the default of the device."""
-        return self._format.asked
-
-    @channels_last.setter
-    def channels_last(self, value: bool | None) -> None:
-        checks.switch("channels_last", value)
-        self._format.asked = value
 
     # ---- a torch optimizer's life ----
 

@@ -27,7 +27,8 @@ def too_much(views: int, images: int, automatic: bool) -> torch.OutOfMemoryError
     """
     remedy = "set views_per_pass lower, or to 'auto'"
     if automatic:
-        remedy = "the next batch will have fewer; a smaller memory_budget has them at once"
+        remedy = "the next batch will have fewer; a smaller budget, as in views_per_pass='64 MiB', "
+        remedy += "has them at once"
     if views == 1:
         remedy = "use fewer images a batch, schedule='in_backward', or a smaller network"
     return torch.OutOfMemoryError(

@@ -1,5 +1,6 @@
 """How many views go through the network at once: as given, or as many as fit into memory."""
 
+import re
 from dataclasses import replace
 
 import torch
@@ -11,20 +12,27 @@ from bld_ext.api.views import Views
 
 CPU_BYTES = 256 * 2**20  # of activations in a pass; with more, a processor is no faster
 GPU_SHARE = 0.8  # of what is free
+UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def parse_bytes(text: str) -> int | None:
+    """Of a size such as "512 MiB"; None where it is none."""
+    found = re.fullmatch(rf"(\d+(?:\.\d+)?) ?({'|'.join(UNITS)})", text.strip())
+    return int(float(found[1]) * UNITS[found[2]]) if found else None
 
 
 class PassSize:
-    """The number of views in a pass: as given, or the largest whose activations fit a budget.
+    """The number of views in a pass: as given, or the largest whose activations fit into memory.
 
     Args:
-        wanted: a number, or "auto".
-        budget: bytes that the activations of a pass may take; None: 256 MiB on a CPU, and 80 % of
-            what is free on a GPU.
+        wanted: a number; or the memory that the activations of a pass may take, such as "512 MiB",
+            or "auto", which is 256 MiB on a CPU and 80 % of what is free on a GPU.
     """
 
-    def __init__(self, wanted: int | str, budget: int | None):
-        self.wanted, self.budget = wanted, budget
-        self.automatic = wanted == "auto"
+    def __init__(self, wanted: int | str):
+        self.wanted = wanted
+        self.automatic = isinstance(wanted, str)
+        self.budget = parse_bytes(wanted) if self.automatic and wanted != "auto" else None
         self.number = 1 if self.automatic else wanted
         self.on_trial = False  # no step has ended with this number yet
         self.looked_for_mixing = False

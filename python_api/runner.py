@@ -30,9 +30,6 @@ from bld_ext.api.schedules import SCHEDULES
 from bld_ext.api.stage import Stage
 from bld_ext.api.views import Views
 
-# when BatchNorm's running statistics move, in the warm-up and in the joint stage
-STATISTICS = {"once": ("pool", "keep"), "every_pass": ("every_pass", "every_pass")}
-
 
 class StepRunner(ModelOptimizer):
     """Runs stages with the settings that BLDOptimizer holds."""
@@ -88,7 +85,7 @@ class StepRunner(ModelOptimizer):
         report = StepReport(layers.names)
         views = self._views(images, labels, sizes, self.batches)
         stage = self._stage_of("warm-up", self.warmup_ratio, views, layers, report)
-        with self._stage(STATISTICS[self.statistics][0]):
+        with self._stage("pool"):
             loss, bank, norms = algorithm.warm_up(stage, SCHEDULES[self.schedule])
         report.warm_up_loss, report.reference_norms = loss, norms
         report.memory["bank"] = tensor_bytes([bank])
@@ -120,7 +117,7 @@ class StepRunner(ModelOptimizer):
         views = self._views(images, labels, sizes, batch.number)
         stage = self._stage_of("joint", 1.0, views, batch.layers, self.last)
         stage = replace(stage, bank=batch.bank, reference_norms=batch.reference_norms)
-        with self._stage(STATISTICS[self.statistics][1]):
+        with self._stage("keep"):
             loss = algorithm.joint(stage, SCHEDULES[self.schedule], losses)
         if "new" in losses:
             self.last.new_loss.append(loss)
@@ -180,7 +177,7 @@ class StepRunner(ModelOptimizer):
         return Views(
             self.model, self._norms(), images, labels, sizes, number, self.views,
             self._pass_size.number, self.augment, seed, self.precision,
-            self._format.channels_last(images.device),
+            self._format.channels_last(self.model),
         )  # fmt: skip
 
     def _norms(self) -> list[ViewBatchNorm]:
@@ -232,9 +229,9 @@ class StepRunner(ModelOptimizer):
         checks.batch(images, labels, device, takes_uint8=self.augment is not None)
         sizes = checks.heads(self.model.head_sizes)
         checks.dtypes(self.model)
-        checks.batch_norms(self.model, self.views_per_pass, self.statistics)
+        checks.batch_norms(self.model, self.views_per_pass)
         checks.trainable(self.model)
         if device.type == "cpu" or self.check_finite:
             checks.batch_values(images, labels, sizes[-1])
-        self._format.apply(self.model, self.state)
+        self._format.follow(self.model, self.state)
         return sizes

@@ -56,10 +56,7 @@ class Views:
                 return self.model(made)
         except RuntimeError as error:
             if self.channels_last and "view size is not compatible" in str(error):
-                raise NeedsContiguousError(
-                    f"channels_last: expected False, since the model needs contiguous activations "
-                    f"({error})"
-                ) from error
+                raise NeedsContiguousError from error
             raise
 
     def _make(self, views: range) -> Tensor:

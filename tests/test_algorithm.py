@@ -10,9 +10,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from arrange import arranged
 from torch import nn
 
-from bld_ext import BLDOptimizer, SeededAugment
+from bld_ext import SeededAugment
 from bld_ext.philox import stream_seed
 
 LR, WARMUP_LR, TEMPERATURE, BALANCE, VIEWS, SEED = 0.05, 0.002, 2.0, 1.5, 4, 3
@@ -113,7 +114,7 @@ def test_equals_the_paper_s_algorithms(schedule, layer, views_per_pass, make_mod
     # straight line only for single contiguous views
     model = make_model(dropout=0.2 if views_per_pass == 1 else 0, dtype=torch.float64)
     straight = StraightLine(copy.deepcopy(model), layer)
-    optimizer = BLDOptimizer(
+    optimizer = arranged(
         model, LR, warmup_lr=WARMUP_LR, temperature=TEMPERATURE, balance=BALANCE, views=VIEWS,
         views_per_pass=views_per_pass, augment=AUGMENT, layer=layer, schedule=schedule, seed=SEED,
         channels_last=views_per_pass > 1,

@@ -5,9 +5,11 @@ import functools
 
 import pytest
 import torch
+from arrange import arranged
 from torch import nn
 
 from bld_ext import BLDOptimizer, MultiHead, SeededAugment
+from bld_ext.api.optimizer import REMOVED
 
 pytestmark = pytest.mark.filterwarnings("ignore:BLDOptimizer. SGD keeps state")
 SWITCHES = [
@@ -72,7 +74,7 @@ def make(make_model, make_batch):
     def make(**options):
         model = make_model((2, 3), dropout=0.2)
         model.backbone[1].eval()
-        optimizer = BLDOptimizer(model, **OPTIONS | options)
+        optimizer = arranged(model, **OPTIONS | options)
         optimizer.step(*make_batch(3, number=0))
         return optimizer
 
@@ -272,8 +274,7 @@ NAN, INF = float("nan"), float("inf")
         *(("balance", v) for v in (-1, NAN, INF, "2")),
         *(("lr", v) for v in (-1, NAN, "fast")),
         *(("warmup_lr", v) for v in (-1, NAN)),
-        *(("seed", v) for v in (-1, 2**63, 1.5)),
-        *((name, v) for name in ("layer", "schedule", "statistics") for v in ("other", None, [])),
+        *((name, v) for name in ("layer", "schedule") for v in ("other", None, [])),
     ],
     ids=lambda value: str(value).replace("[]", "list"),
 )
@@ -283,6 +284,14 @@ def test_bad_option(make_model, name, value):
     with pytest.raises((ValueError, TypeError), match=f"^{name}: expected .* got "):
         BLDOptimizer(model, **OPTIONS | {name: value})
     assert_same(snapshot(model), before)
+
+
+@pytest.mark.parametrize("name", REMOVED)
+def test_an_option_that_is_no_more_names_what_replaced_it(name, make_model):
+    with pytest.raises(TypeError, match=f"^{name}: BLDOptimizer has no such option any more; .*="):
+        BLDOptimizer(make_model((2,)), **{name: True})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'lambda_'"):
+        BLDOptimizer(make_model((2,)), lambda_=1)
 
 
 def test_warmup_lr_needs_an_lr(make_model):

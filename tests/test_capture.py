@@ -11,8 +11,9 @@ from functools import partial
 
 import pytest
 import torch
+from arrange import arranged
 
-from bld_ext import BLDOptimizer, SeededAugment
+from bld_ext import SeededAugment, convert_view_batchnorm
 from bld_ext.api import capture
 
 AUGMENT = SeededAugment(crop_padding=1, rotation=15, jitter=0.2)
@@ -63,7 +64,7 @@ def echo(monkeypatch):
 
 
 def make_optimizer(model, **options):
-    return BLDOptimizer(model, **dict(lr=0.05, views=4, augment=AUGMENT, seed=3) | options)
+    return arranged(model, **dict(lr=0.05, views=4, augment=AUGMENT, seed=3) | options)
 
 
 def eager_and_captured(models, **options):
@@ -174,7 +175,7 @@ def add_hook(owner, kind, model, optimizer):
         "joint steps": lambda model, o: setattr(o, "joint_steps", 1),
         "layer": lambda model, o: setattr(o, "layer", "tensor"),
         "schedule": lambda model, o: setattr(o, "schedule", "shared_forward"),
-        "statistics": lambda model, o: setattr(o, "statistics", "every_pass"),
+        "statistics": lambda model, o: convert_view_batchnorm(model, "every_pass"),
         "precision": lambda model, o: setattr(o, "precision", "mixed"),
         "warm-up": lambda model, o: setattr(o, "warmup_ratio", 0.5),
         "passes": lambda model, o: setattr(o, "views_per_pass", 2),

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from arrange import arranged
 from torch import nn
 from torch.autograd import detect_anomaly
 from torch.optim import lr_scheduler, swa_utils
@@ -48,7 +49,7 @@ def make(heads=(2, 2), dropout=0.2, weights=1, wrap=lambda model: model, **optio
     for size in heads:
         model.add_head(size)
     options = {"lr": 0.05, "views": 2, "augment": AUGMENT, "seed": 3} | options
-    return BLDOptimizer(wrap(model), **options)
+    return arranged(wrap(model), **options)
 
 
 def batch(number, size=4):
@@ -218,7 +219,7 @@ def test_loading_ends_the_batch_that_was_begun():
 
 def test_the_automatic_size_of_a_pass_is_that_of_a_run_that_resumes():
     """Though the network has grown since it was measured; another size has other bits."""
-    options = {"views": 4, "views_per_pass": "auto", "memory_budget": 11_000}
+    options = {"views": 4, "views_per_pass": "11 kB"}
     whole, resumed = make(**options), make((2, 2, 2), **options)
     sizes = [learn(whole, [number], [1]) and whole.views_in_pass for number in (0, 1)]
     hand_over((whole.model, resumed.model), (whole, resumed))

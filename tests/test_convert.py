@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torchvision
+from arrange import arranged
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -203,11 +204,10 @@ def test_weights_keep_values_identity_and_other_shapes():
 
 
 @pytest.mark.parametrize("channels_last", [None, True, False])
-def test_the_network_sees_images_in_the_format_that_was_asked_for(
-    channels_last, make_model, make_batch
-):
+def test_images_lie_as_the_weights_do(channels_last, make_model, make_batch):
+    """On a CPU in channels_last, unless the user has put the weights back."""
     model = make_model(heads=(2, 2))
-    optimizer = BLDOptimizer(model, 0.05, channels_last=channels_last)
+    optimizer = arranged(model, 0.05, channels_last=channels_last)
     seen = []
     model.backbone[3].register_forward_hook(
         lambda m, x, y: seen.append(y.is_contiguous(memory_format=torch.channels_last))
@@ -222,7 +222,7 @@ def test_formats_agree_in_float64(make_model, make_batch):
     results = []
     for channels_last in (False, True):
         model = make_model(heads=(2, 2), dtype=torch.float64)
-        optimizer = BLDOptimizer(model, 0.05, channels_last=channels_last)
+        optimizer = arranged(model, 0.05, channels_last=channels_last)
         for number in range(3):
             optimizer.step(*make_batch(2, number, dtype=torch.float64))
         results.append([*model.parameters(), *model.buffers()])
@@ -244,21 +244,19 @@ class Viewing(nn.Module):
 @pytest.mark.parametrize("views_per_pass", [1, 2, "auto"])
 def test_a_model_with_view_falls_back_to_contiguous(views_per_pass, make_batch):
     states = []
-    for channels_last in (None, False):
+    for channels_last in (None, True, False):
         torch.manual_seed(0)
         model = MultiHead(Viewing(), 144)
         model.add_head(2)
         model.add_head(2)
-        optimizer = BLDOptimizer(
+        optimizer = arranged(
             model, 0.05, views=2, views_per_pass=views_per_pass, channels_last=channels_last
         )
         for number in range(2):
             optimizer.step(*make_batch(2, number))
         states.append([p.detach().clone() for p in model.parameters()])
         assert model.backbone.conv.weight.is_contiguous()
-    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
-    with pytest.raises(RuntimeError, match="^channels_last: expected False, since the model needs"):
-        BLDOptimizer(model, 0.05, channels_last=True).step(*make_batch(2))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*states, strict=True))
 
 
 def test_weights_that_share_memory_stay_where_they_are():
@@ -275,7 +273,7 @@ def test_a_base_with_state_that_was_saved_in_the_other_format(make_model, make_b
     for formats in ((False, None), (False, False)):
         model, saved = make_model(heads=(2, 2)), None
         for number, channels_last in enumerate(formats):
-            optimizer = BLDOptimizer(model, 0.01, base=base, channels_last=channels_last)
+            optimizer = arranged(model, 0.01, base=base, channels_last=channels_last)
             if saved:
                 optimizer.load_state_dict(saved)
             optimizer._warned_of_state = True
@@ -286,10 +284,15 @@ def test_a_base_with_state_that_was_saved_in_the_other_format(make_model, make_b
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("value", [1, "yes"])
-def test_channels_last_is_a_switch(value, make_model):
-    with pytest.raises(ValueError, match="^channels_last: expected True, False or None, got"):
-        BLDOptimizer(make_model(heads=(2,)), channels_last=value)
+def test_a_policy_of_running_statistics_is_one_of_two(make_model):
+    model = convert_view_batchnorm(make_model(), "every_pass")
+    norms = [m for m in model.modules() if isinstance(m, ViewBatchNorm)]
+    assert [n.statistics for n in norms] == ["every_pass"] * 2 and "every_pass" in repr(model)
+    with pytest.raises(ValueError, match="^statistics: expected one of once, every_pass, got 1"):
+        convert_view_batchnorm(model, 1)
+    assert [n.statistics for n in convert_view_batchnorm(model).modules() if n in norms] == [
+        "every_pass"
+    ] * 2
 
 
 # ---- torch.compile ----

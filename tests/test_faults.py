@@ -19,6 +19,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
+from arrange import arranged
 from kill import SERVER, kill_command, kill_run, without_time
 from torch import nn
 
@@ -487,7 +488,7 @@ def learner(make_model, monkeypatch, **options):
     """An optimizer that has learned a batch, and its backbone that can run out of memory."""
     model = make_model(heads=(2, 2), dropout=0.2)
     model.backbone = backbone = Failing(model.backbone)
-    optimizer = BLDOptimizer(
+    optimizer = arranged(
         model, lr=0.05, views=8, augment=SeededAugment(crop_padding=1), seed=3, **options
     )
 

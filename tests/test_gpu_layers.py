@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from arrange import arranged
 from torch.library import opcheck
 
-from bld_ext import BLDOptimizer, SeededAugment, backend, ops
+from bld_ext import SeededAugment, backend, ops
 from tests.test_layers import (
     LAYERS,
     REFERENCE,
@@ -238,7 +239,7 @@ def test_in_backward_gives_the_same_bits(make_model, make_batch):
     try:
         for options in ({}, {"schedule": "in_backward"}):
             model = make_model((2, 3)).cuda()
-            optimizer = BLDOptimizer(model, 0.05, views=4, augment=augment, seed=3, **options)
+            optimizer = arranged(model, 0.05, views=4, augment=augment, seed=3, **options)
             for number in range(3):
                 optimizer.step(*(t.cuda() for t in make_batch(3, number)))
             states.append(model.state_dict())

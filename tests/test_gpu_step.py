@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 import torchvision
+from arrange import arranged
 from torch import nn
 
 import bld_ext
 from benchmarks import precision as emulation
-from bld_ext import BLDOptimizer, MultiHead, SeededAugment, ops
+from bld_ext import MultiHead, SeededAugment, ops
 from bld_ext.api.precision import backward_arithmetic, exact_float32
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -27,7 +28,7 @@ SCHEDULES = {
 
 def make_optimizer(model, **options):
     defaults = dict(lr=0.05, views=4, augment=AUGMENT, seed=3)
-    return BLDOptimizer(model.cuda(), **defaults | options)
+    return arranged(model.cuda(), **defaults | options)
 
 
 def on_gpu(batch):
@@ -147,7 +148,7 @@ def test_auto_takes_all_views_and_backs_off(make_model, make_batch):
     model.add_head(2)
     side = int((total / 4 / 64 / 6) ** 0.5)  # two views fit at most, eight were asked for
     optimizer = make_optimizer(
-        model, views=8, augment=None, views_per_pass="auto", memory_budget=2**45, joint_steps=0
+        model, views=8, augment=None, views_per_pass="32768 GiB", joint_steps=0
     )
     images = torch.rand(1, 3, side, side, device="cuda")
     optimizer.step(images, torch.zeros(1, dtype=torch.int64, device="cuda"))

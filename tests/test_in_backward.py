@@ -5,10 +5,11 @@ from functools import partial
 
 import pytest
 import torch
+from arrange import arranged
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from bld_ext import BLDOptimizer, MultiHead, SeededAugment
+from bld_ext import MultiHead, SeededAugment
 from bld_ext.api import in_backward
 from bld_ext.api.in_backward import complete_layers
 
@@ -26,7 +27,7 @@ def bucket(request, monkeypatch):
 
 def run(model, make_batch, batches=3, **options):
     """The state and the reports after some batches."""
-    optimizer = BLDOptimizer(model, **OPTIONS | options)
+    optimizer = arranged(model, **OPTIONS | options)
     reports = []
     for number in range(batches):
         optimizer.step(*make_batch(model.head_sizes[-1], number))
@@ -126,7 +127,7 @@ def test_what_a_batch_leaves_out_stays(bucket, way, option, make_batch):
     model.add_head(2)
     model.add_head(3)
     base = partial(torch.optim.SGD, **{option: 0.5})
-    optimizer = BLDOptimizer(model, **OPTIONS, base=base, **way)
+    optimizer = arranged(model, **OPTIONS, base=base, **way)
     optimizer.step(*make_batch(3, 0))
     model.backbone.use, before = False, model.backbone.second.weight.clone()
     optimizer.step(*make_batch(3, 1))
@@ -143,7 +144,7 @@ def test_no_parameter_received_a_gradient(way, make_batch):
     model.backbone.second.requires_grad_()
     model.backbone.use = False
     assert not any(p.requires_grad for p in head)
-    optimizer = BLDOptimizer(
+    optimizer = arranged(
         model,
         0.1,
         views=2,
@@ -168,7 +169,7 @@ def test_groups_with_rates_of_their_own(way, make_model, make_batch):
     results = []
     for options in ({}, way):
         model = make_model((2, 3))
-        optimizer = BLDOptimizer(model, **OPTIONS | options)
+        optimizer = arranged(model, **OPTIONS | options)
         first = optimizer.param_groups[0]
         moved = first["params"][:3]
         first["params"], first["param_names"] = first["params"][3:], first["param_names"][3:]
@@ -244,7 +245,7 @@ def test_a_gradient_that_comes_twice_is_refused(monkeypatch, way, make_batch):
         if not reentrant:
             results.append(run(model, make_batch, **options))
             continue
-        optimizer = BLDOptimizer(model, **OPTIONS | options)
+        optimizer = arranged(model, **OPTIONS | options)
         with pytest.raises(RuntimeError, match="second gradient after its layer was complete, as "):
             optimizer.step(*make_batch(3))
         assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
@@ -258,7 +259,7 @@ def test_an_error_amid_backward_is_undone_with_check_finite(
 ):
     monkeypatch.setattr(in_backward, "BUCKET_BYTES", 0)
     model = make_model((2, 3))
-    optimizer = BLDOptimizer(model, **OPTIONS, check_finite=True, **way)
+    optimizer = arranged(model, **OPTIONS, check_finite=True, **way)
     before = copy.deepcopy(model.state_dict())
     conv = model.backbone[0].weight
     handle = conv.register_hook(lambda grad: grad * torch.inf)  # the last layer of backward
@@ -280,17 +281,9 @@ def test_the_warm_up_never_holds_a_whole_gradient(monkeypatch, make_model, make_
         gradient = sum(4 * p.numel() for p in model.parameters())
         largest = max(4 * p.numel() for p in model.parameters())
         options = OPTIONS | {"views_per_pass": 4, "schedule": "in_backward"}
-        optimizer = BLDOptimizer(model, **options)
+        optimizer = arranged(model, **options)
         batch = make_batch(heads[-1])
         optimizer.warm_up(*batch)
         assert largest <= optimizer.last.memory["gradients"] < gradient
         optimizer.joint(*batch)
         assert (optimizer.last.memory["gradients"] == gradient) == whole
-
-
-@pytest.mark.parametrize("name", ["balance_in_backward", "keep_gradients"])
-def test_an_option_that_is_no_more_names_what_replaced_it(name, make_model):
-    with pytest.raises(TypeError, match=f"^{name}: BLDOptimizer has no such option any more; .*="):
-        BLDOptimizer(make_model((2,)), **{name: True})
-    with pytest.raises(TypeError, match="unexpected keyword argument 'lambda_'"):
-        BLDOptimizer(make_model((2,)), lambda_=1)

@@ -8,9 +8,9 @@ import subprocess
 import sys
 import warnings
 
-import numpy as np
 import pytest
 import torch
+from arrange import arranged
 from torch import nn
 
 from bld_ext import BLDOptimizer, MultiHead, SeededAugment
@@ -19,7 +19,7 @@ AUGMENT = SeededAugment(crop_padding=1, rotation=15)
 
 
 def make_optimizer(model, **options):
-    return BLDOptimizer(model, **{"lr": 0.05, "views": 3, "augment": AUGMENT} | options)
+    return arranged(model, **{"lr": 0.05, "views": 3, "augment": AUGMENT} | options)
 
 
 def learn(optimizer, make_batch, numbers, classes=2):
@@ -283,10 +283,14 @@ def test_the_report_says_what_the_step_did(make_model, make_batch):
     }  # fmt: skip
 
 
-def test_a_numpy_seed_is_a_seed(make_model, make_batch):
-    optimizer = make_optimizer(make_model(heads=(2,)), seed=np.int64(3))
+@pytest.mark.parametrize("seed", [5, -1, 2**64 - 1])
+def test_the_seed_is_that_of_torch(seed, make_model, make_batch):
+    model = make_model(heads=(2,))
+    torch.manual_seed(seed)
+    torch.rand(3)  # the seed stays, however much has been drawn
+    optimizer = make_optimizer(model)
     learn(optimizer, make_batch, [0])
-    assert type(optimizer.state_dict()["bld"]["seed"]) is int
+    assert optimizer.seed == seed % 2**63 == optimizer.state_dict()["bld"]["seed"]
 
 
 def test_the_first_task_has_nothing_to_distil(make_model, make_batch):

@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from arrange import arranged
 from torch import nn
 
-from bld_ext import BLDOptimizer, SeededAugment
+from bld_ext import SeededAugment
 from bld_ext.api import pass_size
 
 AUGMENT = SeededAugment(crop_padding=1, rotation=15, jitter=0.2)
@@ -26,7 +27,7 @@ def assert_same_bits(a, b):
 
 
 def optimizer_of(model, **options):
-    return BLDOptimizer(model, **OPTIONS | options)
+    return arranged(model, **OPTIONS | options)
 
 
 # ---- "auto" ----
@@ -43,10 +44,12 @@ def test_measuring_leaves_no_activation_behind(make_model, make_batch):
 
 
 @pytest.mark.parametrize(
-    ("budget", "expected"), [(1, 1), (2**40, 8), (None, 8)], ids=["none", "plenty", "default"]
+    ("budget", "expected"),
+    [("1 B", 1), ("1024 GiB", 8), ("auto", 8)],
+    ids=["none", "plenty", "default"],
 )
 def test_auto_takes_what_fits(budget, expected, make_model, make_batch):
-    optimizer = optimizer_of(make_model(heads=(2, 2)), views_per_pass="auto", memory_budget=budget)
+    optimizer = optimizer_of(make_model(heads=(2, 2)), views_per_pass=budget)
     optimizer.step(*make_batch(2))
     assert optimizer.views_in_pass == expected
 
@@ -70,7 +73,7 @@ def test_auto_stays_below_the_budget_and_uses_it(make_model, make_batch):
         return sum(saved.values())
 
     budget = 5 * saved_by(1)
-    optimizer = optimizer_of(model, views_per_pass="auto", memory_budget=budget)
+    optimizer = optimizer_of(model, views_per_pass=f"{budget} B")
     optimizer.step(*batch)
     assert 2 <= optimizer.views_in_pass <= 4  # beside activations there are two gradients
     assert saved_by(optimizer.views_in_pass) <= budget
@@ -83,7 +86,7 @@ def test_passes_are_even(make_model, make_batch):
     views = optimizer._views(*make_batch(2), [2], 0)
     with optimizer._stage("keep"):
         each = pass_size.activation_bytes(replace(views, count=1, per_pass=1))
-    size = pass_size.PassSize("auto", 7 * each)
+    size = pass_size.PassSize(f"{7 * each} B")
     with optimizer._stage("keep"):
         size.fit(replace(views, count=1, per_pass=1), 8, "key")
     assert size.number == 4
@@ -113,7 +116,7 @@ def test_measuring_leaves_no_trace(make_model, make_batch):
 
 def test_another_batch_size_is_measured_anew(make_model, make_batch):
     model = make_model(heads=(2, 2))
-    optimizer = optimizer_of(model, views_per_pass="auto", memory_budget=2**20)
+    optimizer = optimizer_of(model, views_per_pass="1 MiB")
     numbers = []
     for size in (5, 200):
         optimizer.step(*make_batch(2, size=size))
@@ -123,7 +126,7 @@ def test_another_batch_size_is_measured_anew(make_model, make_batch):
 
 def test_other_parameters_that_learn_are_measured_anew(make_model, make_batch):
     """A new head, and a backbone that learns no longer, or again."""
-    optimizer = optimizer_of(make_model(heads=(2,)), views_per_pass="auto", memory_budget=2**17)
+    optimizer = optimizer_of(make_model(heads=(2,)), views_per_pass="128 KiB")
     model, numbers = optimizer.model, []
     for change in (
         lambda: None,
@@ -417,16 +420,15 @@ def test_any_number_of_views_is_one_view_a_pass_in_float64(schedule, views, make
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            dict(views_per_pass="all"),
-            "views_per_pass: expected a whole number or 'auto', got 'all'",
+        *(
+            (
+                dict(views_per_pass=wrong),
+                "views_per_pass: expected a whole number, 'auto', or the memory that a pass may "
+                f"take, such as '512 MiB', got '{wrong}'",
+            )
+            for wrong in ("all", "", "0 MiB", "-1 MiB", "0.5 B", "512", "5 mib", "1e3 B")
         ),
         (dict(views_per_pass=0), "views_per_pass: expected a whole number of at least 1, got 0"),
-        (dict(memory_budget=10), "memory_budget: expected None with views_per_pass=1, got 10"),
-        (
-            dict(views_per_pass="auto", memory_budget=0.5),
-            "memory_budget: expected a whole number of at least 1, got 0.5",
-        ),
     ],
 )
 def test_bad_settings(options, message, make_model):

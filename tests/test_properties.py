@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from arrange import arranged
 from torch import nn
 
 from bld_ext import (
@@ -25,7 +26,7 @@ SCHEDULES = pytest.mark.parametrize("schedule", ["two_forward", "shared_forward"
 
 def make_optimizer(model, **options):
     defaults = {"lr": 0.05, "views": 4, "augment": AUGMENT, "seed": 3}
-    return BLDOptimizer(model, **defaults | options)
+    return arranged(model, **defaults | options)
 
 
 def state(model):

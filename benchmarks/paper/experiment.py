@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 
@@ -48,106 +49,164 @@ def run(
         GPU, the most bytes that its allocator had given out.
     """
     stream = make_stream(dataset, settings.tasks, seed, settings.limit)
-    if device.startswith("cuda"):
-        torch.zeros(1, device=device)  # there are no statistics before
-        torch.cuda.reset_peak_memory_stats(device)
+    _forget_peak(device)
     torch.manual_seed(seed)
     learner = make_learner(method, settings, seed, device)
     what = conditions(dataset, method, settings, seed, device)
-    saved = Checkpoint(checkpoint, what, every) if checkpoint else None
-    state = _fresh()
-    if saved and resume and saved.exists():
-        state = _restore(saved, learner, device)
-        progress(state["batches"])
-    start = time.perf_counter() - state["seconds"]
-
-    def save() -> None:
-        state["seconds"] = time.perf_counter() - start
-        if saved:
-            model = learner.model.state_dict()
-            saved.save(state | {"model": model, "learner": learner.state_dict()})
-
-    for number in range(state["task"], len(stream)):
-        task = stream[number]
-        if state["epoch"] == state["batch"] == 0 and len(learner.model.heads) == number:
+    going = Run(
+        learner, device, progress, Checkpoint(checkpoint, what, every) if checkpoint else None
+    )
+    if resume:
+        going.restore()
+    for number, task in enumerate(stream):
+        if going.is_before(number):
             torch.manual_seed(seed + 1000 * (number + 1))
             learner.begin(task)
             learner.model.add_head(len(task.classes))
-        _learn_task(state, learner, task, device, progress, saved.due if saved else bool, save)
-        seen = stream[: number + 1]
-        state["accuracy"].append([evaluate(learner.model, t, j) for j, t in enumerate(seen)])
-        state["factors"].append(_mean_logarithms(state["summed"]))
-        state.update(task=number + 1, epoch=0, batch=0, summed=None)
-        save()
-    with batch_statistics(learner.model):
-        diagnostic = [evaluate(learner.model, task, j) for j, task in enumerate(stream)]
-    record = {
-        "method": method,
-        "seed": seed,
-        "classes": [list(task.classes) for task in stream],
-        "accuracy": state["accuracy"],
-        "accuracy_with_batch_statistics": diagnostic,
-        "memory": state["memory"],
-        "columns": state["columns"],
-        "factors": state["factors"],
-        "batches": state["batches"],
-        "weights": digest(learner.model.state_dict()),
-        "seconds": round(time.perf_counter() - start, 1),
-        "step_ms": round(1e3 * state["learning"] / state["batches"], 3),
-        "images_per_s": round(state["images"] / state["learning"], 1),
-    }
-    if device.startswith("cuda"):
-        record["allocated"] = torch.cuda.max_memory_allocated(device)
-    return record
+        if going.state.task == number:
+            going.learn(task)
+            going.evaluate(stream[: number + 1])
+    classes = [list(task.classes) for task in stream]
+    return {"method": method, "seed": seed, "classes": classes} | going.record(stream)
 
 
-def _learn_task(
-    state: dict,
-    learner: Method,
-    task: Task,
-    device: str,
-    progress: Callable[[int], None],
-    due: Callable[[], bool],
-    save: Callable[[], None],
-) -> None:
-    """What is left of a task; nothing in here waits for a GPU, but a checkpoint."""
-    since = time.perf_counter()
+@dataclass
+class State:
+    """How far a run has come, and what was measured on the way: a checkpoint holds it."""
 
-    def count_time() -> None:
-        nonlocal since
-        synchronize(device)
-        now = time.perf_counter()
-        state["learning"], since = state["learning"] + now - since, now
+    task: int = 0
+    epoch: int = 0
+    batch: int = 0  # of the epoch
+    batches: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    learning: float = 0.0  # seconds, without evaluations and checkpoints
+    accuracy: list[list[float]] = field(default_factory=list)
+    memory: dict[str, int] = field(default_factory=dict)
+    columns: dict[str, int] = field(default_factory=dict)
+    factors: list[dict[str, float]] = field(default_factory=list)
+    summed: dict | None = None  # logarithms of the layers' factors in this task, on the device
 
-    for epoch in range(state["epoch"], learner.epochs):
-        state["epoch"] = epoch
-        for k, (where, images, labels) in enumerate(learner.batches(task, epoch)):
-            if k < state["batch"]:
-                continue
-            learner.learn(where, images.to(device), labels.to(device))
-            _account(state, learner)
-            state["batch"], state["batches"] = k + 1, state["batches"] + 1
-            state["images"] += len(images)
-            progress(1)
-            if due():
-                count_time()
-                save()
-                since = time.perf_counter()
-        state["batch"] = 0
-    count_time()
+    def account(self, learner: Method) -> None:
+        """The most bytes so far; and the logarithms of the layers' factors."""
+        last = learner.optimizer.last
+        for purpose, size in last.memory.items():
+            self.memory[purpose] = max(size, self.memory.get(purpose, 0))
+        for column, size in learner.extra_bytes().items():
+            self.columns[column] = max(size, self.columns.get(column, 0))
+        for factors in last.factors:
+            if self.summed is None:
+                sums, counts = factors.new_zeros(2, len(factors), dtype=torch.float64)
+                self.summed = {"layers": list(last.layers), "sums": sums, "counts": counts}
+            balanced = factors > 0
+            self.summed["sums"] += torch.where(balanced, factors.double().log10(), 0)
+            self.summed["counts"] += balanced
+
+    def mean_logarithms(self) -> dict[str, float]:
+        """By layer, of those that were balanced at all."""
+        if self.summed is None:
+            return {}
+        columns = [self.summed["layers"]] + [self.summed[k].tolist() for k in ("sums", "counts")]
+        return {name: total / count for name, total, count in zip(*columns, strict=True) if count}
 
 
-def _restore(saved: Checkpoint, learner: Method, device: str) -> dict:
-    state = saved.load(device)
-    try:
-        learner.model.load_state_dict(state.pop("model"))
-        learner.load_state_dict(state.pop("learner"))
-        return {name: state[name] for name in _fresh()}
-    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"checkpoint {saved.path}: its state does not fit ({one_line(error)}). Remove it, "
-            "or start without --resume"
-        ) from error
+class Run:
+    """A learner on its way through a stream, saved from time to time."""
+
+    def __init__(
+        self,
+        learner: Method,
+        device: str,
+        progress: Callable[[int], None],
+        saved: Checkpoint | None,
+    ):
+        self.learner, self.device, self.progress, self.saved = learner, device, progress, saved
+        self.state = State()
+        self.start = time.perf_counter()
+
+    def restore(self) -> None:
+        """From its checkpoint, if there is one."""
+        if not self.saved or not self.saved.exists():
+            return
+        state = self.saved.load(self.device)
+        try:
+            self.learner.model.load_state_dict(state["model"])
+            self.learner.load_state_dict(state["learner"])
+            self.state = State(**{each.name: state[each.name] for each in fields(State)})
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"checkpoint {self.saved.path}: its state does not fit ({one_line(error)}). Remove "
+                "it, or start without --resume"
+            ) from error
+        self.progress(self.state.batches)
+        self.start -= self.state.seconds
+
+    def save(self) -> None:
+        self.state.seconds = time.perf_counter() - self.start
+        if self.saved:
+            model, learner = self.learner.model.state_dict(), self.learner.state_dict()
+            self.saved.save(vars(self.state) | {"model": model, "learner": learner})
+
+    def is_before(self, task: int) -> bool:
+        """Whether this task comes next and nothing of it has been learned."""
+        state = self.state
+        has_begun = state.epoch or state.batch or len(self.learner.model.heads) > task
+        return state.task == task and not has_begun
+
+    def learn(self, task: Task) -> None:
+        """What is left of a task; nothing in here waits for a GPU, but a checkpoint."""
+        state, since = self.state, time.perf_counter()
+
+        def count_time() -> None:
+            nonlocal since
+            synchronize(self.device)
+            now = time.perf_counter()
+            state.learning, since = state.learning + now - since, now
+
+        for epoch in range(state.epoch, self.learner.epochs):
+            state.epoch = epoch
+            for k, (where, images, labels) in enumerate(self.learner.batches(task, epoch)):
+                if k < state.batch:
+                    continue
+                self.learner.learn(where, images.to(self.device), labels.to(self.device))
+                state.account(self.learner)
+                state.batch, state.batches = k + 1, state.batches + 1
+                state.images += len(images)
+                self.progress(1)
+                if self.saved and self.saved.due():
+                    count_time()
+                    self.save()
+                    since = time.perf_counter()
+            state.batch = 0
+        count_time()
+
+    def evaluate(self, seen: list[Task]) -> None:
+        """The end of a task: the accuracy of all so far."""
+        state = self.state
+        state.accuracy.append([evaluate(self.learner.model, t, j) for j, t in enumerate(seen)])
+        state.factors.append(state.mean_logarithms())
+        state.task, state.epoch, state.batch, state.summed = len(seen), 0, 0, None
+        self.save()
+
+    def record(self, stream: list[Task]) -> dict:
+        state, model = self.state, self.learner.model
+        with batch_statistics(model):
+            diagnostic = [evaluate(model, task, j) for j, task in enumerate(stream)]
+        record = {
+            "accuracy": state.accuracy,
+            "accuracy_with_batch_statistics": diagnostic,
+            "memory": state.memory,
+            "columns": state.columns,
+            "factors": state.factors,
+            "batches": state.batches,
+            "weights": digest(model.state_dict()),
+            "seconds": round(time.perf_counter() - self.start, 1),
+            "step_ms": round(1e3 * state.learning / state.batches, 3),
+            "images_per_s": round(state.images / state.learning, 1),
+        }
+        if self.device.startswith("cuda"):
+            record["allocated"] = torch.cuda.max_memory_allocated(self.device)
+        return record
 
 
 def conditions(dataset: Dataset, method: str, settings: Settings, seed: int, device: str) -> dict:
@@ -164,35 +223,11 @@ def conditions(dataset: Dataset, method: str, settings: Settings, seed: int, dev
     }
 
 
-def _fresh() -> dict:
-    return dict(
-        task=0, epoch=0, batch=0, batches=0, images=0, seconds=0.0, learning=0.0, accuracy=[],
-        memory={}, columns={}, factors=[], summed=None,
-    )  # fmt: skip
-
-
-def _account(state: dict, learner: Method) -> None:
-    """The most bytes so far; and the logarithms of the layers' factors, summed on the device."""
-    last = learner.optimizer.last
-    for purpose, size in last.memory.items():
-        state["memory"][purpose] = max(size, state["memory"].get(purpose, 0))
-    for column, size in learner.extra_bytes().items():
-        state["columns"][column] = max(size, state["columns"].get(column, 0))
-    for factors in last.factors:
-        if state["summed"] is None:
-            sums, counts = factors.new_zeros(2, len(factors), dtype=torch.float64)
-            state["summed"] = {"layers": list(last.layers), "sums": sums, "counts": counts}
-        balanced = factors > 0
-        state["summed"]["sums"] += torch.where(balanced, factors.double().log10(), 0)
-        state["summed"]["counts"] += balanced
-
-
-def _mean_logarithms(summed: dict | None) -> dict[str, float]:
-    """By layer, of those that were balanced at all."""
-    if summed is None:
-        return {}
-    columns = (summed["layers"], summed["sums"].tolist(), summed["counts"].tolist())
-    return {name: total / count for name, total, count in zip(*columns, strict=True) if count}
+def _forget_peak(device: str) -> None:
+    """Of what the allocator has given out before this run."""
+    if device.startswith("cuda"):
+        torch.zeros(1, device=device)  # there are no statistics before
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def synchronize(device: str) -> None:

@@ -165,7 +165,7 @@ def run_all(
                     pool.submit(_run_in_worker, m, settings, s, folder, resume, every): (m, s)
                     for m, s in order
                 }
-            while len(records) < len(order) or not ticks.empty():
+            while futures or not ticks.empty():
                 with suppress(queue.Empty):
                     bar.update(ticks.get(timeout=0.2))
                 for future in [f for f in futures if f.done()]:

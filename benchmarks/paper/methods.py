@@ -13,7 +13,14 @@ from torch import Tensor
 
 from benchmarks.paper.networks import make_model
 from benchmarks.paper.streams import Task
-from bld_ext import BLDOptimizer, MultiHead, SeededAugment, ops, tensor_bytes
+from bld_ext import (
+    BLDOptimizer,
+    MultiHead,
+    SeededAugment,
+    convert_view_batchnorm,
+    ops,
+    tensor_bytes,
+)
 
 
 @dataclass(frozen=True)
@@ -77,12 +84,15 @@ class Method:
 
     balance: float | None = None
     epochs = 1
+    statistics: str | None = None  # when running statistics move; None: as the settings say
     capturable = False  # learns by `step` alone
     intra_grows_with: str | None = "views"  # the bytes of the column "intra": here the bank
 
     def __init__(self, model: MultiHead, settings: Settings, seed: int):
         self.model, self.settings = model, settings
-        self.optimizer = BLDOptimizer(model, seed=seed, **self.options(settings))
+        convert_view_batchnorm(model, self.statistics or settings.statistics)
+        self.optimizer = BLDOptimizer(model, **self.options(settings))
+        self.optimizer.seed = seed
 
     def options(self, s: Settings) -> dict:
         return dict(
@@ -93,7 +103,6 @@ class Method:
             augment=SeededAugment(**s.augment),
             balance=self.balance,
             temperature=s.temperature,
-            statistics=s.statistics,
             schedule=s.schedule,
             joint_steps=s.joint_steps,
             layer=s.layer,
@@ -267,12 +276,14 @@ class LwF(Method):
 class OfflineLwF(LwF):
     """Offline LwF, the upper bound: many epochs of large shuffled batches, one view, one update."""
 
+    statistics = "every_pass"
+
     def __init__(self, model: MultiHead, settings: Settings, seed: int):
         super().__init__(model, settings, seed)
         self.epochs, self.seed = settings.offline_epochs, seed
 
     def options(self, s: Settings) -> dict:
-        rate = {"lr": s.offline_lr, "warmup_lr": 0.0, "statistics": "every_pass"}
+        rate = {"lr": s.offline_lr, "warmup_lr": 0.0}
         return super().options(s) | rate | {"views": 1, "views_per_pass": 1}
 
     def batches(self, task: Task, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

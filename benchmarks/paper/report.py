@@ -167,16 +167,22 @@ def figures(records: list[dict], out: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     methods = list(dict.fromkeys(r["method"] for r in records))
     own = {m: [r for r in records if r["method"] == m] for m in methods}
+    _draw_accuracies(own, out / "matrix.png")
+    _draw_factors(own, out / "factors.png")
+    _draw_memory(own, out / "memory.png")
 
-    fig, axes = plt.subplots(1, len(methods), figsize=(3 * len(methods), 3.2), squeeze=False)
-    for ax, method in zip(axes[0], methods, strict=True):
-        tasks = len(own[method][0]["accuracy"])
+
+def _draw_accuracies(own: dict[str, list[dict]], file: Path) -> None:
+    """Of each method, the mean accuracy of every task after every task."""
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(1, len(own), figsize=(3 * len(own), 3.2), squeeze=False)
+    for ax, (method, records) in zip(axes[0], own.items(), strict=True):
+        tasks = len(records[0]["accuracy"])
         means = [
-            [mean(r["accuracy"][i][j] for r in own[method]) if j <= i else float("nan")
+            [mean(r["accuracy"][i][j] for r in records) if j <= i else float("nan")
              for j in range(tasks)]
             for i in range(tasks)
         ]  # fmt: skip
@@ -187,44 +193,48 @@ def figures(records: list[dict], out: Path) -> None:
         ax.set(title=method, xlabel="accuracy of task", ylabel="after task")
         ax.set(xticks=range(tasks), yticks=range(tasks))
     fig.tight_layout()
-    _save(fig, out / "matrix.png", 110)
+    _save(fig, file, 110)
 
-    balanced = {m: [v for x in own[m][0]["factors"] for v in x.values()] for m in methods}
-    shown = [m for m in methods if any(balanced[m])]
-    if shown:
-        fig, axes = plt.subplots(1, len(shown), figsize=(5.5 * len(shown), 3.6), squeeze=False)
-        for ax, method in zip(axes[0], shown, strict=True):
-            for j, layers in enumerate(own[method][0]["factors"]):
-                if layers:
-                    values = [
-                        mean(r["factors"][j].get(name, float("nan")) for r in own[method])
-                        for name in layers
-                    ]
-                    ax.plot(range(len(values)), values, marker=".", label=f"task {j}")
-            ax.set(title=method, xlabel="layer, from the input", ylabel="log10 of the factor")
-            ax.legend(fontsize=8)
-            ax.grid(alpha=0.3)
-        fig.tight_layout()
-        _save(fig, out / "factors.png", 110)
+
+def _draw_factors(own: dict[str, list[dict]], file: Path) -> None:
+    """Of each method that balances, the mean factor of every layer in every task."""
+    import matplotlib.pyplot as plt
+
+    shown = {m: r for m, r in own.items() if any(any(x.values()) for x in r[0]["factors"])}
+    if not shown:
+        return
+    fig, axes = plt.subplots(1, len(shown), figsize=(5.5 * len(shown), 3.6), squeeze=False)
+    for ax, (method, records) in zip(axes[0], shown.items(), strict=True):
+        for j, layers in enumerate(records[0]["factors"]):
+            if layers:
+                values = [
+                    mean(r["factors"][j].get(name, float("nan")) for r in records)
+                    for name in layers
+                ]
+                ax.plot(range(len(values)), values, marker=".", label=f"task {j}")
+        ax.set(title=method, xlabel="layer, from the input", ylabel="log10 of the factor")
+        ax.legend(fontsize=8)
+        ax.grid(alpha=0.3)
+    fig.tight_layout()
+    _save(fig, file, 110)
+
+
+def _draw_memory(own: dict[str, list[dict]], file: Path) -> None:
+    """Of each method, accuracy against what it holds beside the network."""
+    import matplotlib.pyplot as plt
 
     fig, ax = plt.subplots(figsize=(5, 3.6))
-    for method in methods:
+    for method, records in own.items():
         # what LwF holds from batch to batch is what it reads within one
-        held = max(r["columns"]["intra"] + r["columns"]["data"] for r in own[method])
-        accuracy = spread([averages(r) for r in own[method]])
-        ax.errorbar(
-            [max(held, 1)],
-            [accuracy["mean"]],
-            [accuracy["std"]],
-            marker="o",
-            capsize=3,
-            label=method,
-        )
+        held = max(r["columns"]["intra"] + r["columns"]["data"] for r in records)
+        accuracy = spread([averages(r) for r in records])
+        point = [max(held, 1)], [accuracy["mean"]], [accuracy["std"]]
+        ax.errorbar(*point, marker="o", capsize=3, label=method)
     ax.legend(fontsize=8)
     ax.set(xscale="log", xlabel="bytes beside the network (1: none)", ylabel="average accuracy, %")
     ax.grid(alpha=0.3)
     fig.tight_layout()
-    _save(fig, out / "memory.png", 110)
+    _save(fig, file, 110)
 
 
 def ablation_table(rows: list[tuple]) -> str:
