@@ -120,6 +120,14 @@ class ModelOptimizer(torch.optim.Optimizer):
         first["params"] = kept + [param for param in named if param not in known]
         first["param_names"] = [named[param] for param in first["params"]]
 
+    def _follow_layout(self) -> None:
+        """The state lies as its parameters do: torch's fused kernels pair them by address."""
+        for param, entry in self.state.items():
+            for name, value in entry.items():
+                if isinstance(value, Tensor) and value.shape == param.shape:
+                    if value.stride() != param.stride():
+                        entry[name] = torch.empty_like(param).copy_(value)
+
     def _share_with_base(self) -> None:
         """One list of groups and one state for both, so schedulers and state_dict see it all."""
         self.base.__setstate__({"state": self.state, "param_groups": self.param_groups})

@@ -26,8 +26,8 @@ REMOVED = {
     "each layer amid the backward pass",
     "keep_gradients": "capture=True keeps every address from step to step",
     "memory_budget": "give the budget as views_per_pass='512 MiB'",
-    "channels_last": "images lie as the model's weights do; on a CPU these are laid out in "
-    "channels_last by the constructor. Change it with model.to(memory_format=...)",
+    "channels_last": "images are so on a CPU, and elsewhere where the model's weights are: call "
+    "model.to(memory_format=torch.channels_last)",
     "statistics": "call convert_view_batchnorm(model, statistics=...) before the constructor",
     "seed": "call torch.manual_seed(seed) before the constructor, or set optimizer.seed = seed",
 }
@@ -88,9 +88,9 @@ class BLDOptimizer(StepRunner):
         last: a `StepReport` of the last step: losses, norms and factors of each layer.
 
     The model's BatchNorm modules become `ViewBatchNorm` in place, with the same parameters, buffers
-    and state_dict; `convert_view_batchnorm` sets when their running statistics move. On a CPU the
-    weights of two-dimensional convolutions are laid out in torch.channels_last, which is faster;
-    the images of a step lie as these weights do. Inside a step TF32, reduced-precision products and
+    and state_dict; `convert_view_batchnorm` sets when their running statistics move. Images go to
+    the network in torch.channels_last on a CPU, where that is faster, and where the model's weights
+    lie so. Inside a step TF32, reduced-precision products and
     autocast are off, and torch's random state is replaced; both are put back after it. They are
     global, so steps in two threads at once disturb each other. `step` owns the gradients and
     releases them.
@@ -133,7 +133,6 @@ class BLDOptimizer(StepRunner):
         )  # fmt: skip
 
         self._format = MemoryFormat()
-        self._format.prefer(model)
         super().__init__(convert_view_batchnorm(model), base, lr)
         self.warmup_ratio = 0.01 if warmup_lr is None else warmup_lr / lr
         self.temperature, self.balance, self.joint_steps = temperature, balance, joint_steps
@@ -188,7 +187,7 @@ class BLDOptimizer(StepRunner):
         sizes = self._check(images, labels)
         self._choose_pass_size(images, labels, sizes)
         run = partial(self._warm_up, images, labels, sizes)
-        return self._within_memory(images, partial(self._format.run, self.model, run))
+        return self._within_memory(images, partial(self._format.run, run))
 
     def joint(
         self,

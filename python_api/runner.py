@@ -51,7 +51,7 @@ class StepRunner(ModelOptimizer):
     def _step(self, images: Tensor, labels: Tensor, sizes: list[int]) -> Tensor:
         try:
             warm_up = partial(self._warm_up, images, labels, sizes)
-            loss = self._format.run(self.model, warm_up)
+            loss = self._format.run(warm_up)
             for _ in range(self.joint_steps):
                 self._joint(images, labels, sizes)
         finally:
@@ -201,7 +201,7 @@ class StepRunner(ModelOptimizer):
             with self._stage("keep"):
                 self._pass_size.choose(self._views(images, labels, sizes, self.batches))
 
-        self._within_memory(images, partial(self._format.run, self.model, choose))
+        self._within_memory(images, partial(self._format.run, choose))
 
     def _within_memory(self, images: Tensor, run: Callable[[], Tensor | None]) -> Tensor | None:
         def explain() -> torch.OutOfMemoryError:
@@ -233,5 +233,5 @@ class StepRunner(ModelOptimizer):
         checks.trainable(self.model)
         if device.type == "cpu" or self.check_finite:
             checks.batch_values(images, labels, sizes[-1])
-        self._format.follow(self.model, self.state)
+        self._follow_layout()
         return sizes

@@ -14,6 +14,7 @@ def arranged(model, lr=1e-4, *, seed=None, statistics=None, channels_last=None, 
     optimizer = BLDOptimizer(model, lr, **options)
     if channels_last is not None:
         model.to(memory_format=LAYOUTS[channels_last])
+        optimizer._format.possible = channels_last
     if seed is not None:
         optimizer.seed = seed
     return optimizer
