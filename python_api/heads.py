@@ -1,19 +1,33 @@
-"""MultiHead: a shared backbone with one linear classifier a task."""
+"""MultiHead: a shared backbone with one classifier a task."""
+
+import operator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bld_ext.api.convert import unwatched
+from bld_ext.api.outputs import find_features
+
 
 class MultiHead(nn.Module):
-    """A backbone Ψ and the heads φ_1 … φ_t on its features, computed in one matrix product.
+    """A backbone Ψ and the heads φ_1 … φ_t on its features.
 
     Each head is a module of its own, so layer-wise balancing treats it as a layer of its own.
-    `load_state_dict` adds the heads that a checkpoint has and the model lacks.
+    Plain `nn.Linear` heads are computed in one matrix product; a head of another class, or one with
+    hooks, is called. `load_state_dict` adds the heads that a checkpoint has and the model lacks.
 
     Args:
-        backbone: maps images `[N, ...]` to features `[N, in_features]`.
-        in_features: length of one feature vector.
+        backbone: maps images `[N, ...]` to features `[N, in_features]`, or to a tuple, a dict or an
+            object with attributes in which one tensor has that shape.
+        in_features: length of a feature vector. Default: `backbone.num_features`, as models of timm
+            have it.
+        head: makes the classifier of a task, called as `head(in_features, num_classes)`. For
+            features `[N, in_features, H, W]` and one prediction a pixel it is
+            `partial(nn.Conv2d, kernel_size=1)`.
+        features: `features(output)` chooses the features in what the backbone returns, where their
+            shape does not tell.
 
     Example:
         model = MultiHead(backbone, in_features=512)
@@ -22,59 +36,95 @@ class MultiHead(nn.Module):
         classes = model.predict(images, task=0)  # [N], 0 or 1
     """
 
-    def __init__(self, backbone: nn.Module, in_features: int):
+    def __init__(
+        self,
+        backbone: nn.Module,
+        in_features: int | None = None,
+        head: Callable[[int, int], nn.Module] = nn.Linear,
+        features: Callable[[object], Tensor] | None = None,
+    ):
         super().__init__()
         if not isinstance(backbone, nn.Module):
             raise TypeError(f"backbone: expected a module, got {type(backbone).__name__}")
-        if in_features < 1:
-            raise ValueError(f"in_features: expected at least 1, got {in_features}")
+        if isinstance(backbone, MultiHead):
+            raise TypeError(
+                "backbone: expected a network that returns features, got a MultiHead, which has "
+                "heads of its own; give its backbone, model.backbone"
+            )
+        if in_features is None:
+            in_features = getattr(backbone, "num_features", None)
+            if in_features is None:
+                raise ValueError(
+                    "in_features: expected the length of a feature vector, got None, and the "
+                    f"backbone, a {type(backbone).__name__}, has no num_features"
+                )
         self.backbone = backbone
-        self.in_features = in_features
+        self.in_features = _whole("in_features", in_features)
         self.heads = nn.ModuleList()
+        self._make_head, self._choose = head, features
 
     @property
     def head_sizes(self) -> tuple[int, ...]:
         """Classes of each head, oldest first."""
-        return tuple(head.out_features for head in self.heads)
+        return tuple(_classes_of(head, f"heads.{i}") for i, head in enumerate(self.heads))
 
-    def add_head(self, num_classes: int) -> nn.Linear:
-        """Append the classifier of a new task, initialised as `nn.Linear`, and return it."""
-        if num_classes < 1:
-            raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
+    def add_head(self, num_classes: int) -> nn.Module:
+        """Append the classifier of a new task, with its module's own initial weights; return it."""
+        num_classes = _whole("num_classes", num_classes)
         like = next(self.parameters(), torch.empty(0))
-        head = nn.Linear(self.in_features, num_classes, device=like.device, dtype=like.dtype)
-        self.heads.append(head)
+        head = self._make_head(self.in_features, num_classes)
+        if not isinstance(head, nn.Module):
+            raise TypeError(f"head: expected it to make a module, got {type(head).__name__}")
+        if (found := _classes_of(head, "head")) != num_classes:
+            raise ValueError(f"head: expected one of {num_classes} classes, got one of {found}")
+        self.heads.append(head.to(like.device, like.dtype))
         return head
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits of all heads side by side, `[N, ΣC]`."""
+        """Logits of all heads side by side, `[N, ΣC]` or `[N, ΣC, *spatial]`."""
         self._require_head()
         features = self._features(images)
+        if not self._are_plain():
+            return torch.cat([head(features) for head in self.heads], 1)
         weight = torch.cat([head.weight for head in self.heads])
         bias = torch.cat([head.bias for head in self.heads])
         return F.linear(features, weight, bias)
 
+    def _are_plain(self) -> bool:
+        """Whether reading weights and biases of the heads is the same as calling them."""
+        plain = all(type(head) is nn.Linear and head.bias is not None for head in self.heads)
+        return plain and unwatched(*self.heads)
+
     def _features(self, images: Tensor) -> Tensor:
-        features = self.backbone(images)
-        if features.dim() != 2 or features.shape[1] != self.in_features:
-            raise ValueError(
-                f"backbone: expected features of shape [N, {self.in_features}] (in_features), "
-                f"got {tuple(features.shape)}"
-            )
-        return features
+        convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        dense = any(isinstance(m, convolutions) for m in self.heads[0].modules())
+        return find_features(self.backbone(images), self.in_features, dense, self._choose)
 
     def _require_head(self) -> None:
         if not self.heads:
             raise RuntimeError("MultiHead has no head yet: call add_head(num_classes) first")
 
     @torch.no_grad()
-    def predict(self, images: Tensor, task: int) -> Tensor:
-        """The most probable class of each image under head `task`: `[N]` int64, counted from 0.
+    def predict(self, images: Tensor, task: int | None = None) -> Tensor:
+        """The most probable class of each image under head `task`, counted from 0.
 
-        `images` are what the backbone takes: float, normalised as in training. Runs in eval mode,
-        without gradients, and puts the modes back.
+        Runs in eval mode, without gradients, and puts the modes back.
+
+        Args:
+            images: what the backbone takes: float, normalised as in training.
+            task: number of the head; may be left out where there is one.
+
+        Returns:
+            `[N]` int64, or `[N, *spatial]` of dense heads.
         """
         self._require_head()
+        if task is None and len(self.heads) > 1:
+            raise ValueError(
+                f"task: expected the number of a head, 0 to {len(self.heads) - 1}, got None. The "
+                "heads are classifiers of their own, whose logits cannot be compared: evaluate "
+                "each task with its head. model(images) has the logits of all"
+            )
+        task = 0 if task is None else operator.index(task)
         if not 0 <= task < len(self.heads):
             raise ValueError(f"task: expected 0 to {len(self.heads) - 1}, got {task}")
         modes = {module: module.training for module in self.modules()}
@@ -86,7 +136,39 @@ class MultiHead(nn.Module):
             for module, training in modes.items():
                 module.training = training
 
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        """As `nn.Module.load_state_dict`; heads that were added for it go again if it fails."""
+        before = len(self.heads)
+        try:
+            return super().load_state_dict(state_dict, *args, **kwargs)
+        except BaseException:
+            del self.heads[before:]
+            raise
+
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         while (key := f"{prefix}heads.{len(self.heads)}.weight") in state_dict:
             self.add_head(state_dict[key].shape[0])
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _whole(name: str, value: object) -> int:
+    """A number of at least 1, from whatever stands for one: NumPy's, a tensor of one element."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1 or isinstance(value, bool):
+        raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+    return number
+
+
+def _classes_of(head: nn.Module, name: str) -> int:
+    """What it says itself, or its last module that says something."""
+    for module in (head, *reversed([*head.modules()])):
+        for attribute in ("out_features", "out_channels"):
+            if isinstance(size := getattr(module, attribute, None), int):
+                return size
+    raise ValueError(
+        f"{name}: expected a module with out_features, its number of classes, got a "
+        f"{type(head).__name__} without; set head.out_features"
+    )

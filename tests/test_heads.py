@@ -1,12 +1,16 @@
 """MultiHead: logits, prediction, checkpoints and errors."""
 
 import copy
+import types
+from collections import namedtuple
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from bld_ext import MultiHead
+from bld_ext import BLDOptimizer, MultiHead
 
 HEADS = (2, 3, 1)
 
@@ -196,7 +200,7 @@ def test_errors_name_the_argument(model, images, call, error, message):
     ("tail", "in_features", "got"),
     [
         (nn.Identity(), 7, r"\(5, 6\)"),
-        (nn.Unflatten(1, (6, 1)), 6, r"\(5, 6, 1\)"),
+        (nn.Unflatten(1, (3, 2)), 3, r"\(5, 3, 2\)"),
         (nn.Flatten(0), 6, r"\(30,\)"),
     ],
     ids=["width", "too-many-dims", "too-few-dims"],
@@ -207,3 +211,170 @@ def test_features_of_the_wrong_shape(model, images, tail, in_features, got, meth
     wrong.add_head(2)
     with pytest.raises(ValueError, match=f"backbone: expected features of shape .*got {got}"):
         wrong(images) if method == "forward" else wrong.predict(images, 0)
+
+
+# ---- heads of one's own ----
+
+
+class Adapter(nn.Module):
+    """As PEFT's LoRA layers: weight and bias are those of the layer that it adapts."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.out_features = base, base.out_features
+        self.down = nn.Linear(base.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base.out_features, bias=False)
+
+    weight = property(lambda self: self.base.weight)
+    bias = property(lambda self: self.base.bias)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+def deep(in_features, num_classes):
+    return nn.Sequential(nn.Linear(in_features, 8), nn.ReLU(), nn.Linear(8, num_classes))
+
+
+def hooked(in_features, num_classes):
+    head = nn.Linear(in_features, num_classes)
+    head.register_forward_hook(lambda module, inputs, output: 3 * output)
+    return head
+
+
+OWN = {
+    "adapter": lambda i, n: Adapter(nn.Linear(i, n)),
+    "hook": hooked,
+    "without-bias": partial(nn.Linear, bias=False),
+    "deep": deep,
+    "weight-norm": lambda i, n: nn.utils.parametrizations.weight_norm(nn.Linear(i, n)),
+    "old-weight-norm": lambda i, n: nn.utils.weight_norm(nn.Linear(i, n)),
+    "spectral-norm": lambda i, n: nn.utils.parametrizations.spectral_norm(nn.Linear(i, n)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("head", OWN.values(), ids=OWN)
+def test_a_head_of_one_s_own_is_called(head, images):
+    torch.manual_seed(0)
+    model = MultiHead(nn.Flatten(), 3 * 8 * 8, head=head)
+    for classes in (2, 3):
+        model.add_head(classes)
+    assert model.eval().head_sizes == (2, 3)
+    features = images.flatten(1)
+    separate = torch.cat([head(features) for head in model.heads], 1)
+    torch.testing.assert_close(model(images), separate)
+    assert torch.equal(model.predict(images, 1), separate[:, 2:].argmax(1))
+    optimizer = BLDOptimizer(model.train(), lr=0.1)
+    before = [p.detach().clone() for p in model.heads[1].parameters()]
+    optimizer.step(images, torch.arange(len(images)) % 3)
+    for old, (name, param) in zip(before, model.heads[1].named_parameters(), strict=True):
+        assert not torch.equal(old, param) or name == "down.weight", name  # `up` starts at random
+
+
+def test_dense_heads_and_dense_features(make_batch):
+    body = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+    model = MultiHead(body, 4, head=partial(nn.Conv2d, kernel_size=1))
+    model.add_head(2), model.add_head(3)
+    images, _ = make_batch(2)
+    assert model(images).shape == (5, 5, 8, 8) and model.head_sizes == (2, 3)
+    assert model.predict(images, 1).shape == (5, 8, 8)
+
+
+def test_a_head_that_does_not_tell_its_classes_is_refused():
+    model = MultiHead(nn.Flatten(), 12, head=lambda i, n: nn.Identity())
+    with pytest.raises(ValueError, match="^head: expected a module with out_features.*Identity"):
+        model.add_head(2)
+    with pytest.raises(ValueError, match="^head: expected one of 2 classes, got one of 3"):
+        MultiHead(nn.Flatten(), 12, head=lambda i, n: nn.Linear(i, 3)).add_head(2)
+    assert len(model.heads) == 0
+
+
+@pytest.mark.parametrize("classes", [np.int64(3), torch.tensor(3), torch.tensor([3])[0]])
+def test_a_number_of_classes_may_be_an_array_s_or_a_tensor_s(classes):
+    model = MultiHead(nn.Flatten(), np.int32(12))
+    head = model.add_head(classes)
+    assert type(head.out_features) is int and model.head_sizes == (3,)
+
+
+@pytest.mark.parametrize("classes", [0, 2.0, True, None, "3", torch.tensor([2, 3]), [2]], ids=str)
+def test_another_number_of_classes_is_refused(classes):
+    model = MultiHead(nn.Flatten(), 12)
+    with pytest.raises(ValueError, match="^num_classes: expected a whole number of at least 1"):
+        model.add_head(classes)
+    assert len(model.heads) == 0
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_no_head_behind(make_model):
+    saved = make_model((2, 3)).state_dict()
+    saved["backbone.0.weight"] = torch.zeros(1)
+    model = make_model((2,))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        model.load_state_dict(saved)
+    assert model.head_sizes == (2,)
+
+
+# ---- what a backbone returns ----
+
+
+class Returns(nn.Module):
+    def __init__(self, wrap):
+        super().__init__()
+        self.layer, self.wrap = nn.Linear(192, 6), wrap
+
+    def forward(self, images):
+        return self.wrap(self.layer(images.flatten(1)))
+
+
+Named = namedtuple("Named", ["logits", "aux"])
+OUTPUTS = {
+    "tuple-twice-the-same": lambda h: (h, h),
+    "dict": lambda h: {"pooler_output": h, "last_hidden_state": h.new_zeros(5, 7, 6)},
+    "named-tuple": lambda h: Named(h, h.new_zeros(5, 9)),
+    "object": lambda h: types.SimpleNamespace(hidden=None, pooler_output=h),
+    "pixels": lambda h: h[:, :, None, None],
+    "list": lambda h: [h.new_zeros(5, 3), h],
+}
+
+
+@pytest.mark.parametrize("wrap", OUTPUTS.values(), ids=OUTPUTS)
+def test_features_are_the_tensor_of_their_shape(wrap, images):
+    model = MultiHead(Returns(wrap), 6)
+    model.add_head(2)
+    expected = model.heads[0](model.backbone.layer(images.flatten(1)))
+    torch.testing.assert_close(model(images), expected)
+    BLDOptimizer(model, lr=0.1).step(images, torch.arange(len(images)) % 2)
+
+
+def test_features_of_which_shape_does_not_tell_are_chosen(images):
+    model = MultiHead(Returns(lambda h: (h, -h)), 6)
+    model.add_head(2)
+    with pytest.raises(ValueError, match="^backbone: several of its outputs.*0 .*1 .*features="):
+        model(images)
+    chosen = MultiHead(model.backbone, 6, features=lambda output: output[1])
+    chosen.heads = model.heads
+    torch.testing.assert_close(
+        chosen(images), model.heads[0](-model.backbone.layer(images.flatten(1)))
+    )
+    for wrap in (lambda h: None, lambda h: {"a": h[:, :5]}, lambda h: (h[:, 1:], h[:, 1:, None])):
+        model.backbone.wrap = wrap
+        with pytest.raises(ValueError, match=r"^backbone: expected features of shape \[N, 6\]"):
+            model(images)
+
+
+def test_the_length_of_features_is_found():
+    backbone = nn.Flatten()
+    with pytest.raises(ValueError, match="^in_features: expected .* got None.*num_features"):
+        MultiHead(backbone)
+    backbone.num_features = 12
+    assert MultiHead(backbone).in_features == 12
+    with pytest.raises(TypeError, match="^backbone: .* got a MultiHead.*model.backbone"):
+        MultiHead(MultiHead(backbone))
+
+
+def test_without_a_task_the_one_head_predicts(make_model, images):
+    model = make_model((2,))
+    assert torch.equal(model.predict(images), model.predict(images, 0))
+    model.add_head(2)
+    with pytest.raises(ValueError, match="^task: expected the number of a head, 0 to 1, got None"):
+        model.predict(images)

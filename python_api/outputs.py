@@ -1,0 +1,65 @@
+"""What a module returned, read as the one tensor that is meant."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from torch import Tensor
+
+
+def find_features(
+    output: object, in_features: int, dense: bool, features: Callable[[object], Tensor] | None
+) -> Tensor:
+    """The features in a backbone's output.
+
+    A tensor is taken as it is. In a tuple, a list, a dict or an object with attributes, as those of
+    transformers, it is the only tensor of the right shape.
+
+    Args:
+        output: what the backbone returned.
+        in_features: C of the features `[N, C]`, or `[N, C, *spatial]` where the heads are `dense`.
+        features: chooses them instead.
+
+    Raises:
+        ValueError: none or several of the tensors have that shape.
+    """
+    if features is not None:
+        output = features(output)
+    named = dict(_tensors(output))
+    found = {name: _pooled(x, dense) for name, x in named.items()}
+    fitting = {id(named[name]): x for name, x in found.items() if _fits(x, in_features, dense)}
+    if len(fitting) == 1:
+        return next(iter(fitting.values()))
+    shape = f"[N, {in_features}{', *' if dense else ''}]"
+    shapes = ", ".join(f"{name} {tuple(x.shape)}".strip() for name, x in named.items())
+    if len(fitting) > 1:
+        raise ValueError(
+            f"backbone: several of its outputs are features of shape {shape}: {shapes}. Say which, "
+            "as in MultiHead(..., features=lambda output: output[0])"
+        )
+    remedy = "" if isinstance(output, Tensor) else ", or choose with MultiHead(..., features=...)"
+    raise ValueError(
+        f"backbone: expected features of shape {shape} (in_features), got "
+        f"{shapes or type(output).__name__}. Give that in_features{remedy}"
+    )
+
+
+def _tensors(output: object) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of an output, each with its name in it; that of a plain tensor is empty."""
+    if isinstance(output, Tensor):
+        yield "", output
+    elif isinstance(output, Mapping):  # ModelOutput of transformers is one
+        yield from ((str(k), v) for k, v in output.items() if isinstance(v, Tensor))
+    elif isinstance(output, Sequence) and not isinstance(output, str):
+        names = getattr(output, "_fields", map(str, range(len(output))))
+        yield from ((n, v) for n, v in zip(names, output, strict=True) if isinstance(v, Tensor))
+    elif hasattr(output, "__dict__"):
+        yield from ((k, v) for k, v in vars(output).items() if isinstance(v, Tensor))
+
+
+def _pooled(x: Tensor, dense: bool) -> Tensor:
+    """`[N, C, 1, 1]` as `[N, C]`, where the heads take vectors."""
+    single = x.dim() > 2 and all(size == 1 for size in x.shape[2:])
+    return x.flatten(1) if single and not dense else x
+
+
+def _fits(x: Tensor, in_features: int, dense: bool) -> bool:
+    return x.shape[1:2] == (in_features,) and (x.dim() > 2 if dense else x.dim() == 2)
