@@ -54,7 +54,35 @@ def settings(policy: Policy) -> Tensor:
     return torch.tensor([*numbers, *p.mean, *p.std], dtype=torch.float32)
 
 
-# ---- what is drawn ----
+# ---- what is drawn: view_parameters of the reference ----
+
+
+@triton.jit
+def _counter(n, v, seed_ptr, step_ptr, indices_ptr, seed_low, seed_high, step, first_view):
+    """Philox's counter of a view of an image, but for the operation, and then its key."""
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr).to(tl.uint64, bitcast=True)
+        key_low, key_high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    else:
+        key_low = seed_low.to(tl.uint32, bitcast=True)
+        key_high = seed_high.to(tl.uint32, bitcast=True)
+    if step_ptr is not None:
+        step_word = tl.load(step_ptr).to(tl.uint32)
+    else:
+        step_word = step.to(tl.uint32, bitcast=True)
+    if indices_ptr is not None:
+        image = tl.load(indices_ptr + n).to(tl.uint32)
+    else:
+        image = n.to(tl.uint32)
+    view = (first_view + v.to(tl.int32)).to(tl.uint32, bitcast=True)
+    return image, view, step_word, key_low, key_high
+
+
+@triton.jit
+def _words(counter, OP: tl.constexpr):
+    """Four random words, uint32, for one operation."""
+    image, view, step, key_low, key_high = counter
+    return tl.random.philox_impl(image, view, step, tl.zeros_like(image) + OP, key_low, key_high)
 
 
 @triton.jit
@@ -113,6 +141,101 @@ def _rectangle(area, ratio, settings_ptr, AREA: tl.constexpr, RATIO: tl.constexp
     return width, tl.minimum(tl.maximum(height, 1), H)
 
 
+@triton.jit
+def _crop(w_geometry, w_shape, settings_ptr, padding, H, W, RESIZED: tl.constexpr):
+    """First column and row, width and height of what a view shows of the image."""
+    left, top, _, _ = w_geometry
+    width, height = W, H
+    if RESIZED:
+        _, area, ratio, _ = w_shape
+        width, height = _rectangle(area, ratio, settings_ptr, CROP_AREA, CROP_RATIO, H, W)
+    first_column = _below(left, 2 * padding + 1 + W - width) - padding
+    first_row = _below(top, 2 * padding + 1 + H - height) - padding
+    return first_column, first_row, width, height
+
+
+@triton.jit
+def _color_jitter(counter, settings_ptr, JITTERS: tl.constexpr):
+    """Factors of brightness, contrast and saturation, and by how many turns hue is shifted."""
+    brightness, contrast, saturation, turns = 1.0, 1.0, 1.0, 0.0
+    if JITTERS:
+        w_brightness, w_contrast, w_saturation, w_hue = _words(counter, OP_COLOR)
+        brightness = _between(w_brightness, settings_ptr, BRIGHTNESS)
+        contrast = _between(w_contrast, settings_ptr, CONTRAST)
+        saturation = _between(w_saturation, settings_ptr, SATURATION)
+        turns = _between(w_hue, settings_ptr, HUE)
+    return brightness, contrast, saturation, turns
+
+
+@triton.jit
+def _erased(counter, w_shape, settings_ptr, erase_below, H, W, ERASES: tl.constexpr):
+    """First column and row, width and height of what is erased of a view."""
+    column, row, width, height = 0, 0, 0, 0
+    if ERASES:
+        _, _, _, erase = w_shape
+        area, ratio, left, top = _words(counter, OP_ERASE)
+        width, height = _rectangle(area, ratio, settings_ptr, ERASE_AREA, ERASE_RATIO, H, W)
+        column = _below(left, 1 + W - width)
+        row = _below(top, 1 + H - height)
+        width = tl.where((erase >> 8).to(tl.int32) < erase_below, width, 0)
+    return column, row, width, height
+
+
+# ---- the matrix: inverse_matrix of the reference ----
+
+
+@triton.jit
+def _inverse_affine(counter, w_geometry, w_shape, settings_ptr, H, W):
+    """a, b, d, e of rotation, shear and scale, inverted, and the translation in pixels."""
+    _, _, _, turn = w_geometry
+    slant, _, _, _ = w_shape
+    zoom, move_x, move_y, lean = _words(counter, OP_AFFINE)
+    angle = _between(turn, settings_ptr, ANGLE).to(tl.float64)
+    shear_y = _between(slant, settings_ptr, SHEAR_Y).to(tl.float64)
+    sin, cos = _sine(angle)
+    sin_x, cos_x = _sine(_between(lean, settings_ptr, SHEAR_X).to(tl.float64))
+    _, cos_y = _sine(shear_y)
+    sin_between, cos_between = _sine(angle - shear_y)
+    tan_x = sin_x / cos_x
+    across, down = cos_between / cos_y, sin_between / cos_y
+    scale = _between(zoom, settings_ptr, SCALE).to(tl.float64)
+    a, b = (cos - down * tan_x) / scale, (across * tan_x + sin) / scale
+    d, e = -down / scale, across / scale
+    share_x = _between(move_x, settings_ptr, SHARE_X).to(tl.float64)
+    share_y = _between(move_y, settings_ptr, SHARE_Y).to(tl.float64)
+    shift_x = (share_x * W.to(tl.float64)).to(tl.float32).to(tl.float64)
+    shift_y = (share_y * H.to(tl.float64)).to(tl.float32).to(tl.float64)
+    return a, b, d, e, shift_x, shift_y
+
+
+@triton.jit
+def _inverse_matrix(
+    counter, w_geometry, w_shape, settings_ptr, crop, flip_below, H, W, AFFINE: tl.constexpr
+):
+    """a, b, c, d, e, f: a view's pixel (x, y), counted from its centre, shows the point
+    (a x + b y + c, d x + e y + f) of the image.
+    """
+    first_column, first_row, width, height = crop
+    _, _, flip, _ = w_geometry
+    mirror = tl.where((flip >> 8).to(tl.int32) < flip_below, -1.0, 1.0).to(tl.float64)
+    zoom_x = mirror * (width.to(tl.float64) / W.to(tl.float64))
+    zoom_y = height.to(tl.float64) / H.to(tl.float64)
+    middle_x = first_column.to(tl.float64) + (width - 1).to(tl.float64) * 0.5
+    middle_y = first_row.to(tl.float64) + (height - 1).to(tl.float64) * 0.5
+    if AFFINE:
+        a, b, d, e, shift_x, shift_y = _inverse_affine(
+            counter, w_geometry, w_shape, settings_ptr, H, W
+        )
+        c = (zoom_x * -(a * shift_x + b * shift_y) + middle_x).to(tl.float32)
+        f = (zoom_y * -(d * shift_x + e * shift_y) + middle_y).to(tl.float32)
+        a, b = (zoom_x * a).to(tl.float32), (zoom_x * b).to(tl.float32)
+        d, e = (zoom_y * d).to(tl.float32), (zoom_y * e).to(tl.float32)
+    else:
+        a, b, c = zoom_x.to(tl.float32), 0.0, middle_x.to(tl.float32)
+        d, e, f = 0.0, zoom_y.to(tl.float32), middle_y.to(tl.float32)
+    return a, b, c, d, e, f
+
+
 # ---- pixels ----
 
 
@@ -160,10 +283,9 @@ def _tap(image_ptr, column, row, H, W, mask, PADDING: tl.constexpr):
 
 
 @triton.jit
-def _sample(
-    image_ptr, source_x, source_y, H, W, mask, NEAREST: tl.constexpr, PADDING: tl.constexpr
-):
+def _sample(image_ptr, points, H, W, mask, NEAREST: tl.constexpr, PADDING: tl.constexpr):
     """One channel of an image at points of it, in [0, 1]."""
+    source_x, source_y = points
     left, upper = tl.floor(source_x), tl.floor(source_y)
     column = _clamp(left, -2.0, W.to(tl.float32)).to(tl.int32)
     row = _clamp(upper, -2.0, H.to(tl.float32)).to(tl.int32)
@@ -185,7 +307,8 @@ def _blend(x, rest, factor):
 
 
 @triton.jit
-def _luma(r, g, b):
+def _luma(rgb):
+    r, g, b = rgb
     return r * RED + g * GREEN + b * BLUE
 
 
@@ -197,6 +320,11 @@ def _level_sum(gray, mask):
 
 
 @triton.jit
+def _mean(level_sum, pixels):
+    return (level_sum.to(tl.float64) / pixels).to(tl.float32)
+
+
+@triton.jit
 def _from_hue(hue, n, value, chroma):
     k = n + hue
     k = tl.where(k >= 12, k - 12, tl.where(k >= 6, k - 6, tl.where(k < 0, k + 6, k)))
@@ -205,7 +333,8 @@ def _from_hue(hue, n, value, chroma):
 
 
 @triton.jit
-def _shift_hue(r, g, b, turns):
+def _shift_hue(rgb, turns):
+    r, g, b = rgb
     value = tl.where(r > g, r, g)
     value = tl.where(value > b, value, b)
     smallest = tl.where(r < g, r, g)
@@ -219,15 +348,17 @@ def _shift_hue(r, g, b, turns):
 
 @triton.jit
 def _points(
-    at, a, b, c, d, e, f, first_column, first_row, width, height, H, W,
+    at, matrix, crop, H, W,
     RESIZED: tl.constexpr, NEAREST: tl.constexpr, PADDING: tl.constexpr,
 ):  # fmt: skip
     """The points of the image that the pixels `at` of a view show."""
+    a, b, c, d, e, f = matrix
     row = at // W
     x = (at - row * W).to(tl.float32) - (W - 1).to(tl.float32) * 0.5
     y = row.to(tl.float32) - (H - 1).to(tl.float32) * 0.5
     source_x, source_y = a * x + (b * y + c), d * x + (e * y + f)
     if RESIZED:
+        first_column, first_row, width, height = crop
         source_x = _snap(source_x, first_column, width)
         source_y = _snap(source_y, first_row, height)
     if PADDING == REFLECT:
@@ -238,40 +369,74 @@ def _points(
 
 
 @triton.jit
-def _rgb(
-    image_ptr, source_x, source_y, H, W, mask, brightness,
+def _channel(
+    image_ptr, points, H, W, mask, brightness,
     BRIGHTENS: tl.constexpr, NEAREST: tl.constexpr, PADDING: tl.constexpr,
 ):  # fmt: skip
+    """One channel of the points, brightened."""
+    value = _sample(image_ptr, points, H, W, mask, NEAREST, PADDING)
+    if BRIGHTENS:
+        value = _blend(value, 0, brightness)
+    return value
+
+
+@triton.jit
+def _rgb(
+    image_ptr, points, H, W, mask, brightness,
+    BRIGHTENS: tl.constexpr, NEAREST: tl.constexpr, PADDING: tl.constexpr,
+):  # fmt: skip
+    """The three channels of the points, brightened."""
     plane = H.to(tl.int64) * W
-    r = _sample(image_ptr, source_x, source_y, H, W, mask, NEAREST, PADDING)
-    g = _sample(image_ptr + plane, source_x, source_y, H, W, mask, NEAREST, PADDING)
-    b = _sample(image_ptr + 2 * plane, source_x, source_y, H, W, mask, NEAREST, PADDING)
+    r = _sample(image_ptr, points, H, W, mask, NEAREST, PADDING)
+    g = _sample(image_ptr + plane, points, H, W, mask, NEAREST, PADDING)
+    b = _sample(image_ptr + 2 * plane, points, H, W, mask, NEAREST, PADDING)
     if BRIGHTENS:
         r, g, b = _blend(r, 0, brightness), _blend(g, 0, brightness), _blend(b, 0, brightness)
     return r, g, b
 
 
 @triton.jit
+def _view_mean(
+    image_ptr, matrix, crop, brightness, pixels, H, W, RGB: tl.constexpr, RESIZED: tl.constexpr,
+    BRIGHTENS: tl.constexpr, NEAREST: tl.constexpr, PADDING: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The mean of a gray view, of several tiles: what contrast blends with."""
+    total = tl.zeros([], tl.int64)
+    for tile in range(tl.program_id(1), tl.cdiv(H * W, BLOCK), tl.num_programs(1)):
+        at = tile * BLOCK + tl.arange(0, BLOCK)
+        mask = at < H * W
+        points = _points(at, matrix, crop, H, W, RESIZED, NEAREST, PADDING)
+        if RGB:
+            gray = _luma(
+                _rgb(image_ptr, points, H, W, mask, brightness, BRIGHTENS, NEAREST, PADDING)
+            )
+        else:
+            gray = _channel(image_ptr, points, H, W, mask, brightness, BRIGHTENS, NEAREST, PADDING)
+        total += _level_sum(gray, mask)
+    return _mean(total, pixels)
+
+
+@triton.jit
 def _recolor(
-    r, g, b, mean, contrast, saturation, turns,
+    rgb, mean, contrast, saturation, turns,
     CONTRASTS: tl.constexpr, SATURATES: tl.constexpr, SHIFTS_HUE: tl.constexpr,
 ):  # fmt: skip
+    r, g, b = rgb
     if CONTRASTS:
         rest = (1 - contrast) * mean
         r, g, b = _blend(r, rest, contrast), _blend(g, rest, contrast), _blend(b, rest, contrast)
     if SATURATES:
-        rest = (1 - saturation) * _luma(r, g, b)
+        rest = (1 - saturation) * _luma((r, g, b))
         r, g = _blend(r, rest, saturation), _blend(g, rest, saturation)
         b = _blend(b, rest, saturation)
     if SHIFTS_HUE:
-        r, g, b = _shift_hue(r, g, b, turns)
+        r, g, b = _shift_hue((r, g, b), turns)
     return r, g, b
 
 
 @triton.jit
 def _store(
-    view_ptr, settings_ptr, value, channel, C, at, mask, H, W,
-    erase_column, erase_row, erase_width, erase_height,
+    view_ptr, settings_ptr, value, channel, C, at, mask, erased, H, W,
     NORMALISES: tl.constexpr, ERASES: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """Normalise, erase, and write a channel of a view's pixels `at`."""
@@ -280,10 +445,11 @@ def _store(
         std = tl.load(settings_ptr + 3 * RANGES + C + channel)
         value = tl.div_rn(value - mean, tl.zeros_like(value) + std)
     if ERASES:
+        first_column, first_row, width, height = erased
         row = at // W
         column = at - row * W
-        covered = (column >= erase_column) & (column < erase_column + erase_width)
-        covered = covered & (row >= erase_row) & (row < erase_row + erase_height)
+        covered = (column >= first_column) & (column < first_column + width)
+        covered = covered & (row >= first_row) & (row < first_row + height)
         value = tl.where(covered, 0.0, value)
     if CHANNELS_LAST:
         where = at.to(tl.int64) * C + channel
@@ -338,157 +504,53 @@ def views_kernel(
     v = place // N
     n = place - v * N
 
-    # ---- parameters: view_parameters of the reference ----
-    if seed_ptr is not None:
-        seed = tl.load(seed_ptr).to(tl.uint64, bitcast=True)
-        key_low, key_high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
-    else:
-        key_low = seed_low.to(tl.uint32, bitcast=True)
-        key_high = seed_high.to(tl.uint32, bitcast=True)
-    if step_ptr is not None:
-        step_word = tl.load(step_ptr).to(tl.uint32)
-    else:
-        step_word = step.to(tl.uint32, bitcast=True)
-    if indices_ptr is not None:
-        image = tl.load(indices_ptr + n).to(tl.uint32)
-    else:
-        image = n.to(tl.uint32)
-    view = (first_view + v.to(tl.int32)).to(tl.uint32, bitcast=True)
-    zero = tl.zeros_like(image)
-
-    left, top, flip, turn = tl.random.philox_impl(
-        image, view, step_word, zero + OP_GEOMETRY, key_low, key_high
+    counter = _counter(n, v, seed_ptr, step_ptr, indices_ptr, seed_low, seed_high, step, first_view)
+    w_geometry, w_shape = _words(counter, OP_GEOMETRY), _words(counter, OP_SHAPE)
+    crop = _crop(w_geometry, w_shape, settings_ptr, padding, H, W, RESIZED)
+    matrix = _inverse_matrix(
+        counter, w_geometry, w_shape, settings_ptr, crop, flip_below, H, W, AFFINE
     )
-    if RESIZED or AFFINE or ERASES:
-        slant, area, ratio, erase = tl.random.philox_impl(
-            image, view, step_word, zero + OP_SHAPE, key_low, key_high
-        )
-    width, height = W, H
-    if RESIZED:
-        width, height = _rectangle(area, ratio, settings_ptr, CROP_AREA, CROP_RATIO, H, W)
-    first_column = _below(left, 2 * padding + 1 + W - width) - padding
-    first_row = _below(top, 2 * padding + 1 + H - height) - padding
+    brightness, contrast, saturation, turns = _color_jitter(
+        counter, settings_ptr, BRIGHTENS or CONTRASTS or SATURATES or SHIFTS_HUE
+    )
+    erased = _erased(counter, w_shape, settings_ptr, erase_below, H, W, ERASES)
 
-    # ---- the matrix: inverse_matrix of the reference ----
-    mirror = tl.where((flip >> 8).to(tl.int32) < flip_below, -1.0, 1.0).to(tl.float64)
-    zoom_x = mirror * (width.to(tl.float64) / W.to(tl.float64))
-    zoom_y = height.to(tl.float64) / H.to(tl.float64)
-    middle_x = first_column.to(tl.float64) + (width - 1).to(tl.float64) * 0.5
-    middle_y = first_row.to(tl.float64) + (height - 1).to(tl.float64) * 0.5
-    if AFFINE:
-        zoom, move_x, move_y, lean = tl.random.philox_impl(
-            image, view, step_word, zero + OP_AFFINE, key_low, key_high
-        )
-        angle = _between(turn, settings_ptr, ANGLE).to(tl.float64)
-        shear_y = _between(slant, settings_ptr, SHEAR_Y).to(tl.float64)
-        sin, cos = _sine(angle)
-        sin_x, cos_x = _sine(_between(lean, settings_ptr, SHEAR_X).to(tl.float64))
-        _, cos_y = _sine(shear_y)
-        sin_between, cos_between = _sine(angle - shear_y)
-        tan_x = sin_x / cos_x
-        across, down = cos_between / cos_y, sin_between / cos_y
-        scale = _between(zoom, settings_ptr, SCALE).to(tl.float64)
-        a, b = (cos - down * tan_x) / scale, (across * tan_x + sin) / scale
-        d, e = -down / scale, across / scale
-        share_x = _between(move_x, settings_ptr, SHARE_X).to(tl.float64)
-        share_y = _between(move_y, settings_ptr, SHARE_Y).to(tl.float64)
-        shift_x = (share_x * W.to(tl.float64)).to(tl.float32).to(tl.float64)
-        shift_y = (share_y * H.to(tl.float64)).to(tl.float32).to(tl.float64)
-        c = (zoom_x * -(a * shift_x + b * shift_y) + middle_x).to(tl.float32)
-        f = (zoom_y * -(d * shift_x + e * shift_y) + middle_y).to(tl.float32)
-        a, b = (zoom_x * a).to(tl.float32), (zoom_x * b).to(tl.float32)
-        d, e = (zoom_y * d).to(tl.float32), (zoom_y * e).to(tl.float32)
-    else:
-        a, b, c = zoom_x.to(tl.float32), 0.0, middle_x.to(tl.float32)
-        d, e, f = 0.0, zoom_y.to(tl.float32), middle_y.to(tl.float32)
-
-    brightness, contrast, saturation, turns = 1.0, 1.0, 1.0, 0.0
-    if BRIGHTENS or CONTRASTS or SATURATES or SHIFTS_HUE:
-        w_brightness, w_contrast, w_saturation, w_hue = tl.random.philox_impl(
-            image, view, step_word, zero + OP_COLOR, key_low, key_high
-        )
-        brightness = _between(w_brightness, settings_ptr, BRIGHTNESS)
-        contrast = _between(w_contrast, settings_ptr, CONTRAST)
-        saturation = _between(w_saturation, settings_ptr, SATURATION)
-        turns = _between(w_hue, settings_ptr, HUE)
-    erase_column, erase_row, erase_width, erase_height = 0, 0, 0, 0
-    if ERASES:
-        area, ratio, left, top = tl.random.philox_impl(
-            image, view, step_word, zero + OP_ERASE, key_low, key_high
-        )
-        erase_width, erase_height = _rectangle(
-            area, ratio, settings_ptr, ERASE_AREA, ERASE_RATIO, H, W
-        )
-        erase_column = _below(left, 1 + W - erase_width)
-        erase_row = _below(top, 1 + H - erase_height)
-        erase_width = tl.where((erase >> 8).to(tl.int32) < erase_below, erase_width, 0)
-
-    # ---- pixels ----
     size = H * W
     image_ptr = images_ptr + n * C * size
     view_ptr = views_ptr + place * C * size
     pixels = size.to(tl.float64) * MEAN_SCALE
-    total = zero.to(tl.int64)
     mean = 0.0
-    first, tiles, stride = tl.program_id(1), tl.cdiv(size, BLOCK), tl.num_programs(1)
     if CONTRASTS and not ONE_TILE:
-        for tile in range(first, tiles, stride):
-            at = tile * BLOCK + tl.arange(0, BLOCK)
-            mask = at < size
-            x, y = _points(
-                at, a, b, c, d, e, f, first_column, first_row, width, height, H, W,
-                RESIZED, NEAREST, PADDING,
-            )  # fmt: skip
-            if RGB:
-                red, green, blue = _rgb(
-                    image_ptr, x, y, H, W, mask, brightness, BRIGHTENS, NEAREST, PADDING
-                )
-                total += _level_sum(_luma(red, green, blue), mask)
-            else:
-                gray = _sample(image_ptr, x, y, H, W, mask, NEAREST, PADDING)
-                if BRIGHTENS:
-                    gray = _blend(gray, 0, brightness)
-                total += _level_sum(gray, mask)
-        mean = (total.to(tl.float64) / pixels).to(tl.float32)
-    for tile in range(first, tiles, stride):
+        mean = _view_mean(
+            image_ptr, matrix, crop, brightness, pixels, H, W,
+            RGB, RESIZED, BRIGHTENS, NEAREST, PADDING, BLOCK,
+        )  # fmt: skip
+    for tile in range(tl.program_id(1), tl.cdiv(size, BLOCK), tl.num_programs(1)):
         at = tile * BLOCK + tl.arange(0, BLOCK)
         mask = at < size
-        x, y = _points(
-            at, a, b, c, d, e, f, first_column, first_row, width, height, H, W,
-            RESIZED, NEAREST, PADDING,
-        )  # fmt: skip
+        points = _points(at, matrix, crop, H, W, RESIZED, NEAREST, PADDING)
         if RGB:
-            red, green, blue = _rgb(
-                image_ptr, x, y, H, W, mask, brightness, BRIGHTENS, NEAREST, PADDING
-            )
+            rgb = _rgb(image_ptr, points, H, W, mask, brightness, BRIGHTENS, NEAREST, PADDING)
             if CONTRASTS and ONE_TILE:
-                total = _level_sum(_luma(red, green, blue), mask)
-                mean = (total.to(tl.float64) / pixels).to(tl.float32)
-            red, green, blue = _recolor(
-                red, green, blue, mean, contrast, saturation, turns,
-                CONTRASTS, SATURATES, SHIFTS_HUE,
-            )  # fmt: skip
+                mean = _mean(_level_sum(_luma(rgb), mask), pixels)
+            rgb = _recolor(rgb, mean, contrast, saturation, turns, CONTRASTS, SATURATES, SHIFTS_HUE)
             for k in tl.static_range(3):
-                value = red if k == 0 else green if k == 1 else blue
                 _store(
-                    view_ptr, settings_ptr, value, k, 3, at, mask, H, W,
-                    erase_column, erase_row, erase_width, erase_height,
+                    view_ptr, settings_ptr, rgb[k], k, 3, at, mask, erased, H, W,
                     NORMALISES, ERASES, CHANNELS_LAST,
                 )  # fmt: skip
         else:
             for k in range(C):
                 channel_ptr = image_ptr + tl.cast(k, tl.int64) * size
-                value = _sample(channel_ptr, x, y, H, W, mask, NEAREST, PADDING)
-                if BRIGHTENS:
-                    value = _blend(value, 0, brightness)
+                value = _channel(
+                    channel_ptr, points, H, W, mask, brightness, BRIGHTENS, NEAREST, PADDING
+                )
                 if CONTRASTS:
                     if ONE_TILE:
-                        total = _level_sum(value, mask)
-                        mean = (total.to(tl.float64) / pixels).to(tl.float32)
+                        mean = _mean(_level_sum(value, mask), pixels)
                     value = _blend(value, (1 - contrast) * mean, contrast)
                 _store(
-                    view_ptr, settings_ptr, value, k, C, at, mask, H, W,
-                    erase_column, erase_row, erase_width, erase_height,
+                    view_ptr, settings_ptr, value, k, C, at, mask, erased, H, W,
                     NORMALISES, ERASES, CHANNELS_LAST,
                 )  # fmt: skip
 

@@ -101,6 +101,30 @@ def _side_by_side(values, BLOCK: tl.constexpr, CLASSES: tl.constexpr):
 
 
 @triton.jit
+def _elements(first, exists, size, CLASSES: tl.constexpr):
+    """Offsets [BLOCK, CLASSES] of narrow heads' elements, and which exist."""
+    classes = tl.arange(0, CLASSES)[None, :]
+    mask = exists[:, None] & (classes < size[:, None])
+    return first[:, None] + classes, mask
+
+
+@triton.jit
+def _store_classes(
+    ptr, first, exists, size, values, BLOCK: tl.constexpr, CLASSES: tl.constexpr
+):  # fmt: skip
+    """Write values of which there is a tensor a class."""
+    at, mask = _elements(first, exists, size, CLASSES)
+    values = _side_by_side(values, BLOCK, CLASSES)
+    tl.store(ptr + at, values, mask=mask)
+
+
+@triton.jit
+def _clear_classes(ptr, first, exists, size, BLOCK: tl.constexpr, CLASSES: tl.constexpr):
+    at, mask = _elements(first, exists, size, CLASSES)
+    tl.store(ptr + at, tl.zeros([BLOCK, CLASSES], tl.float32), mask=mask)
+
+
+@triton.jit
 def _narrow_place(first_n, first_head, offsets_ptr, N, heads, BLOCK: tl.constexpr):
     """Image and first column of BLOCK heads in a row, their sizes, and which exist."""
     pair = first_head + tl.arange(0, BLOCK)
@@ -178,6 +202,196 @@ def _index(n, column, s, columns, S, AXIS: tl.constexpr):
         return (n * columns + column) * S + s
 
 
+@triton.jit
+def _zeros(BLOCK: tl.constexpr, CLASSES: tl.constexpr, AXIS: tl.constexpr):
+    """A tile as `_place` has it."""
+    if AXIS == 1:
+        return tl.zeros([BLOCK, CLASSES], tl.float32)
+    else:
+        return tl.zeros([CLASSES, BLOCK], tl.float32)
+
+
+@triton.jit
+def _inverse_temperature(temperature, ON_DEVICE: tl.constexpr):
+    """1 / τ, and nan where τ is no temperature."""
+    if ON_DEVICE:
+        tau = tl.load(temperature).to(tl.float32)
+    else:
+        tau = temperature
+    # of a tiny τ finite, so that 0 / τ stays 0
+    inverse_tau = tl.minimum(1.0 / tau, 3.4028234e38)
+    return tl.where((tau > 0) & (tau < float("inf")), inverse_tau, float("nan"))
+
+
+@triton.jit
+def _distillation_loss(x, log_sum, target):
+    # a target of 0 contributes nothing, even where x = -inf
+    return tl.where(target != 0, target * (log_sum - x), 0.0)
+
+
+@triton.jit
+def _distillation_grad(p, target, inverse_tau):
+    # exactly 0 where the targets were made from the same logits
+    return (p - target) * inverse_tau
+
+
+@triton.jit
+def _poison(y, size):
+    """nan where y is no class of the head, else 0."""
+    return tl.where((y >= 0) & (y < size), 0.0, float("nan"))
+
+
+@triton.jit
+def _has_loss(label, y, poison):
+    """Whether the loss of y stands in the class `label`: in 0 where y is no class."""
+    return (y == label) | ((label == 0) & (poison != 0))
+
+
+@triton.jit
+def _walk_old_narrow(
+    logits_ptr, targets_ptr, bank_ptr, old_grad_ptr, new_grad_ptr, offsets_ptr,
+    inverse_tau, N, C, C_old, heads, program, tiles, programs,
+    BLOCK: tl.constexpr, CLASSES: tl.constexpr,
+):  # fmt: skip
+    """A program's tiles of narrow old heads: bank and gradients; returns the losses, [BLOCK]."""
+    losses = tl.zeros([BLOCK], tl.float32)
+    # from tile to tile without a division of 64 bits
+    first_n, first_head = _image_and_head(program * BLOCK, heads)
+    step_n, step_head = _image_and_head(programs * BLOCK, heads)
+    for _ in range(program, tiles, programs):
+        n, column, size, exists = _narrow_place(first_n, first_head, offsets_ptr, N, heads, BLOCK)
+        at, at_bank = n * C + column, n * C_old + column
+        z = _load_classes(logits_ptr, at, exists, size, -float("inf"), CLASSES)
+        if targets_ptr is not None:
+            targets = _load_classes(targets_ptr, at_bank, exists, size, 0.0, CLASSES)
+        x, e, total, log_sum = _narrow_softmax(z, inverse_tau, CLASSES)
+        if bank_ptr is not None:
+            p = ()
+            for k in tl.static_range(CLASSES):
+                p = p + (e[k] / total,)
+            _store_classes(bank_ptr, at_bank, exists, size, p, BLOCK, CLASSES)
+        if targets_ptr is not None:
+            grad = ()
+            for k in tl.static_range(CLASSES):
+                p_k = e[k] / total
+                losses += _distillation_loss(x[k], log_sum, targets[k])
+                grad = grad + (_distillation_grad(p_k, targets[k], inverse_tau),)
+            _store_classes(old_grad_ptr, at, exists, size, grad, BLOCK, CLASSES)
+        if new_grad_ptr is not None:
+            _clear_classes(new_grad_ptr, at, exists, size, BLOCK, CLASSES)
+        first_n, first_head = _advance(first_n, first_head, step_n, step_head, heads)
+    return losses
+
+
+@triton.jit
+def _walk_old(
+    logits_ptr, targets_ptr, bank_ptr, old_grad_ptr, new_grad_ptr, offsets_ptr,
+    inverse_tau, N, C, C_old, S, heads, program, tiles, programs,
+    BLOCK: tl.constexpr, CLASSES: tl.constexpr, AXIS: tl.constexpr,
+):  # fmt: skip
+    """A program's tiles of other old heads: bank and gradients; returns a tile of losses."""
+    losses = _zeros(BLOCK, CLASSES, AXIS)
+    for tile in range(program, tiles, programs):
+        n, label, column, s, size, exists = _place(
+            tile, offsets_ptr, N, S, heads, BLOCK, CLASSES, AXIS
+        )
+        mask = exists & (label < size)
+        at = _index(n, column, s, C, S, AXIS)
+        at_bank = _index(n, column, s, C_old, S, AXIS)
+        x, p, log_sum = _softmax(logits_ptr, at, mask, inverse_tau, AXIS)
+        if bank_ptr is not None:
+            tl.store(bank_ptr + at_bank, p, mask=mask)
+        if targets_ptr is not None:
+            target = tl.load(targets_ptr + at_bank, mask=mask, other=0.0)
+            losses += _distillation_loss(x, log_sum, target)
+            tl.store(old_grad_ptr + at, _distillation_grad(p, target, inverse_tau), mask=mask)
+        if new_grad_ptr is not None:
+            tl.store(new_grad_ptr + at, tl.zeros_like(p), mask=mask)
+    return losses
+
+
+@triton.jit
+def _walk_rest_narrow(
+    logits_ptr, labels_ptr, old_grad_ptr, new_grad_ptr, offsets_ptr, old_heads,
+    N, C, heads, program, tiles, programs, BLOCK: tl.constexpr, CLASSES: tl.constexpr,
+):  # fmt: skip
+    """As `_walk_old_narrow`, for a narrow new head or columns that get no gradient."""
+    losses = tl.zeros([BLOCK], tl.float32)
+    first_n, first_head = _image_and_head(program * BLOCK, heads)
+    step_n, step_head = _image_and_head(programs * BLOCK, heads)
+    for _ in range(program, tiles, programs):
+        n, column, size, exists = _narrow_place(
+            first_n, first_head, offsets_ptr + old_heads, N, heads, BLOCK
+        )
+        at = n * C + column
+        if labels_ptr is not None:
+            y = tl.load(labels_ptr + n, mask=exists, other=0)
+            z = _load_classes(logits_ptr, at, exists, size, -float("inf"), CLASSES)
+            x, e, total, log_sum = _narrow_softmax(z, 1.0, CLASSES)
+            poison, grad = _poison(y, size), ()
+            for k in tl.static_range(CLASSES):
+                counts = exists & _has_loss(k, y, poison)
+                losses += tl.where(counts, log_sum - x[k] + poison, 0.0)
+                hit = tl.where(y == k, 1.0, 0.0)
+                grad = grad + (e[k] / total - hit + poison,)
+            _store_classes(new_grad_ptr, at, exists, size, grad, BLOCK, CLASSES)
+        if old_grad_ptr is not None:
+            _clear_classes(old_grad_ptr, at, exists, size, BLOCK, CLASSES)
+        first_n, first_head = _advance(first_n, first_head, step_n, step_head, heads)
+    return losses
+
+
+@triton.jit
+def _walk_rest(
+    logits_ptr, labels_ptr, old_grad_ptr, new_grad_ptr, offsets_ptr, old_heads,
+    N, C, S, heads, program, tiles, programs,
+    BLOCK: tl.constexpr, CLASSES: tl.constexpr, AXIS: tl.constexpr,
+):  # fmt: skip
+    """As `_walk_old`, for a new head or columns that get no gradient."""
+    losses = _zeros(BLOCK, CLASSES, AXIS)
+    for tile in range(program, tiles, programs):
+        n, label, column, s, size, exists = _place(
+            tile, offsets_ptr + old_heads, N, S, heads, BLOCK, CLASSES, AXIS
+        )
+        mask = exists & (label < size)
+        at = _index(n, column, s, C, S, AXIS)
+        if labels_ptr is not None:
+            y = tl.load(labels_ptr + n * S + s, mask=exists, other=0)
+            x, p, log_sum = _softmax(logits_ptr, at, mask, 1.0, AXIS)
+            poison = _poison(y, size)
+            hit = tl.where(y == label, 1.0, 0.0)
+            loss = tl.where(_has_loss(label, y, poison), log_sum - x + poison, 0.0)
+            losses += tl.where(mask, loss, 0.0)
+            tl.store(new_grad_ptr + at, p - hit + poison, mask=mask)
+        if old_grad_ptr is not None:
+            tl.store(old_grad_ptr + at, tl.zeros([1, 1], tl.float32), mask=mask)
+    return losses
+
+
+@triton.jit
+def _sum(partials_ptr, mask):
+    # .cg: past the first-level cache, which may hold what was there before
+    partials = tl.load(partials_ptr, mask, 0.0, cache_modifier=".cg")
+    return tl.sum(partials.to(tl.float64))
+
+
+@triton.jit
+def _add_up(
+    old_losses, new_losses, old_loss_ptr, new_loss_ptr, partials_ptr, ticket_ptr, program, programs
+):
+    """The last program to finish adds up the losses of all, in order."""
+    tl.store(partials_ptr + program, tl.sum(old_losses))
+    tl.store(partials_ptr + programs + program, tl.sum(new_losses))
+    tl.debug_barrier()
+    if tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1:
+        tl.store(ticket_ptr, 0)
+        each = tl.arange(0, PROGRAMS)
+        if old_loss_ptr is not None:
+            tl.store(old_loss_ptr, _sum(partials_ptr + each, each < programs))
+        if new_loss_ptr is not None:
+            tl.store(new_loss_ptr, _sum(partials_ptr + programs + each, each < programs))
+
+
 @triton.jit(
     do_not_specialize=["N", "C", "C_old", "S", "old_heads", "rest_heads", "temperature"],
     do_not_specialize_on_alignment=[
@@ -214,159 +428,43 @@ def heads_kernel(
     ON_DEVICE: tl.constexpr,  # temperature is a pointer
 ):
     """A pointer that is None leaves its part out."""
-    if ON_DEVICE:
-        tau = tl.load(temperature).to(tl.float32)
-    else:
-        tau = temperature
-    # of a tiny τ finite, so that 0 / τ stays 0
-    inverse_tau = tl.minimum(1.0 / tau, 3.4028234e38)
-    inverse_tau = tl.where((tau > 0) & (tau < float("inf")), inverse_tau, float("nan"))
+    inverse_tau = _inverse_temperature(temperature, ON_DEVICE)
     program = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0).to(tl.int64)
     old_tiles = _num_tiles(N, S, old_heads, OLD_BLOCK, AXIS)
     rest_tiles = _num_tiles(N, S, rest_heads, REST_BLOCK, AXIS)
 
     if OLD_NARROW:
-        old_loss = tl.zeros([OLD_BLOCK], tl.float32)
-    elif AXIS == 1:
-        old_loss = tl.zeros([OLD_BLOCK, OLD_CLASSES], tl.float32)
+        old_losses = _walk_old_narrow(
+            logits_ptr, targets_ptr, bank_ptr, old_grad_ptr, new_grad_ptr, offsets_ptr,
+            inverse_tau, N, C, C_old, old_heads, program, old_tiles, programs,
+            OLD_BLOCK, OLD_CLASSES,
+        )  # fmt: skip
     else:
-        old_loss = tl.zeros([OLD_CLASSES, OLD_BLOCK], tl.float32)
-    if REST_NARROW:
-        new_loss = tl.zeros([REST_BLOCK], tl.float32)
-    elif AXIS == 1:
-        new_loss = tl.zeros([REST_BLOCK, REST_CLASSES], tl.float32)
-    else:
-        new_loss = tl.zeros([REST_CLASSES, REST_BLOCK], tl.float32)
-
-    if OLD_NARROW:
-        # from tile to tile without a division of 64 bits
-        first_n, first_head = _image_and_head(program * OLD_BLOCK, old_heads)
-        step_n, step_head = _image_and_head(programs * OLD_BLOCK, old_heads)
-        for _ in range(program, old_tiles, programs):
-            n, column, size, exists = _narrow_place(
-                first_n, first_head, offsets_ptr, N, old_heads, OLD_BLOCK
-            )
-            at, at_bank = n * C + column, n * C_old + column
-            z = _load_classes(logits_ptr, at, exists, size, -float("inf"), OLD_CLASSES)
-            if targets_ptr is not None:
-                targets = _load_classes(targets_ptr, at_bank, exists, size, 0.0, OLD_CLASSES)
-            x, e, total, log_sum = _narrow_softmax(z, inverse_tau, OLD_CLASSES)
-            p, grad = (), ()
-            for k in tl.static_range(OLD_CLASSES):
-                p_k = e[k] / total
-                if bank_ptr is not None:
-                    p = p + (p_k,)
-                if targets_ptr is not None:
-                    target = targets[k]
-                    # a target of 0 contributes nothing, even where x = -inf
-                    old_loss += tl.where(target != 0, target * (log_sum - x[k]), 0.0)
-                    # exactly 0 where the targets were made from the same logits
-                    grad = grad + ((p_k - target) * inverse_tau,)
-            classes = tl.arange(0, OLD_CLASSES)[None, :]
-            mask = exists[:, None] & (classes < size[:, None])
-            if bank_ptr is not None:
-                where = at_bank[:, None] + classes
-                tl.store(bank_ptr + where, _side_by_side(p, OLD_BLOCK, OLD_CLASSES), mask=mask)
-            if targets_ptr is not None:
-                where = at[:, None] + classes
-                found = _side_by_side(grad, OLD_BLOCK, OLD_CLASSES)
-                tl.store(old_grad_ptr + where, found, mask=mask)
-                if new_grad_ptr is not None:
-                    tl.store(new_grad_ptr + where, tl.zeros_like(found), mask=mask)
-            elif new_grad_ptr is not None:
-                zero = tl.zeros([OLD_BLOCK, OLD_CLASSES], tl.float32)
-                tl.store(new_grad_ptr + at[:, None] + classes, zero, mask=mask)
-            first_n, first_head = _advance(first_n, first_head, step_n, step_head, old_heads)
-    else:
-        for tile in range(program, old_tiles, programs):
-            n, label, column, s, size, exists = _place(
-                tile, offsets_ptr, N, S, old_heads, OLD_BLOCK, OLD_CLASSES, AXIS
-            )
-            mask = exists & (label < size)
-            at = _index(n, column, s, C, S, AXIS)
-            at_bank = _index(n, column, s, C_old, S, AXIS)
-            x, p, log_sum = _softmax(logits_ptr, at, mask, inverse_tau, AXIS)
-            if bank_ptr is not None:
-                tl.store(bank_ptr + at_bank, p, mask=mask)
-            if targets_ptr is not None:
-                target = tl.load(targets_ptr + at_bank, mask=mask, other=0.0)
-                # a target of 0 contributes nothing, even where x = -inf
-                old_loss += tl.where(target != 0, target * (log_sum - x), 0.0)
-                # exactly 0 where the targets were made from the same logits
-                tl.store(old_grad_ptr + at, (p - target) * inverse_tau, mask=mask)
-            if new_grad_ptr is not None:
-                tl.store(new_grad_ptr + at, tl.zeros_like(p), mask=mask)
+        old_losses = _walk_old(
+            logits_ptr, targets_ptr, bank_ptr, old_grad_ptr, new_grad_ptr, offsets_ptr,
+            inverse_tau, N, C, C_old, S, old_heads, program, old_tiles, programs,
+            OLD_BLOCK, OLD_CLASSES, AXIS,
+        )  # fmt: skip
 
     # the programs that had one tile less begin
     begin = (program + programs - old_tiles % programs) % programs
     if REST_NARROW:
-        first_n, first_head = _image_and_head(begin * REST_BLOCK, rest_heads)
-        step_n, step_head = _image_and_head(programs * REST_BLOCK, rest_heads)
-        for _ in range(begin, rest_tiles, programs):
-            n, column, size, exists = _narrow_place(
-                first_n, first_head, offsets_ptr + old_heads, N, rest_heads, REST_BLOCK
-            )
-            at = n * C + column
-            if labels_ptr is not None:
-                y = tl.load(labels_ptr + n, mask=exists, other=0)
-                z = _load_classes(logits_ptr, at, exists, size, -float("inf"), REST_CLASSES)
-                x, e, total, log_sum = _narrow_softmax(z, 1.0, REST_CLASSES)
-                poison = tl.where((y >= 0) & (y < size), 0.0, float("nan"))
-                grad = ()
-                for k in tl.static_range(REST_CLASSES):
-                    # the loss of a label that is no class goes with class 0
-                    counts = (y == k) | ((k == 0) & (poison != 0))
-                    new_loss += tl.where(exists & counts, log_sum - x[k] + poison, 0.0)
-                    hit = tl.where(y == k, 1.0, 0.0)
-                    grad = grad + (e[k] / total - hit + poison,)
-            classes = tl.arange(0, REST_CLASSES)[None, :]
-            mask = exists[:, None] & (classes < size[:, None])
-            where = at[:, None] + classes
-            if labels_ptr is not None:
-                found = _side_by_side(grad, REST_BLOCK, REST_CLASSES)
-                tl.store(new_grad_ptr + where, found, mask=mask)
-            if old_grad_ptr is not None:
-                zero = tl.zeros([REST_BLOCK, REST_CLASSES], tl.float32)
-                tl.store(old_grad_ptr + where, zero, mask=mask)
-            first_n, first_head = _advance(first_n, first_head, step_n, step_head, rest_heads)
+        new_losses = _walk_rest_narrow(
+            logits_ptr, labels_ptr, old_grad_ptr, new_grad_ptr, offsets_ptr, old_heads,
+            N, C, rest_heads, begin, rest_tiles, programs, REST_BLOCK, REST_CLASSES,
+        )  # fmt: skip
     else:
-        for tile in range(begin, rest_tiles, programs):
-            n, label, column, s, size, exists = _place(
-                tile, offsets_ptr + old_heads, N, S, rest_heads, REST_BLOCK, REST_CLASSES, AXIS
-            )
-            mask = exists & (label < size)
-            at = _index(n, column, s, C, S, AXIS)
-            if labels_ptr is not None:
-                y = tl.load(labels_ptr + n * S + s, mask=exists, other=0)
-                x, p, log_sum = _softmax(logits_ptr, at, mask, 1.0, AXIS)
-                poison = tl.where((y >= 0) & (y < size), 0.0, float("nan"))
-                hit = tl.where(label == y, 1.0, 0.0)
-                # the loss of a label that is no class goes with class 0
-                loss = tl.where(
-                    (label == y) | (label == 0) & (poison != 0), log_sum - x + poison, 0.0
-                )
-                new_loss += tl.where(mask, loss, 0.0)
-                tl.store(new_grad_ptr + at, p - hit + poison, mask=mask)
-            if old_grad_ptr is not None:
-                tl.store(old_grad_ptr + at, tl.zeros([1, 1], tl.float32), mask=mask)
+        new_losses = _walk_rest(
+            logits_ptr, labels_ptr, old_grad_ptr, new_grad_ptr, offsets_ptr, old_heads,
+            N, C, S, rest_heads, begin, rest_tiles, programs, REST_BLOCK, REST_CLASSES, AXIS,
+        )  # fmt: skip
 
     if partials_ptr is not None:
-        tl.store(partials_ptr + program, tl.sum(old_loss))
-        tl.store(partials_ptr + programs + program, tl.sum(new_loss))
-        tl.debug_barrier()
-        if tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1:
-            tl.store(ticket_ptr, 0)
-            each = tl.arange(0, PROGRAMS)
-            # .cg: past the first-level cache, which may hold what was there before
-            if old_loss_ptr is not None:
-                parts = tl.load(partials_ptr + each, each < programs, 0.0, cache_modifier=".cg")
-                tl.store(old_loss_ptr, tl.sum(parts.to(tl.float64)))
-            if new_loss_ptr is not None:
-                parts = tl.load(
-                    partials_ptr + programs + each, each < programs, 0.0, cache_modifier=".cg"
-                )
-                tl.store(new_loss_ptr, tl.sum(parts.to(tl.float64)))
+        _add_up(
+            old_losses, new_losses, old_loss_ptr, new_loss_ptr, partials_ptr, ticket_ptr,
+            program, programs,
+        )  # fmt: skip
 
 
 def offsets(sizes: tuple[int, ...], device: torch.device) -> Tensor:
@@ -388,10 +486,9 @@ def tile_shape(sizes: Sequence[int], N: int, dense: bool) -> tuple[int, int, boo
     return max(32 * WARPS, elements // classes), classes, True
 
 
-def _launch(logits, head_sizes, temperature, labels=None, targets=None, bank=None):
-    """One launch: fills `bank`; returns the losses and the gradients, of labels and of targets."""
-    logits, (N, C), C_old = logits.contiguous(), logits.shape[:2], sum(head_sizes)
-    S = logits.numel() // max(1, N * C)
+def _check(logits, head_sizes, labels, targets):
+    """Refuses what would make the kernel leave its buffers."""
+    (N, C), C_old = logits.shape[:2], sum(head_sizes)
     if C_old > C or min(head_sizes, default=1) < 1:
         raise ValueError(f"head_sizes: expected sizes with a sum of at most {C}, got {head_sizes}")
     if targets is not None and (
@@ -402,21 +499,37 @@ def _launch(logits, head_sizes, temperature, labels=None, targets=None, bank=Non
         labels.shape != (N, *logits.shape[2:]) or labels.dtype != torch.int64
     ):
         raise ValueError(f"labels: expected int64 [N, *], got {labels.dtype} {labels.shape}")
+
+
+def _rest_sizes(C, C_old, labels, targets):
+    """Columns behind the old heads: the new head, or columns that get no gradient."""
+    if labels is not None:
+        return [C - C_old]
+    if targets is not None:
+        return [min(REST, C - first) for first in range(C_old, C, REST)]
+    return []
+
+
+def _count_tiles(N, S, heads, block):
+    """As `_num_tiles`, on the host."""
+    return triton.cdiv(N * heads, block) if S == 1 else N * heads * triton.cdiv(S, block)
+
+
+def _launch(logits, head_sizes, temperature, labels=None, targets=None, bank=None):
+    """One launch: fills `bank`; returns the losses and the gradients, of labels and of targets."""
+    _check(logits, head_sizes, labels, targets)
+    logits, (N, C), C_old = logits.contiguous(), logits.shape[:2], sum(head_sizes)
+    S = logits.numel() // max(1, N * C)
     wanted = [labels is not None, targets is not None]
     like = dict(dtype=torch.float32, device=logits.device)
     losses = [torch.empty((), **like) if want else None for want in wanted]
     grads = [torch.empty(logits.shape, **like) if want else None for want in wanted]
 
-    rest = []  # columns behind the old heads: the new head, or columns that get no gradient
-    if labels is not None:
-        rest = [C - C_old]
-    elif targets is not None:
-        rest = [min(REST, C - first) for first in range(C_old, C, REST)]
-    old_tile, rest_tile = (tile_shape(heads, N, S > 1) for heads in (head_sizes, rest))
-    tiles = sum(
-        triton.cdiv(N * len(heads), block) if S == 1 else N * len(heads) * triton.cdiv(S, block)
-        for heads, (block, *_) in ((head_sizes, old_tile), (rest, rest_tile))
-    )
+    rest = _rest_sizes(C, C_old, labels, targets)
+    old_block, old_classes, old_narrow = tile_shape(head_sizes, N, S > 1)
+    rest_block, rest_classes, rest_narrow = tile_shape(rest, N, S > 1)
+    tiles = _count_tiles(N, S, len(head_sizes), old_block)
+    tiles += _count_tiles(N, S, len(rest), rest_block)
     if not tiles:
         return [loss if loss is None else loss.zero_() for loss in losses], grads
     programs = min(tiles, PROGRAMS.value)
@@ -428,32 +541,19 @@ def _launch(logits, head_sizes, temperature, labels=None, targets=None, bank=Non
             logits,
             None if labels is None else labels.contiguous(),
             None if targets is None else targets.contiguous(),
-            bank,
-            grads[1],
-            grads[0],
-            losses[1],
-            losses[0],
-            partials,
+            bank, grads[1], grads[0], losses[1], losses[0], partials,
             ticket(logits.device) if any(wanted) else None,
             offsets((*head_sizes, *rest), logits.device),
             temperature if on_device else temperature.item(),
-            N,
-            C,
-            C_old,
-            S,
-            len(head_sizes),
-            len(rest),
-            OLD_BLOCK=old_tile[0],
-            OLD_CLASSES=old_tile[1],
-            REST_BLOCK=rest_tile[0],
-            REST_CLASSES=rest_tile[1],
+            N, C, C_old, S, len(head_sizes), len(rest),
+            OLD_BLOCK=old_block, OLD_CLASSES=old_classes,
+            REST_BLOCK=rest_block, REST_CLASSES=rest_classes,
             AXIS=0 if S > 1 else 1,
-            OLD_NARROW=old_tile[2],
-            REST_NARROW=rest_tile[2],
+            OLD_NARROW=old_narrow, REST_NARROW=rest_narrow,
             ON_DEVICE=on_device,
             num_warps=WARPS,
             enable_fp_fusion=False,  # p - target is not fused with what makes p
-        )
+        )  # fmt: skip
     return losses, grads
 
 
