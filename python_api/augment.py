@@ -103,6 +103,12 @@ class SeededAugment:
         self.dtype = dtype
         self.channels_last = channels_last
 
+    @property
+    def needs_unit_range(self) -> bool:
+        """Whether images have to lie in 0 to 1, to which changes of colour clamp them."""
+        policy = self.policy
+        return any((policy.brightness, policy.contrast, policy.saturation, policy.hue))
+
     def __call__(
         self,
         images: Tensor,

@@ -1,25 +1,24 @@
 """What BLDOptimizer refuses before anything changes; each error names argument and remedy."""
 
-import inspect
 import math
-import warnings
+import operator
 from collections.abc import Iterable
-from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bld_ext.api.batch_norm import ViewBatchNorm
-from bld_ext.api.layers import KINDS
 from bld_ext.api.pass_size import parse_bytes
 from bld_ext.api.precision import PRECISIONS, REFUSED
-from bld_ext.api.schedules import SCHEDULES
+
+MARGIN = 0.1  # outside of 0 to 1, as resizing with a bicubic filter overshoots
 
 
-def choice(name: str, value: str, choices: Iterable[str]) -> None:
+def choice(name: str, value: str, choices: Iterable[str]) -> str:
     if value not in tuple(choices):
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+    return value
 
 
 def some(name: str, values: Iterable[str], choices: Iterable[str]) -> tuple[str, ...]:
@@ -44,49 +43,82 @@ def bank(value: Tensor, labels: Tensor, views: int, classes: int, dtype: torch.d
         raise ValueError("bank: expected finite probabilities, got nan or inf")
 
 
-def apart(name: str, value: object, unlike: object, **switch: bool) -> None:
-    """A choice that does not go with a switch."""
-    ((other, is_on),) = switch.items()
-    if not isinstance(is_on, bool):
-        raise ValueError(f"{other}: expected True or False, got {is_on!r}")
-    if value == unlike and is_on:
-        raise ValueError(f"{other}: expected False with {name}={unlike!r}, got {is_on!r}")
+def switch(name: str, value: bool) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: expected True or False, got {value!r}")
+    return value
 
 
-def at_least(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+def together(settings: dict[str, object]) -> None:
+    """What a CUDA graph of the step cannot hold."""
+    if not settings.get("capture"):
+        return
+    for name, unlike in (("schedule", "in_backward"), ("check_finite", True)):
+        if settings.get(name) == unlike:
+            raise ValueError(f"capture: expected False with {name}={unlike!r}, got True")
+
+
+def at_least(name: str, value: int, least: int) -> int:
+    """A whole number, from whatever stands for one: NumPy's, a tensor of one element."""
+    try:
+        whole = operator.index(value)
+    except TypeError:
+        whole = least - 1
+    if isinstance(value, bool) or whole < least:
         raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+    return whole
 
 
-def views_per_pass(value: int | str) -> None:
+def seed(name: str, value: int) -> int:
+    if (whole := at_least(name, value, 0)) >= 2**63:
+        raise ValueError(f"{name}: expected 0 to 2**63 - 1, got {whole}")
+    return whole
+
+
+def views_per_pass(name: str, value: int | str) -> int | str:
     if not isinstance(value, str):
-        at_least("views_per_pass", value, 1)
-    elif value != "auto" and not parse_bytes(value):
+        return at_least(name, value, 1)
+    if value != "auto" and not parse_bytes(value):
         raise ValueError(
-            "views_per_pass: expected a whole number, 'auto', or the memory that a pass may take, "
-            f"such as '512 MiB', got {value!r}"
+            f"{name}: expected a whole number, 'auto', or the memory that a pass may take, such as "
+            f"'512 MiB', got {value!r}"
         )
+    return value
 
 
-def precision(value: str) -> None:
+def precision(name: str, value: str) -> str:
     if str(value).lower().removeprefix("torch.") in REFUSED:
         raise ValueError(
-            f"precision: expected 'fp32' or 'mixed', got {value!r}. Forward passes in TF32 or "
+            f"{name}: expected 'fp32' or 'mixed', got {value!r}. Forward passes in TF32 or "
             "bfloat16 leave rounding noise of the distillation gradient (cosine to float64 below "
             "0.3 in some layer), which balancing scales to full size. 'mixed' keeps them in fp32 "
             "and reduces the backward passes alone"
         )
-    choice("precision", value, PRECISIONS)
+    return choice(name, value, PRECISIONS)
 
 
-def number(name: str, value: float, positive: bool = False) -> None:
+def number(name: str, value: float, positive: bool = False) -> float:
     try:
-        real = math.nan if isinstance(value, str) else float(value)
-    except (TypeError, ValueError):
+        real = math.nan if isinstance(value, (str, bool)) else float(value)
+    except (TypeError, ValueError, RuntimeError):
         real = math.nan
     if not math.isfinite(real) or real < 0 or (positive and real == 0):
         bound = ">" if positive else "≥"
         raise ValueError(f"{name}: expected a finite number {bound} 0, got {value!r}")
+    return real
+
+
+def balance(name: str, value: float | None) -> float | None:
+    return None if value is None else number(name, value)
+
+
+def augment(name: str, value: object) -> object:
+    if value is not None and not callable(value):
+        raise TypeError(
+            f"{name}: expected a SeededAugment, a callable of your own or None, got "
+            f"{type(value).__name__}"
+        )
+    return value
 
 
 def removed(given: dict[str, object], known: dict[str, str]) -> None:
@@ -97,41 +129,26 @@ def removed(given: dict[str, object], known: dict[str, str]) -> None:
         raise TypeError(f"BLDOptimizer.__init__() got an unexpected keyword argument {name!r}")
 
 
-def options(
-    lr: float,
-    warmup_lr: float | None,
-    temperature: float,
-    balance: float | None,
-    joint_steps: int,
-    views: int,
-    per_pass: int | str,
-    layer: str,
-    schedule: str,
-    precision_: str,
-    capture: bool,
-    check_finite: bool,
-) -> None:
-    choice("layer", layer, KINDS)
-    choice("schedule", schedule, SCHEDULES)
-    apart("schedule", schedule, "in_backward", capture=capture)
-    apart("check_finite", check_finite, True, capture=capture)
-    at_least("views", views, 1)
-    views_per_pass(per_pass)
-    precision(precision_)
-    at_least("joint_steps", joint_steps, 0)
-    number("temperature", temperature, positive=True)
-    if balance is not None:
-        number("balance", balance)
-    number("lr", lr, positive=warmup_lr is not None)
-    if warmup_lr is not None:
-        number("warmup_lr", warmup_lr)
+def rates(lr: float, warmup_lr: float | None) -> float:
+    """The ratio of the warm-up's learning rate to that of the joint updates."""
+    rate = number("lr", lr, positive=warmup_lr is not None)
+    return 0.01 if warmup_lr is None else number("warmup_lr", warmup_lr) / rate
 
 
 def model(value: nn.Module) -> None:
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     if not isinstance(value, nn.Module):
         raise TypeError(
             f"model: expected a torch.nn.Module, got {type(value).__name__}. BLDOptimizer runs the "
             "forward passes itself, so it takes the model, not its parameters"
+        )
+    wrapped = [(n, m) for n, m in value.named_modules() if isinstance(m, parallel)]
+    if wrapped:
+        name, module = wrapped[0]
+        raise ValueError(
+            f"model: {name or 'it'} is a {type(module).__name__}, which would reduce gradients on "
+            "its own and let heads that are added later drift apart. Give the network inside, its "
+            ".module; a step runs in one process"
         )
     if not hasattr(value, "head_sizes"):
         raise ValueError(
@@ -141,15 +158,6 @@ def model(value: nn.Module) -> None:
     if next(value.parameters(), None) is None:
         raise ValueError("model: it has no parameter yet; call add_head(num_classes) first")
     dtypes(value)
-
-
-def base(value: torch.optim.Optimizer) -> None:
-    closure = inspect.signature(value.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ValueError(
-            f"base: {type(value).__name__} evaluates a closure several times an update, which "
-            "has no place in the two stages. Use one whose step() needs none, such as SGD"
-        )
 
 
 def trainable(value: nn.Module) -> None:
@@ -167,20 +175,15 @@ def dtypes(value: nn.Module) -> None:
 
 
 def batch_norms(value: nn.Module, views_per_pass: int | str) -> None:
-    """Refuse or warn of BatchNorms that are no ViewBatchNorm: SyncBatchNorm, subclasses."""
+    """Refuse several views a pass with a BatchNorm that would normalise them together."""
     for name, module in value.named_modules():
         if isinstance(module, _BatchNorm) and not isinstance(module, ViewBatchNorm):
-            kind = type(module).__name__
             if views_per_pass != 1:
                 raise ValueError(
-                    f"views_per_pass: expected 1, since {name} is a {kind}, which normalises all "
-                    f"views of a pass together, got {views_per_pass!r}. Or use a plain nn.BatchNorm"
+                    f"views_per_pass: expected 1, since {name} is a {type(module).__name__}, which "
+                    "normalises all views of a pass together, got "
+                    f"{views_per_pass!r}. Or use a plain nn.BatchNorm"
                 )
-            warnings.warn(
-                f"BLDOptimizer: {name} is a {kind}; its running statistics move at every forward "
-                "pass, and not once a batch. Use a plain nn.BatchNorm",
-                stacklevel=5,
-            )
 
 
 def heads(sizes: Iterable[int]) -> list[int]:
@@ -207,17 +210,31 @@ def batch(images: Tensor, labels: Tensor, device: torch.device, takes_uint8: boo
             "SeededAugment(), which takes uint8, or images.float() / 255"
         )
     if labels.dtype != torch.int64:
-        raise ValueError(f"labels: expected torch.int64, got {labels.dtype}: use labels.long()")
+        soft = labels.is_floating_point() and labels.dim() == 2
+        remedy = (
+            "of probabilities or one-hot rows use labels.argmax(1)" if soft else "use labels.long()"
+        )
+        raise ValueError(f"labels: expected torch.int64, got {labels.dtype}: {remedy}")
     if labels.dim() < 1 or len(labels) != len(images):
         shape = tuple(labels.shape)
         raise ValueError(f"labels: expected one for each of {len(images)} images, got {shape}")
 
 
-def batch_values(images: Tensor, labels: Tensor, classes: int) -> None:
+def batch_values(images: Tensor, labels: Tensor, classes: int, unit_range: bool) -> None:
     """What is inside; on an accelerator this waits for the device."""
     if images.is_floating_point() and not images.isfinite().all():
         bad = (~images.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
         raise ValueError(f"images: expected finite values, got nan or inf in images {bad}")
+    if unit_range and images.is_floating_point():
+        low, high = (x.item() for x in images.aminmax())
+        if low < -MARGIN or high > 1 + MARGIN:
+            remedy = "images / 255, or images as uint8"
+            if low < 0:
+                remedy = "images before they are normalised, and SeededAugment(mean=..., std=...)"
+            raise ValueError(
+                f"images: expected values from 0 to 1, which brightness, contrast, saturation and "
+                f"hue of the augment clamp to, got {low:.4g} to {high:.4g}. Give {remedy}"
+            )
     low, high = labels.min().item(), labels.max().item()
     if low < 0 or high >= classes:
         raise ValueError(

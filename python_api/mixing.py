@@ -1,6 +1,9 @@
-"""Whether a network computes an image differently where other images are beside it."""
+"""What has to hold of a network and an augmentation, tried out on the first batch.
 
-import warnings
+A view that comes out again has to be the same view, and the network has to compute the same for it;
+else the distillation gradient is noise, which balancing scales to full size.
+"""
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -8,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from bld_ext.api.batch_norm import ViewBatchNorm
 from bld_ext.api.views import Views
+from bld_ext.api.warn import warn
 
 
 @contextmanager
@@ -29,8 +34,10 @@ Call = tuple[str, Tensor, Tensor]
 
 
 @contextmanager
-def _watched(model: nn.Module, calls: list[Call]) -> Iterator[None]:
-    """Note the calls of all modules, inner ones first; dropout does nothing meanwhile."""
+def _watched(model: nn.Module, calls: list[Call], masks: bool = True) -> Iterator[None]:
+    """Note the calls of all modules, inner ones first; unless asked not to, dropout does nothing
+    meanwhile.
+    """
 
     def note(module: nn.Module, inputs: tuple, output: object) -> None:
         if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
@@ -38,17 +45,17 @@ def _watched(model: nn.Module, calls: list[Call]) -> Iterator[None]:
 
     scripted = torch.jit.ScriptModule  # takes no hooks
     names = {m: name for name, m in model.named_modules() if not isinstance(m, scripted)}
-    masks = [m for m in names if isinstance(m, _DropoutNd) and m.training]
+    dropouts = [m for m in names if masks and isinstance(m, _DropoutNd) and m.training]
     hooks = [m.register_forward_hook(note) for m in names]
-    for mask in masks:
-        mask.training = False
+    for dropout in dropouts:
+        dropout.training = False
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        for mask in masks:
-            mask.training = True
+        for dropout in dropouts:
+            dropout.training = True
 
 
 def _same(alone: tuple[Tensor, ...], beside: Tensor) -> bool:
@@ -59,12 +66,77 @@ def _same(alone: tuple[Tensor, ...], beside: Tensor) -> bool:
     return len(expected) == len(beside) and _close(expected, beside)
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
+def _close(a: Tensor, b: Tensor, tolerance: float = 1e-3) -> bool:
+    if a.shape != b.shape:
+        return False
     wide = torch.complex128 if a.is_complex() else torch.float64
     a, b = a.to(wide), b.to(wide)
     finite = a.abs().nan_to_num(0, 0, 0)
     scale = finite.max().item() if finite.numel() else 0
-    return torch.allclose(a, b, rtol=1e-3, atol=1e-3 * scale, equal_nan=True)
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    return any(
+        m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in model.modules()
+    )
+
+
+@torch.no_grad()
+def require_repeatable(one: Views) -> None:
+    """Make a view twice and run the network on it twice; warn of buffers that move meanwhile.
+
+    Raises:
+        ValueError: the view or what the network computes is another one the second time.
+    """
+    if is_compiled(one.model):
+        return  # each of these passes would be compiled
+    buffers = {name: (b, b.clone()) for name, b in one.model.named_buffers()}
+    calls: list[list[Call]] = [[], []]
+    logits = []
+    for noted in calls:
+        with no_trace(one.model), _watched(one.model, noted, masks=False):
+            ((_, found, _),) = one
+            moved = [name for name, (b, before) in buffers.items() if not torch.equal(b, before)]
+        logits.append(found)
+    for (name, *first), (_, *again) in zip(*calls, strict=False):
+        same_input, same_output = (_close(a, b, 1e-5) for a, b in zip(first, again, strict=True))
+        if name == "" and not same_input:
+            raise ValueError(
+                "augment: expected the same view from the same seed, step, view and indices, got "
+                "another one the second time. torch's generator is seeded before each call; those "
+                "of NumPy and Python are not. Draw with torch, or with "
+                "numpy.random.default_rng((seed, step, view))"
+            )
+        if same_input and not same_output:
+            _refuse(name, one.model)
+    if not _close(*logits, 1e-5):  # a model that takes no hooks
+        _refuse("", one.model)
+    _warn_of_buffers(one.model, moved)
+
+
+def _refuse(name: str, model: nn.Module) -> None:
+    kind = type(model.get_submodule(name)).__name__
+    raise ValueError(
+        f"model: {name or 'it'}, a {kind}, computed another output when it ran again on the same "
+        "view with torch's generators at the same seed. BLD would distil that difference as if "
+        "learning had caused it. Draw its random numbers with torch, and keep nothing from one "
+        "forward pass to the next but buffers"
+    )
+
+
+def _warn_of_buffers(model: nn.Module, moved: list[str]) -> None:
+    asked = {name for name, m in model.named_modules() if isinstance(m, ViewBatchNorm)}
+    others = [name for name in moved if name.rpartition(".")[0] not in asked]
+    if others:
+        kinds = {type(model.get_submodule(name.rpartition(".")[0])).__name__ for name in others}
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        warn(
+            f"{', '.join(others[:3])}{more}, of {', '.join(sorted(kinds))}, move at "
+            "every forward pass, and not once a batch as the statistics of nn.BatchNorm do. A step "
+            "runs several passes a view; what moves the predictions between them is distilled as "
+            "if learning had caused it. Put such modules into eval mode, or use nn.BatchNorm",
+        )
 
 
 @torch.no_grad()
@@ -92,9 +164,8 @@ def what_mixes(first: Views, second: Views, both: Views) -> str | None:
 
 def warn_of_mixing(first: Views, second: Views, both: Views, per_pass: int) -> None:
     if name := what_mixes(first, second, both):
-        warnings.warn(
-            f"BLDOptimizer: {name} computes an image differently beside other images, or at "
+        warn(
+            f"{name} computes an image differently beside other images, or at "
             f"random. With views_per_pass={per_pass} it sees {per_pass} views at a time, which "
             "changes what is learned and not only how fast; use views_per_pass=1",
-            stacklevel=5,
         )

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from bld_ext import ops
 from bld_ext.api import checks
+from bld_ext.api.base import try_out
 from bld_ext.api.layers import release_gradients
+from bld_ext.api.setting import Setting
 
 
 class ModelOptimizer(torch.optim.Optimizer):
@@ -18,14 +20,62 @@ class ModelOptimizer(torch.optim.Optimizer):
     optimizer. `seed` and `batches`, learned so far, are the place in a stream.
     """
 
+    seed = Setting(checks.seed)
+
     def __init__(self, model: nn.Module, base: Callable[..., torch.optim.Optimizer], lr: float):
         self.model = model
-        self.base = base(list(model.named_parameters()), lr=lr)
-        checks.base(self.base)
+        self.base = base(list(model.parameters()), lr=lr)
+        if not isinstance(self.base, torch.optim.Optimizer):
+            kind = type(self.base).__name__
+            raise TypeError(f"base: expected it to make a torch.optim.Optimizer, got {kind}")
+        try_out(self.base)
         super().__init__(self.base.param_groups, self.base.defaults)
         self.seed = torch.initial_seed() % 2**63  # of views and forward passes
         self.batches = 0  # the step word of the views' random numbers
         self._share_with_base()
+
+    def add_param_group(self, param_group: dict) -> None:
+        """As every torch optimizer's, at any time: parameters leave the group they were in."""
+        params = param_group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        params = [p[1] if isinstance(p, tuple) else p for p in params]
+        names = self._names()
+        if foreign := [tuple(p.shape) for p in params if p not in names]:
+            raise ValueError(
+                f"params: expected parameters of the model, got others of the shapes {foreign}, "
+                "for which a step computes no gradient"
+            )
+        named = [(names[p], p) for p in params]
+        before = [(other, other["params"], other["param_names"]) for other in self.param_groups]
+        for other in self.param_groups:
+            other["params"] = [p for p in other["params"] if p not in {*params}]
+        try:
+            self._name_parameters()
+            super().add_param_group({**param_group, "params": named})
+        except BaseException:
+            for other, its_params, its_names in before:
+                other["params"], other["param_names"] = its_params, its_names
+            raise
+
+    def group_for(self, name: str, param: Tensor) -> int:
+        """The number of the group that a new parameter joins; assign another rule to change it.
+
+        It is the group of its namesake, the newest parameter whose name differs in numbers alone,
+        as `heads.0.bias` and `heads.1.bias` do; without one, the first group.
+        """
+        found = 0
+        for number, group in enumerate(self.param_groups):
+            if any(_without_numbers(name) == _without_numbers(n) for n in group["param_names"]):
+                found = number
+        return found
+
+    def _names(self) -> dict[Tensor, str]:
+        return {param: name for name, param in self.model.named_parameters()}
+
+    def _name_parameters(self) -> None:
+        names = self._names()  # a parameter that was replaced has none, and leaves before a step
+        for group in self.param_groups:
+            group["param_names"] = [names.get(p, "") for p in group["params"]]
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -107,18 +157,22 @@ class ModelOptimizer(torch.optim.Optimizer):
             raise
 
     def _follow_model(self) -> None:
-        """Group 0 holds what the model does: new heads join it, replaced parameters leave it.
+        """Groups hold what the model does: new parameters join one, replaced ones leave theirs.
 
         New ones take the group's options, so that a scheduler reaches them.
         """
-        named = {param: name for name, param in self.model.named_parameters()}
-        first, *others = self.param_groups
-        kept = [param for param in first["params"] if param in named]
-        for param in set(first["params"]) - set(kept):
+        named = self._names()
+        known = {param for group in self.param_groups for param in group["params"]}
+        for param in known - {*named}:
             self.state.pop(param, None)
-        known = {*kept, *(param for group in others for param in group["params"])}
-        first["params"] = kept + [param for param in named if param not in known]
-        first["param_names"] = [named[param] for param in first["params"]]
+        for group in self.param_groups:
+            group["params"] = [p for p in group["params"] if p in named]
+        self._name_parameters()
+        for param, name in named.items():
+            if param not in known:
+                group = self.param_groups[self.group_for(name, param)]
+                group["params"].append(param)
+                group["param_names"].append(name)
 
     def _follow_layout(self) -> None:
         """The state lies as its parameters do: torch's fused kernels pair them by address."""
@@ -151,26 +205,20 @@ class ModelOptimizer(torch.optim.Optimizer):
             )
         self._follow_model()
         params = dict(self.model.named_parameters())
-        saved = state_dict["param_groups"][0].get("param_names", [])
         shapes = state_dict["bld"]["shapes"].items()
         if apart := sorted({name for name, _ in shapes ^ self._shapes().items()}):
             raise ValueError(
                 f"state_dict: its parameters differ from the model's by {apart}. Load the model's "
                 "state_dict, or add its heads, before the optimizer's"
             )
-        first, *others = self.param_groups
-        elsewhere = {param for group in others for param in group["params"]}
-        if twice := [name for name in saved if params[name] in elsewhere]:
-            raise ValueError(
-                f"state_dict: its first group has {twice}, which another group of this optimizer "
-                "has. Make the same groups before loading it"
-            )
-        before = first["params"]
-        first["params"] = [params[name] for name in saved]
+        before = [(group, group["params"]) for group in self.param_groups]
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            group["params"] = [params[name] for name in saved.get("param_names", [])]
         try:
             super().load_state_dict({k: v for k, v in state_dict.items() if k != "bld"})
         except BaseException:
-            first["params"] = before
+            for group, its_params in before:
+                group["params"] = its_params
             raise
         self.seed, self.batches = state_dict["bld"]["seed"], state_dict["bld"]["batches"]
 
@@ -183,3 +231,7 @@ class ModelOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self._share_with_base()
+
+
+def _without_numbers(name: str) -> str:
+    return ".".join("#" if part.isdigit() else part for part in name.split("."))

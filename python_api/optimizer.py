@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from bld_ext.api import algorithm, checks
 from bld_ext.api.capture import Recorder
 from bld_ext.api.convert import convert_view_batchnorm
+from bld_ext.api.layers import KINDS
 from bld_ext.api.memory_format import MemoryFormat
 from bld_ext.api.out_of_memory import is_out_of_memory, too_much
 from bld_ext.api.pass_size import PassSize
 from bld_ext.api.report import Batch, StepReport
-from bld_ext.api.runner import StepRunner
+from bld_ext.api.runner import NEVER, StepRunner
+from bld_ext.api.schedules import SCHEDULES
+from bld_ext.api.setting import Setting
 
 REMOVED = {
     "balance_in_backward": "it changed neither results nor memory; schedule='in_backward' updates "
@@ -103,6 +106,18 @@ class BLDOptimizer(StepRunner):
                 loss = optimizer.step(images, labels)
     """
 
+    warmup_ratio = Setting(checks.number)
+    temperature = Setting(partial(checks.number, positive=True))
+    balance = Setting(checks.balance)
+    joint_steps = Setting(partial(checks.at_least, least=0))
+    views = Setting(partial(checks.at_least, least=1))
+    augment = Setting(checks.augment)
+    layer = Setting(partial(checks.choice, choices=KINDS))
+    schedule = Setting(partial(checks.choice, choices=SCHEDULES), checks.together)
+    precision = Setting(checks.precision)
+    capture = Setting(checks.switch, checks.together)
+    check_finite = Setting(checks.switch, checks.together)
+
     def __init__(
         self,
         model: nn.Module,
@@ -124,26 +139,20 @@ class BLDOptimizer(StepRunner):
         **removed: object,
     ):
         checks.removed(removed, REMOVED)
-        if views is None:
-            views = 50 if augment else 1
         checks.model(model)
-        checks.options(
-            lr, warmup_lr, temperature, balance, joint_steps, views, views_per_pass,
-            layer, schedule, precision, capture, check_finite,
-        )  # fmt: skip
-
-        self._format = MemoryFormat()
-        super().__init__(convert_view_batchnorm(model), base, lr)
-        self.warmup_ratio = 0.01 if warmup_lr is None else warmup_lr / lr
+        self.warmup_ratio = checks.rates(lr, warmup_lr)
         self.temperature, self.balance, self.joint_steps = temperature, balance, joint_steps
-        self.views, self.augment, self.layer = views, augment, layer
-        self.schedule, self.precision, self.capture = schedule, precision, capture
-        self.check_finite = check_finite
+        self.views = (50 if augment else 1) if views is None else views
+        self.views_per_pass, self.augment = views_per_pass, augment
+        self.layer, self.schedule, self.precision = layer, schedule, precision
+        self.capture, self.check_finite = capture, check_finite
         self.last: StepReport | None = None
         self._batch: Batch | None = None
-        self._pass_size = PassSize(views_per_pass)
+        self._format = MemoryFormat()
         self._recorder = Recorder()
-        self._warned_of_state = False
+        self._probed_with: object = NEVER
+        super().__init__(model, base, lr)
+        convert_view_batchnorm(model)
 
     # ---- what a training loop calls ----
 
@@ -223,10 +232,7 @@ class BLDOptimizer(StepRunner):
 
     @views_per_pass.setter
     def views_per_pass(self, value: int | str) -> None:
-        checks.views_per_pass(value)
-        looked = self._pass_size.looked_for_mixing
-        self._pass_size = PassSize(value)
-        self._pass_size.looked_for_mixing = looked
+        self._pass_size = PassSize(checks.views_per_pass("views_per_pass", value))
 
     @property
     def views_in_pass(self) -> int:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from bld_ext.api.mixing import no_trace, warn_of_mixing
+from bld_ext.api.mixing import is_compiled, warn_of_mixing
 from bld_ext.api.out_of_memory import is_out_of_memory
 from bld_ext.api.views import Views
 
@@ -41,16 +41,15 @@ class PassSize:
 
     def choose(self, views: Views) -> None:
         """Measure what a view takes, where the batch is of a new shape or other parameters learn;
-        look for layers that mix images, once. Neither leaves a trace.
+        look for layers that mix images, once.
         """
         key = self.key_of(views.model, views.images, views.count)
         one = replace(views, count=1, per_pass=1)
-        with no_trace(views.model):
-            if not self.fits(key):
-                self.fit(one, views.count, key)
-            if not self.looked_for_mixing and self.number > 1 and views.count > 1:
-                self.looked_for_mixing = True
-                self._look_for_mixing(one, min(self.number, views.count))
+        if not self.fits(key):
+            self.fit(one, views.count, key)
+        if not self.looked_for_mixing and self.number > 1 and views.count > 1:
+            self.looked_for_mixing = True
+            self._look_for_mixing(one, min(self.number, views.count))
 
     def is_chosen(self, model: nn.Module, images: Tensor, count: int) -> bool:
         """Whether `choose` has nothing to do for `count` views of such a batch."""
@@ -66,8 +65,7 @@ class PassSize:
         return batch + tuple(p.requires_grad for p in params)
 
     def _look_for_mixing(self, one: Views, per_pass: int) -> None:
-        modules = [*one.model.modules()]
-        if any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in modules):
+        if is_compiled(one.model):
             return  # each of these passes would be compiled
         both = replace(one, count=2, per_pass=2)
         try:

@@ -5,7 +5,6 @@ BatchNorm's policy (`batch_norm`), views and random numbers (`views`), the memor
 of a pass, running out of memory, recording as a CUDA graph (`capture`).
 """
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +20,7 @@ from bld_ext.api.convert import convert_view_batchnorm
 from bld_ext.api.layers import Layers, release_gradients
 from bld_ext.api.memory import tensor_bytes
 from bld_ext.api.memory_format import MemoryFormat
+from bld_ext.api.mixing import no_trace, require_repeatable
 from bld_ext.api.model_optimizer import ModelOptimizer
 from bld_ext.api.out_of_memory import too_much, within_memory
 from bld_ext.api.pass_size import PassSize
@@ -29,6 +29,8 @@ from bld_ext.api.report import Batch, StepReport
 from bld_ext.api.schedules import SCHEDULES
 from bld_ext.api.stage import Stage
 from bld_ext.api.views import Views
+
+NEVER = object()
 
 
 class StepRunner(ModelOptimizer):
@@ -39,7 +41,7 @@ class StepRunner(ModelOptimizer):
     _format: MemoryFormat
     _pass_size: PassSize
     _recorder: Recorder
-    _warned_of_state: bool
+    _probed_with: object  # the augment that was tried out together with the model
 
     def release(self) -> None:
         """Drop the bank, the norms and the gradients, as before the next batch arrives."""
@@ -160,7 +162,6 @@ class StepRunner(ModelOptimizer):
         # none of these may know the stage: in a cycle it would keep the batch alive
         def apply(params: Sequence[Tensor]) -> None:
             self._update(params, ratio, rates)
-            self._warn_of_state()
 
         def plain_rate() -> float | Tensor | None:
             return self._plain_rate(rates or [group["lr"] for group in self.param_groups])
@@ -194,12 +195,17 @@ class StepRunner(ModelOptimizer):
                 raise
 
     def _choose_pass_size(self, images: Tensor, labels: Tensor, sizes: list[int]) -> None:
-        if self._pass_size.is_chosen(self.model, images, self.views):
+        probed = self._probed_with is self.augment
+        if probed and self._pass_size.is_chosen(self.model, images, self.views):
             return
 
         def choose() -> None:
-            with self._stage("keep"):
-                self._pass_size.choose(self._views(images, labels, sizes, self.batches))
+            views = self._views(images, labels, sizes, self.batches)
+            with self._stage("keep"), no_trace(self.model):
+                if not probed:
+                    require_repeatable(replace(views, count=1, per_pass=1))
+                self._pass_size.choose(views)
+            self._probed_with = self.augment
 
         self._within_memory(images, partial(self._format.run, choose))
 
@@ -212,16 +218,6 @@ class StepRunner(ModelOptimizer):
 
         return within_memory(run, explain)
 
-    def _warn_of_state(self) -> None:
-        if not self._warned_of_state and any(self.state.values()):
-            self._warned_of_state = True
-            warnings.warn(
-                f"BLDOptimizer: {type(self.base).__name__} keeps state, which carries memory from "
-                "batch to batch; in the paper nothing but the network does. Plain torch.optim.SGD "
-                "keeps none.",
-                stacklevel=4,
-            )
-
     def _check(self, images: Tensor, labels: Tensor) -> list[int]:
         """The head sizes, after every check that can be made before anything changes."""
         convert_view_batchnorm(self.model)  # also what was added since the last step
@@ -232,6 +228,7 @@ class StepRunner(ModelOptimizer):
         checks.batch_norms(self.model, self.views_per_pass)
         checks.trainable(self.model)
         if device.type == "cpu" or self.check_finite:
-            checks.batch_values(images, labels, sizes[-1])
+            unit_range = getattr(self.augment, "needs_unit_range", False)
+            checks.batch_values(images, labels, sizes[-1], unit_range)
         self._follow_layout()
         return sizes

@@ -1,17 +1,20 @@
 """The views of one batch, sent through the network pass by pass, the same every time."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from bld_ext.api.augment import SeededAugment
 from bld_ext.api.batch_norm import ViewBatchNorm
 from bld_ext.api.memory_format import NeedsContiguousError
 from bld_ext.api.precision import no_random_numbers, replayable_rng
 from bld_ext.philox import stream_seed
 
-FORWARD_RNG = 255  # the op word of the Philox counter that seeds a forward pass
+# the op words of the Philox counter that seed an augmentation of one's own, and a forward pass
+AUGMENT_RNG, FORWARD_RNG = 254, 255
 
 
 @dataclass(frozen=True)
@@ -48,25 +51,35 @@ class Views:
     def _run(self, made: Tensor, first: int) -> Tensor:
         """The network on these views; its random numbers are a function of seed, batch and view."""
         try:
-            if isinstance(self.number, Tensor):
-                with no_random_numbers(made.device):
-                    return self.model(made)
-            with replayable_rng(made.device) as reseed:
-                reseed(stream_seed(self.seed, self.number, first, FORWARD_RNG))
+            with self._repeatable(first, FORWARD_RNG):
                 return self.model(made)
         except RuntimeError as error:
             if self.channels_last and "view size is not compatible" in str(error):
                 raise NeedsContiguousError from error
             raise
 
+    @contextmanager
+    def _repeatable(self, first: int, purpose: int) -> Iterator[None]:
+        """Torch's random numbers inside are a function of seed, batch, view and purpose."""
+        if purpose == AUGMENT_RNG and isinstance(self.augment, SeededAugment):
+            yield  # it draws none of them
+        elif isinstance(self.number, Tensor):
+            with no_random_numbers(self.images.device):
+                yield
+        else:
+            with replayable_rng(self.images.device) as reseed:
+                reseed(stream_seed(self.seed, self.number, first, purpose))
+                yield
+
     def _make(self, views: range) -> Tensor:
         if self.augment is None:
             made = self.images.repeat(len(views), *(1,) * (self.images.dim() - 1))
         else:
             indices = torch.arange(len(self.images), device=self.images.device)
-            made = self.augment(
-                self.images, seed=self.seed, step=self.number, views=views, indices=indices
-            )
+            with self._repeatable(views[0], AUGMENT_RNG):
+                made = self.augment(
+                    self.images, seed=self.seed, step=self.number, views=views, indices=indices
+                )
         expected = next(self.model.parameters()).dtype
         if made.is_floating_point() and made.dtype != expected:
             name, remedy = ("images", f"images.to({expected})")

@@ -288,18 +288,60 @@ def test_a_group_of_its_own_is_learned_and_resumed(base, schedule):
     old = {"heads.0.weight", "heads.0.bias"}
     assert set(before) - moved(model, before) - old == {"backbone.0.weight"}
     hand_over((model, other.model), (optimizer, other))
-    for again in ([("again", model.heads[0].bias)], [torch.ones(1)]):
-        with pytest.raises(ValueError, match="more than one parameter group|without names"):
-            optimizer.add_param_group({"params": again})
+    with pytest.raises(ValueError, match=r"^params: expected parameters of the model, .*\(1,\)"):
+        optimizer.add_param_group({"params": [torch.ones(1)]})
     assert learn(optimizer, [2]) == learn(other, [2])
     assert everything(optimizer) == everything(other)
 
 
-@pytest.mark.parametrize("names", [[], ["heads.1.bias"]], ids=["one-group", "other-members"])
-def test_a_state_of_other_groups_is_refused(names):
-    """By position alone a parameter would be in two groups, and another in none."""
+@pytest.mark.parametrize("form", ["module", "named", "tensor"])
+def test_a_group_can_be_added_at_any_time(form):
+    """Its parameters leave the group that they have joined, with their state."""
+    optimizer, twin = (make((2, 2), base=BASES["momentum"]) for _ in "ab")
+    learn(optimizer, [0]), learn(twin, [0])
+    head = optimizer.model.heads[1]
+    params = {"module": head.parameters(), "named": head.named_parameters(), "tensor": head.weight}
+    optimizer.add_param_group({"params": params[form], "lr": 0.0})
+    learn(optimizer, [1]), learn(twin, [1])
+    assert [len(g["params"]) == len(g["param_names"]) for g in optimizer.param_groups] == [True] * 2
+    before = twin.model.heads[1].weight
+    assert not torch.equal(head.weight, before)  # the twin's head has learned
+    groups = [(g["lr"], [*g["param_names"]]) for g in optimizer.param_groups]
+    with pytest.raises(ValueError, match="^params: expected parameters of the model"):
+        optimizer.add_param_group({"params": [head.bias, head.weight * 1]})
+    assert groups == [(g["lr"], [*g["param_names"]]) for g in optimizer.param_groups]
+
+
+def test_a_new_parameter_joins_the_group_of_its_namesake():
+    def base(params, lr):
+        params = list(params)
+        decay = [p for p in params if p.ndim > 1]
+        rest = [p for p in params if p.ndim < 2]
+        return torch.optim.SGD(
+            [{"params": decay, "weight_decay": 1e-4}, {"params": rest, "weight_decay": 0}], lr=lr
+        )
+
+    with pytest.warns(UserWarning, match="moves parameters whose gradient is zero"):
+        optimizer = make((2,), base=base)
+    learn(optimizer, [0, 1], new_task=[1])
+    decay, rest = (group["param_names"] for group in optimizer.param_groups)
+    assert "heads.1.weight" in decay and "heads.1.bias" in rest
+    optimizer.group_for = lambda name, param: 1
+    learn(optimizer, [2], new_task=[2])
+    assert "heads.2.weight" in optimizer.param_groups[1]["param_names"]
+
+
+def test_a_state_of_groups_with_other_members_is_resumed():
     source = with_group(["heads.0.bias"], base=BASES["momentum"])
-    optimizer = with_group(names, base=BASES["momentum"])
+    other = with_group(["heads.1.bias"], base=BASES["momentum"])
+    learn(source, [0])
+    hand_over((source.model, other.model), (source, other))
+    assert learn(source, [1]) == learn(other, [1]) and everything(source) == everything(other)
+
+
+def test_a_state_of_other_groups_is_refused():
+    source = with_group(["heads.0.bias"], base=BASES["momentum"])
+    optimizer = with_group([], base=BASES["momentum"])
     for each in (source, optimizer):
         learn(each, [0])
     before = everything(optimizer)
@@ -447,6 +489,7 @@ def set_up_failure(optimizer, where, number, error=Failure):
     if where == "base":
         return optimizer.base.register_step_pre_hook(fail)
     optimizer.augment = lambda *args, **options: fail() or AUGMENT(*args, **options)
+    optimizer._probed_with = optimizer.augment  # as if it had been tried out
     return SimpleNamespace(remove=lambda: setattr(optimizer, "augment", AUGMENT))
 
 

@@ -289,10 +289,8 @@ def test_an_augment_that_makes_another_view_is_named(make_model, make_batch):
 
 QUIET = {
     "group norm": lambda: nn.GroupNorm(2, 6),
-    "instance norm": lambda: nn.InstanceNorm2d(6, track_running_stats=True),
     "nothing": lambda: nn.Identity(),
     "not a number": lambda: nn.Threshold(torch.inf, torch.nan),
-    "spectral norm": lambda: nn.utils.spectral_norm(nn.Conv2d(6, 6, 1)),
     "scripted": lambda: torch.jit.script(nn.Tanh()),
     "frozen without statistics": lambda: nn.BatchNorm2d(6, track_running_stats=False).eval(),
 }
@@ -309,6 +307,28 @@ def test_what_does_not_mix_is_not_warned_about_and_left_as_it_is(layer, make_mod
         warnings.simplefilter("error")
         optimizer._choose_pass_size(*make_batch(2), [2])
     assert_same_bits(before, model.state_dict())
+
+
+MOVING = {
+    "InstanceNorm2d": lambda: nn.InstanceNorm2d(6, track_running_stats=True),
+    "Conv2d": lambda: nn.utils.spectral_norm(nn.Conv2d(6, 6, 1)),
+    "_SpectralNorm": lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(6, 6, 1)),
+}
+
+
+@pytest.mark.parametrize("kind", MOVING)
+def test_buffers_that_move_at_every_pass_are_named_once(kind, make_model, make_batch):
+    """Of whichever module; what the trial itself moved is put back."""
+    model = make_model(heads=(2,))
+    model.backbone.insert(6, MOVING[kind]())
+    optimizer = optimizer_of(model, views_per_pass="auto")
+    before = state(model)
+    with pytest.warns(UserWarning, match=f"backbone.6.* of {kind}, move at every") as caught:
+        optimizer._choose_pass_size(*make_batch(2), [2])
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert_same_bits(before, model.state_dict())
+    with warnings.catch_warnings(action="error"):
+        optimizer.step(*make_batch(2))
 
 
 def test_memory_that_runs_out_while_measuring(make_model, make_batch):
