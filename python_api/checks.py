@@ -1,4 +1,4 @@
-"""What BLDOptimizer refuses before anything changes; each error names argument and remedy."""
+"""Checks that BLDOptimizer makes before anything changes; errors name argument and remedy."""
 
 import inspect
 import math
@@ -45,7 +45,7 @@ def bank(value: Tensor, labels: Tensor, views: int, classes: int, dtype: torch.d
 
 
 def apart(name: str, value: object, unlike: object, **switch: bool) -> None:
-    """A choice that does not go with a switch."""
+    """Refuse a switch that is on while `value` is `unlike`, the choice that excludes it."""
     ((other, is_on),) = switch.items()
     if not isinstance(is_on, bool):
         raise ValueError(f"{other}: expected True or False, got {is_on!r}")
@@ -90,7 +90,7 @@ def number(name: str, value: float, positive: bool = False) -> None:
 
 
 def removed(given: dict[str, object], known: dict[str, str]) -> None:
-    """Options that are no more, each with what stands in its place."""
+    """Refuse removed options, naming what replaces each, and unknown ones."""
     for name in given:
         if name in known:
             raise TypeError(f"{name}: BLDOptimizer has no such option any more; {known[name]}")
@@ -167,7 +167,7 @@ def dtypes(value: nn.Module) -> None:
 
 
 def batch_norms(value: nn.Module, views_per_pass: int | str) -> None:
-    """Refuse or warn of BatchNorms that are no ViewBatchNorm: SyncBatchNorm, subclasses."""
+    """Refuse or warn of a BatchNorm that was not converted: a SyncBatchNorm or a subclass."""
     for name, module in value.named_modules():
         if isinstance(module, _BatchNorm) and not isinstance(module, ViewBatchNorm):
             kind = type(module).__name__
@@ -190,7 +190,7 @@ def heads(sizes: Iterable[int]) -> list[int]:
 
 
 def batch(images: Tensor, labels: Tensor, device: torch.device, takes_uint8: bool) -> None:
-    """Types, devices and shapes; nothing here waits for the device."""
+    """Check types, devices and shapes, none of which waits for the device."""
     if torch.is_inference_mode_enabled():
         raise RuntimeError("step: it computes gradients; call it outside torch.inference_mode()")
     if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
@@ -214,7 +214,7 @@ def batch(images: Tensor, labels: Tensor, device: torch.device, takes_uint8: boo
 
 
 def batch_values(images: Tensor, labels: Tensor, classes: int) -> None:
-    """What is inside; on an accelerator this waits for the device."""
+    """Check the values of images and labels; on an accelerator this waits for the device."""
     if images.is_floating_point() and not images.isfinite().all():
         bad = (~images.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
         raise ValueError(f"images: expected finite values, got nan or inf in images {bad}")

@@ -1,4 +1,4 @@
-"""MultiHead: a shared backbone with one linear classifier a task."""
+"""MultiHead: a shared backbone with one linear classifier for each task."""
 
 import torch
 import torch.nn.functional as F
@@ -6,10 +6,11 @@ from torch import Tensor, nn
 
 
 class MultiHead(nn.Module):
-    """A backbone Ψ and the heads φ_1 … φ_t on its features, computed in one matrix product.
+    """A backbone Ψ with one linear head for each task, φ_1 … φ_t, on its features.
 
-    Each head is a module of its own, so layer-wise balancing treats it as a layer of its own.
-    `load_state_dict` adds the heads that a checkpoint has and the model lacks.
+    One matrix product computes all heads. Each head is still a module of its own, so layer-wise
+    balancing treats it as a layer. `load_state_dict` adds the heads that a checkpoint has and the
+    model lacks.
 
     Args:
         backbone: maps images `[N, ...]` to features `[N, in_features]`.
@@ -34,11 +35,11 @@ class MultiHead(nn.Module):
 
     @property
     def head_sizes(self) -> tuple[int, ...]:
-        """Classes of each head, oldest first."""
+        """The number of classes of each head, oldest first."""
         return tuple(head.out_features for head in self.heads)
 
     def add_head(self, num_classes: int) -> nn.Linear:
-        """Append the classifier of a new task, initialised as `nn.Linear`, and return it."""
+        """Add the classifier of a new task, initialised as an `nn.Linear`, and return it."""
         if num_classes < 1:
             raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
         like = next(self.parameters(), torch.empty(0))
@@ -47,7 +48,7 @@ class MultiHead(nn.Module):
         return head
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits of all heads side by side, `[N, ΣC]`."""
+        """Return the logits of all heads side by side, `[N, ΣC]`, oldest head first."""
         self._require_head()
         features = self._features(images)
         weight = torch.cat([head.weight for head in self.heads])
@@ -69,10 +70,10 @@ class MultiHead(nn.Module):
 
     @torch.no_grad()
     def predict(self, images: Tensor, task: int) -> Tensor:
-        """The most probable class of each image under head `task`: `[N]` int64, counted from 0.
+        """Return each image's most probable class under head `task`: `[N]` int64, counted from 0.
 
-        `images` are what the backbone takes: float, normalised as in training. Runs in eval mode,
-        without gradients, and puts the modes back.
+        `images` are as the backbone takes them: float, and normalised as in training. The model
+        runs in eval mode, without gradients; the modes of all modules are then restored.
         """
         self._require_head()
         if not 0 <= task < len(self.heads):

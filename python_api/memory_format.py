@@ -1,4 +1,4 @@
-"""torch.channels_last for images and weights of convolutions, where it is faster and possible."""
+"""MemoryFormat: lays out images and convolution weights in torch.channels_last where possible."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -12,21 +12,21 @@ class NeedsContiguousError(RuntimeError):
 
 
 class MemoryFormat:
-    """Images lie as the weights of the model's convolutions do.
+    """Gives images the memory format of the model's convolution weights.
 
-    On a CPU, where it is faster, `prefer` lays these weights out in channels_last. Elsewhere, and
-    after that, the model's own `to(memory_format=...)` decides.
+    On a CPU, where channels_last is faster, `prefer` puts these weights into it. On other devices,
+    and after that, the user decides with `model.to(memory_format=...)`.
     """
 
     def __init__(self) -> None:
-        self.possible = True  # until the model was seen to need contiguous activations
+        self.possible = True  # False once the model has shown that it needs contiguous images
 
     def prefer(self, model: nn.Module) -> None:
         if next(model.parameters()).device.type == "cpu":
             lay_out(model, torch.channels_last)
 
     def channels_last(self, model: nn.Module) -> bool:
-        """Whether a weight lies so, and could not be called contiguous too."""
+        """Return whether images go in channels_last: a weight is so, and is not contiguous too."""
         return self.possible and any(
             p.dim() == 4
             and p.is_contiguous(memory_format=torch.channels_last)
@@ -35,13 +35,13 @@ class MemoryFormat:
         )
 
     def follow(self, model: nn.Module, state: Mapping[Tensor, dict]) -> None:
-        """Lay out weights that are new, and the state that an optimizer keeps of all."""
+        """Lay out weights that are new, and the optimizer's state of all parameters."""
         if self.channels_last(model):
             lay_out(model, torch.channels_last)
         lay_out_state(state)
 
     def run(self, model: nn.Module, call: Callable[[], Tensor | None]) -> Tensor | None:
-        """Where the model cannot run in channels_last, contiguous from now on."""
+        """Run `call`; if the model cannot run in channels_last, run it contiguous from now on."""
         try:
             return call()
         except NeedsContiguousError:
@@ -51,7 +51,7 @@ class MemoryFormat:
 
 
 def _may_move(param: Tensor, storages: Counter[int]) -> bool:
-    """Nothing else would be left behind: no other tensor, no other process."""
+    """Return whether no other tensor and no other process shares the parameter's storage."""
     storage = param.untyped_storage()
     alone = storages[storage.data_ptr()] == 1 and storage.nbytes() == param.nbytes
     return alone and not param.is_shared()
@@ -59,7 +59,7 @@ def _may_move(param: Tensor, storages: Counter[int]) -> bool:
 
 @torch.no_grad()
 def lay_out(model: nn.Module, layout: torch.memory_format) -> None:
-    """Weights of two-dimensional convolutions in this format, as `model.to` would, one by one."""
+    """Convert the weights of two-dimensional convolutions one by one, except shared ones."""
     convolutions = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
     weights = [p for m in convolutions for p in m.parameters(recurse=False) if p.dim() == 4]
     apart = [p for p in weights if not p.is_contiguous(memory_format=layout)]
@@ -72,7 +72,10 @@ def lay_out(model: nn.Module, layout: torch.memory_format) -> None:
 
 
 def lay_out_state(state: Mapping[Tensor, dict]) -> None:
-    """An optimizer's state as its parameters lie: torch's fused kernels pair them by address."""
+    """Give an optimizer's state the strides of its parameters.
+
+    torch's fused kernels pair the elements of both by their position in memory.
+    """
     for param, entry in state.items():
         for name, value in entry.items():
             if isinstance(value, Tensor) and value.shape == param.shape:

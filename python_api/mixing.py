@@ -1,4 +1,4 @@
-"""Whether a network computes an image differently where other images are beside it."""
+"""Finds out whether a network computes an image differently when other images are beside it."""
 
 import warnings
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from bld_ext.api.views import Views
 
 @contextmanager
 def no_trace(model: nn.Module) -> Iterator[None]:
-    """What a forward pass changes of the buffers, as the iteration of spectral_norm, is undone."""
+    """Undo what forward passes change in the buffers, such as spectral_norm's iteration."""
     buffers = [*model.buffers()]
     before = [b.clone() for b in buffers]
     try:
@@ -30,13 +30,13 @@ Call = tuple[str, Tensor, Tensor]
 
 @contextmanager
 def _watched(model: nn.Module, calls: list[Call]) -> Iterator[None]:
-    """Note the calls of all modules, inner ones first; dropout does nothing meanwhile."""
+    """Record the calls of all modules, inner ones first, with dropout switched off."""
 
     def note(module: nn.Module, inputs: tuple, output: object) -> None:
         if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
             calls.append((names[module], inputs[0].detach(), output.detach()))
 
-    scripted = torch.jit.ScriptModule  # takes no hooks
+    scripted = torch.jit.ScriptModule  # cannot have hooks
     names = {m: name for name, m in model.named_modules() if not isinstance(m, scripted)}
     masks = [m for m in names if isinstance(m, _DropoutNd) and m.training]
     hooks = [m.register_forward_hook(note) for m in names]
@@ -52,7 +52,7 @@ def _watched(model: nn.Module, calls: list[Call]) -> Iterator[None]:
 
 
 def _same(alone: tuple[Tensor, ...], beside: Tensor) -> bool:
-    """Whether the views have the same values side by side, but for rounding."""
+    """Return whether the views have the same values side by side as alone, up to rounding."""
     if any(x.dim() == 0 or x.shape[1:] != beside.shape[1:] for x in alone):
         return all(x.shape == beside.shape and _close(x, beside) for x in alone)
     expected = torch.cat(alone)
@@ -69,10 +69,11 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 @torch.no_grad()
 def what_mixes(first: Views, second: Views, both: Views) -> str | None:
-    """The module that computes a view differently where another one is beside it, if there is one.
+    """Return the name of the module that computes a view differently when another is beside it.
 
-    The innermost, and of those the first. Dropout, whose masks are drawn a pass, is left out.
-    "augment" where it makes another view of the same number.
+    Returns the first of the innermost such modules, or None. Dropout is ignored, because its masks
+    are drawn for each pass anyway. Returns "augment" if the augmentation does not make the same
+    view again.
     """
     calls: list[list[Call]] = [[], [], []]
     logits = []
@@ -86,7 +87,7 @@ def what_mixes(first: Views, second: Views, both: Views) -> str | None:
             return "augment"
         if same_input and not same_output:
             return name or type(first.model).__name__
-    # a model that takes no hooks
+    # only the logits are left to compare in a model that cannot have hooks
     return None if _same(tuple(logits[:2]), logits[2]) else type(first.model).__name__
 
 
