@@ -31,7 +31,7 @@ class Views:
     per_pass: int
     augment: Callable[..., Tensor] | None
     seed: int | Tensor
-    precision: str = "fp32"  # of the backward passes
+    precision: str = "fp32"  # arithmetic of the backward passes
     channels_last: bool = False
     start: int = 0  # number of the first view
 
