@@ -1,4 +1,4 @@
-"""`--rows FILE` keeps each figure once it is measured; `--smallest` runs the smallest cases."""
+"""Options of the benchmarks: `--rows FILE` keeps measured rows, `--smallest` runs small cases."""
 
 import time
 from functools import cache
@@ -51,14 +51,14 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_sessionfinish(session, exitstatus):
-    """Where all rows are known, nothing is left to run, and nothing is wrong."""
+    """Report success if nothing was left to run because all rows are known."""
     if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and session.config.stash.get(KNOWN, 0):
         session.exitstatus = pytest.ExitCode.OK
 
 
 @cache
 def _conditions() -> dict:
-    """What a row was measured under; under other conditions it is another row."""
+    """Return the conditions of a measurement; under other conditions a row is measured again."""
     return {
         "commit": provenance.commit(),
         "versions": provenance.versions(),

@@ -1,8 +1,8 @@
-"""How the op benchmarks measure: time a call, bytes a second, memory that a call adds.
+"""Measures calls for the benchmarks: their time, bytes a second, and the memory they add.
 
 On a CPU pytest-benchmark times plain calls. On a GPU a round is one replay of a CUDA graph of many
-calls, whose inputs rotate through more memory than the second-level cache holds, so that launches
-cost what they cost in a captured step and every byte comes from memory.
+calls. Launches then cost as much as in a captured step. The inputs rotate through more memory than
+the second-level cache holds, so every byte comes from memory.
 """
 
 import functools
@@ -15,27 +15,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CACHE_BYTES = 200e6  # more than any second-level cache
-BUSY_SECONDS = 0.4  # after which a GPU that was idle runs at its full clock
+CACHE_BYTES = 200e6  # larger than any second-level cache
+BUSY_SECONDS = 0.4  # time of work after which an idle GPU has reached its full clock
 SMALLEST = False  # set by pytest's --smallest, before the benchmarks are imported
 
 
 def cases(every: dict) -> dict:
-    """All of them, or the first: every benchmark lists its smallest one first."""
+    """Return all cases or, with `--smallest`, the first, which is the smallest everywhere."""
     return dict([next(iter(every.items()))]) if SMALLEST else every
 
 
 def calls_in_a_graph(nbytes: int, seconds: float = 0) -> int:
-    """Enough to hide the start of a replay, and few enough to end soon.
+    """Return how many calls to record: enough to hide the start of a replay, but not slow to run.
 
-    `seconds`: what the CPU needs to issue a call; a graph of many small kernels is slow to record.
+    `seconds` is what the CPU needs to issue a call: a graph of many small kernels records slowly.
     """
     most = min(200, int(20e9 // max(1, nbytes)), int(0.2 / max(1e-6, seconds)))
     return max(5, most)
 
 
 def copies(nbytes: int) -> int:
-    """How many sets of inputs make consecutive calls miss the cache."""
+    """Return how many sets of inputs it takes for consecutive calls to miss the cache."""
     if DEVICE.type == "cpu":
         return 1
     return min(calls_in_a_graph(nbytes), 1 + int(3 * CACHE_BYTES // max(1, nbytes)))
@@ -44,9 +44,9 @@ def copies(nbytes: int) -> int:
 def time_calls(
     benchmark, calls: Sequence[Callable[[], object]], nbytes: int, rounds: int | None = None
 ) -> float | None:
-    """Seconds a call: the median; None where benchmarks are disabled and everything runs once.
+    """Return the median seconds of a call, or None if benchmarks are disabled and it runs once.
 
-    `rounds` is for calls that take seconds, or that wait for the device and fit into no graph.
+    Give `rounds` for calls that take seconds, or that wait for the device and cannot be recorded.
     """
     if rounds is not None:
 
@@ -78,14 +78,14 @@ def time_calls(
 
 
 def keep_busy(call: Callable[[], object]) -> None:
-    """A GPU that was idle, while Python prepared a row, runs at a fraction of its clock."""
+    """Repeat a call until the GPU, idle while Python prepared a row, is back at its full clock."""
     start = time.perf_counter()
     while time.perf_counter() - start < BUSY_SECONDS:
         call()
 
 
 def capture(calls: Sequence[Callable[[], object]], count: int):
-    """A CUDA graph of at least `count` calls in turn, and how many there are."""
+    """Return a CUDA graph of at least `count` calls in turn, and how many it holds."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -101,7 +101,7 @@ def capture(calls: Sequence[Callable[[], object]], count: int):
 
 
 def launches(call: Callable[[], object]) -> int | None:
-    """Kernels, copies and fills that one call puts on the GPU."""
+    """Return the number of kernels, copies and fills that one call launches on the GPU."""
     if DEVICE.type == "cpu":
         return None
     call()
@@ -112,7 +112,7 @@ def launches(call: Callable[[], object]) -> int | None:
 
 
 def peak_extra_bytes(call: Callable[[], object]) -> int:
-    """The most that is allocated at any moment of a call, beyond what was before."""
+    """Return the peak bytes allocated during a call, beyond what was allocated before it."""
     call()
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
@@ -137,8 +137,9 @@ def peak_extra_bytes(call: Callable[[], object]) -> int:
 
 
 class Dispatched(TorchDispatchMode):
-    """Counts what a call asks of PyTorch: operators, those that wait for a GPU, and bytes of
-    tensors in and out of them. Views cost nothing and are left out.
+    """Counts the operators that a call runs, those that wait for a GPU, and the bytes in and out.
+
+    Operators that only make a view of a tensor cost nothing and are not counted.
     """
 
     WAITS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero")
@@ -160,9 +161,10 @@ class Dispatched(TorchDispatchMode):
 
 @functools.cache
 def copy_bandwidth(n: int | None = None) -> float:
-    """Bytes read and written a second by a copy: the ceiling.
+    """Return the bytes that a copy reads and writes in a second, the upper bound of any kernel.
 
-    Of n floats on a CPU, where they may stay in a cache between calls; else far larger than that.
+    On a CPU it copies n floats, which may stay in a cache between calls, as those of a kernel do.
+    On a GPU, or without n, it copies far more than any cache holds.
     """
     if n is None or DEVICE.type == "cuda":
         n = 2**28 if DEVICE.type == "cuda" else 2**26
@@ -180,7 +182,7 @@ def copy_bandwidth(n: int | None = None) -> float:
 
 
 def host_seconds(call: Callable[[], object]) -> float | None:
-    """What the CPU needs to issue one call to the GPU, after one call that may compile."""
+    """Return the seconds the CPU needs to issue one call to the GPU, after one that may compile."""
     if DEVICE.type == "cpu":
         return None
     call()
@@ -201,9 +203,9 @@ def record(
     call: Callable[[], object],
     copied: int | None = None,
 ) -> None:
-    """What the table shows of a row, into pytest-benchmark's JSON.
+    """Write everything that the table shows of a row into pytest-benchmark's JSON.
 
-    `copied`: the floats of the copy it is compared with, see `copy_bandwidth`.
+    `copied` is the number of floats in the copy it is compared with; see `copy_bandwidth`.
     """
     if seconds is None:
         return
@@ -216,12 +218,12 @@ def record(
 
 
 def machine() -> dict[str, object]:
-    """Where a row was measured."""
+    """Return the device, the threads and the torch version of a measurement."""
     facts = dict(threads=torch.get_num_threads(), torch=torch.__version__)
     if DEVICE.type == "cpu":
         return facts | dict(device="cpu")
     try:
         facts["mhz"] = torch.cuda.clock_rate()
-    except Exception:  # it asks for pynvml, whose errors are of kinds of its own
+    except Exception:  # it needs pynvml, which raises errors of its own classes
         pass
     return facts | dict(device=torch.cuda.get_device_name())

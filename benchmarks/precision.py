@@ -1,10 +1,10 @@
-"""What each precision leaves of the distillation gradient: `python -m benchmarks.precision`.
+"""Measures the distillation gradient in each precision: `python -m benchmarks.precision`.
 
 For a batch early in the second task, and for one late in it (mean cross-entropy at most 1e-2), G_d
-is computed in float64, then in each mode, at the same θ and θ' and on the same views. What tensor
-cores do is emulated: the factors of every product are rounded, products are summed in float32. That
-is kinder than a GPU, which may also sum in another order; with `--device cuda` there are rows that
-the GPU computes itself. "bf16 autocast" is torch's own.
+is computed in float64 and then in each mode, at the same θ and θ' and on the same views. Tensor
+cores are emulated: the factors of every product are rounded, and products are summed in float32. A
+GPU may be less exact, because it may also sum in another order; `--device cuda` adds rows that the
+GPU itself computes. "bf16 autocast" is torch's own.
 """
 
 import argparse
@@ -26,15 +26,15 @@ from bld_ext.api.precision import backward_arithmetic, exact_float32
 
 @dataclass(frozen=True)
 class Mode:
-    """How the factors of every product are rounded."""
+    """The precisions to which the factors of every product are rounded."""
 
     forward: str = "fp32"
     backward: str = "fp32"
-    by_gpu: bool = False  # not emulated: by its tensor cores, where the precision is tf32
+    by_gpu: bool = False  # by the GPU's tensor cores where the precision is tf32, not emulated
 
 
 def round_tf32(x: Tensor) -> Tensor:
-    """Ten bits behind the leading one, to the nearest, ties to even."""
+    """Round to TF32: ten bits after the leading one, to the nearest, ties to even."""
     bits = x.contiguous().view(torch.int32)
     return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
 
@@ -48,7 +48,7 @@ ROUND |= {"bf16x3": (round_bf16, 2), "bf16x6": (round_bf16, 3)}
 
 
 def parts(x: Tensor, precision: str) -> list[Tensor]:
-    """x as a sum of rounded parts, the largest first."""
+    """Split x into rounded parts whose sum approximates it, the largest first."""
     if precision == "fp32":
         return [x]
     rounded, count = ROUND[precision]
@@ -60,7 +60,7 @@ def parts(x: Tensor, precision: str) -> list[Tensor]:
 
 
 def product(function, a: Tensor, b: Tensor, precision: str) -> Tensor:
-    """function(a, b), linear in both, from rounded parts; the smallest pairs are left out."""
+    """Compute a bilinear function(a, b) from rounded parts, without the smallest pairs of parts."""
     a, b = parts(a, precision), parts(b, precision)
     pairs = [(i, j) for i in range(len(a)) for j in range(len(b)) if i + j < len(a)]
     return sum(function(a[i], b[j]) for i, j in sorted(pairs, key=sum, reverse=True))
@@ -97,7 +97,7 @@ class _Linear(torch.autograd.Function):
 
 
 class Emulated(TorchFunctionMode):
-    """Convolutions and linear layers of float32 as tensor cores would compute them."""
+    """A mode in which float32 convolutions and linear layers round as tensor cores do."""
 
     def __init__(self, mode: Mode):
         super().__init__()
@@ -137,7 +137,7 @@ MODES_OF_A_GPU = {
 
 @contextmanager
 def arithmetic(mode: Mode | None, device: str) -> Iterator[None]:
-    """Around forward and backward passes."""
+    """Set the arithmetic of the enclosed forward and backward passes."""
     if mode is None:
         with torch.autocast(device, dtype=torch.bfloat16):
             yield
@@ -150,7 +150,7 @@ def arithmetic(mode: Mode | None, device: str) -> Iterator[None]:
 
 
 def of_backward_pass(mode: Mode | None):
-    """What differs around the backward pass."""
+    """Return the context manager for the backward pass, if it differs from the forward pass."""
     mixed = mode is not None and mode.by_gpu and mode.forward == "fp32"
     return backward_arithmetic("mixed" if mixed else "fp32")
 
@@ -158,7 +158,7 @@ def of_backward_pass(mode: Mode | None):
 def distillation_gradient(
     model: nn.Module, before: dict, after: dict, views: Sequence[Tensor], mode: Mode | None
 ) -> dict[str, Tensor]:
-    """G_d of each tensor at the weights `after`, from a bank made with those `before`."""
+    """Return G_d of each tensor at the weights `after`, with a bank from the weights `before`."""
     old = list(model.head_sizes[:-1])
     model.load_state_dict(before)
     model.train().zero_grad()
@@ -174,7 +174,7 @@ def distillation_gradient(
 
 
 def by_layer(gradient: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weight and bias of a module together."""
+    """Concatenate the gradients of each module, such as its weight and bias, in float64."""
     layers: dict[str, list[Tensor]] = {}
     for name, grad in gradient.items():
         layers.setdefault(name.rpartition(".")[0], []).append(grad.double().flatten())
@@ -182,7 +182,7 @@ def by_layer(gradient: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def compare(gradient: dict[str, Tensor], exact: dict[str, Tensor]) -> tuple[float, float, float]:
-    """The lowest and the median cosine over the layers, and the largest ratio of norms."""
+    """Return the lowest and the median cosine over the layers, and the largest ratio of norms."""
     found, wanted = by_layer(gradient), by_layer(exact)
     wanted = {n: g for n, g in wanted.items() if g.norm() > 0}  # the newest head gets none
     cosines = torch.stack([F.cosine_similarity(found[n], g, dim=0) for n, g in wanted.items()])
@@ -192,7 +192,7 @@ def compare(gradient: dict[str, Tensor], exact: dict[str, Tensor]) -> tuple[floa
 
 @dataclass
 class Situation:
-    """A batch somewhere in a task: θ, θ' and the views."""
+    """A batch at some point of a task: θ before its warm-up, θ' after it, and the views."""
 
     before: dict
     after: dict
@@ -203,7 +203,7 @@ class Situation:
 def situations(
     model: nn.Module, dataset: str, root: str, lr: float, views: int, train_lr: float
 ) -> dict[str, Situation]:
-    """Learn one task; then early and late in the second one."""
+    """Learn one task, and the second one until two batches are found, "early" and "late"."""
     data = load_dataset(dataset, root)
     size = max(32, data.x_train.shape[-1])
     augment = SeededAugment(crop_padding=size // 8, rotation=15, jitter=0.2)
@@ -246,7 +246,7 @@ def situations(
 
 
 def table(found: dict[str, Situation], model: nn.Module) -> Iterator[list[str]]:
-    """A row a mode: cosines and norms, early and late."""
+    """Yield a row for each mode: cosines and ratios of norms, early and late."""
     double = copy.deepcopy(model).double()
     exact = {}
     for name, s in found.items():

@@ -1,7 +1,7 @@
-"""Where the time of one step goes: `python -m benchmarks.profile_step --trace step.json`.
+"""Shows where the time of one step goes: `python -m benchmarks.profile_step --trace step.json`.
 
-Prints the operators that take longest and what BLD's own kernels take together. The trace opens in
-chrome://tracing or ui.perfetto.dev.
+It prints the operators that take longest, and the total time of BLD's own kernels. The trace opens
+in chrome://tracing or ui.perfetto.dev.
 """
 
 import argparse
@@ -18,7 +18,7 @@ NORM = ("view_batch_norm", "forward_kernel", "backward_kernel")
 
 
 def own_time(name: str) -> str | None:
-    """ "bld" for the method's own kernels, "norm" for BatchNorm, which every network has."""
+    """Return "bld" for the method's own kernels and "norm" for BatchNorm, which any network has."""
     if any(part in name for part in NORM):
         return "norm"
     return "bld" if any(part in name for part in OWN) else None

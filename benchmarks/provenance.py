@@ -1,4 +1,4 @@
-"""Where a figure comes from: the commit, the card and the versions it was measured with."""
+"""Tells where a figure comes from: the commit, versions and kernels it was measured with."""
 
 import hashlib
 import os
@@ -15,9 +15,9 @@ KINDS = (".py", ".cpp", ".h", ".cu", ".cuh", ".sh", ".toml")
 
 @cache
 def commit() -> str:
-    """Git's commit, with "+" and a digest of the sources where they differ from it.
+    """Return git's commit, with "+" and a digest of the sources if they differ from it.
 
-    In a copy without git's folder, what BLD_COMMIT says, or else the digest alone.
+    A copy without git's folder returns the variable BLD_COMMIT or, without that, the digest alone.
     """
     try:
         head = _git("rev-parse", "--short=12", "HEAD")
@@ -39,7 +39,7 @@ def _digest() -> str:
     for source in SOURCES:
         path = ROOT / source
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            # what was measured does not change what is measured
+            # earlier results have no influence on new ones
             if file.suffix in KINDS and "results" not in file.relative_to(ROOT).parts:
                 found.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
     return found.hexdigest()[:12]
@@ -56,7 +56,7 @@ def versions() -> dict[str, str]:
 
 
 def kernels(device: str) -> dict[str, str]:
-    """Which backend runs each op on a kind of device, "cpu" or "cuda"."""
-    import bld_ext  # not there before it is built, when a commit already is asked for
+    """Return which backend runs each op on a kind of device, "cpu" or "cuda"."""
+    import bld_ext  # here, because `commit` is needed before the package is built
 
     return {op: bld_ext.backend(op, device) for op in bld_ext.SCHEMAS}

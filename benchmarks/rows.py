@@ -1,4 +1,4 @@
-"""Measured rows in a file, one JSON object a line, each written as soon as it is measured."""
+"""Keeps measured rows in a file, one JSON object a line, each written as soon as it is measured."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def append(path: Path, entry: dict) -> None:
-    """Add a line; it is on the disk when this returns, and no part of it where it raises."""
+    """Add a line. It is on the disk when this returns; if this raises, no part of it is."""
     with open(path, "ab") as file:
         before = file.seek(0, os.SEEK_END)
         try:
@@ -20,9 +20,9 @@ def append(path: Path, entry: dict) -> None:
 
 
 def read(path: Path) -> list[dict]:
-    """The rows of a file of lines, or of one that pytest-benchmark wrote.
+    """Return the rows of a .jsonl file, or of a JSON file that pytest-benchmark wrote.
 
-    A last line that was cut while it was written is left out.
+    A last line that is incomplete, because its writing was interrupted, is left out.
     """
     if Path(path).suffix != ".jsonl":
         return json.loads(Path(path).read_text())["benchmarks"]
@@ -31,12 +31,12 @@ def read(path: Path) -> list[dict]:
 
 
 def so_far(path: Path) -> list[dict]:
-    """The rows of a file that may not be there yet."""
+    """Return the rows of a file, or none if it does not exist yet."""
     return read(path) if path.exists() else []
 
 
 def mend(path: Path) -> None:
-    """Remove a last line that was cut while it was written, so that the next one is whole."""
+    """Remove an incomplete last line, so that the next line begins on its own."""
     if path.exists():
         data = path.read_bytes()
         if data and not data.endswith(b"\n"):
@@ -44,5 +44,5 @@ def mend(path: Path) -> None:
 
 
 def newest(rows: Iterable[dict]) -> list[dict]:
-    """Of each test the row that was measured last."""
+    """Return the last row measured of each test."""
     return list({(row["group"], str(sorted(row["params"].items()))): row for row in rows}.values())

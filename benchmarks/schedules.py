@@ -1,9 +1,9 @@
-"""What each schedule holds and takes: `python -m benchmarks.schedules`.
+"""Measures the memory and time of each schedule: `python -m benchmarks.schedules`.
 
-ResNet18 of torchvision at 32×32, 20 images. Memory is the most that is allocated at any moment of a
-stage beyond what was there before it, so activations count and the network does not; the joint
-stage is one repetition. The first task has nothing to distil. Schedules take turns, step by step,
-and the time is the least of each.
+The network is torchvision's ResNet18 at 32×32, with 20 images. Memory is the peak of a stage beyond
+what was allocated before it, so it includes activations but not the network. The joint stage is one
+repetition. In the first task there is nothing to distil. Schedules take turns, step by step, and
+the time of each is its minimum.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def make_optimizer(tasks: int, views: int, per_pass: int | None, options: dict) 
 
 
 class Row:
-    """A schedule at work on one batch."""
+    """A schedule that learns one batch over and over."""
 
     def __init__(self, tasks: int, views: int, per_pass: int | None, options: dict):
         self.optimizer = make_optimizer(tasks, views, per_pass, options)
@@ -47,7 +47,7 @@ class Row:
         self.seconds = float("inf")
 
     def peaks(self) -> tuple[int, int]:
-        """Bytes in the warm-up and in a joint repetition."""
+        """Return the peak bytes of the warm-up and of a joint repetition."""
         found = [
             measure.peak_extra_bytes(lambda stage=stage: stage(*self.batch))
             for stage in (self.optimizer.warm_up, self.optimizer.joint)

@@ -1,7 +1,7 @@
-"""Measured rows as Markdown: `python -m benchmarks.table rows.jsonl`.
+"""Prints measured rows as Markdown tables: `python -m benchmarks.table rows.jsonl`.
 
 The file is one that `pytest --rows` or `pytest --benchmark-json` wrote. A ratio is the row's time
-over that of `ours` in the same group: above 1 ours is faster.
+divided by that of `ours` in the same group: above 1, ours is faster.
 """
 
 import argparse
@@ -15,11 +15,11 @@ MORE = {
     "waits": "waits",
     "bytes a pixel": "bytes_a_pixel",
     "stored bytes": "stored_bytes",
-}  # columns of rows that have them
+}  # further columns, for rows that have these values
 
 
 def rows(measured: list[dict]) -> dict[str, list[dict]]:
-    """{group: its rows, slowest first}."""
+    """Return the rows of each group, slowest first."""
     groups = defaultdict(list)
     for entry in newest(measured):
         if "us" in entry["extra_info"]:

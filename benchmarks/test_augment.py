@@ -1,12 +1,14 @@
-"""Views of images against what one writes without `augment`.
+"""Times `augment` beside torchvision and kornia.
 
-`pytest benchmarks/test_augment.py --benchmark-enable`. From uint8 to normalised float32: crop,
-flip, rotation and scale, colour jitter. torchvision's batch draws one set of parameters for all its
-images, which is another and weaker augmentation; image by image it draws one each, as kornia and
-ours do. Only ours makes the same views again from a number. Of each the file also counts what a
-call asks of PyTorch: operators, those that wait for a GPU, bytes in and out of them a pixel of a
-view (the floor is 12, and 3 for each of the images), and what has to be stored to make the views
-again.
+Run it with `pytest benchmarks/test_augment.py --benchmark-enable`. The views go from uint8 to
+normalised float32, through crop, flip, rotation and scale, and colour jitter. torchvision draws one
+set of parameters for all images of a batch, which is a different and weaker augmentation
+("torchvision-batch"). Image by image it draws one set for each ("torchvision-image"), as kornia and
+ours do. Only ours can make the same views again from a number.
+
+Each row also counts the operators that a call runs, those that wait for a GPU, the bytes that go in
+and out of operators for each pixel of a view (at least 12, and 3 for each pixel of an image), and
+the bytes that must be stored to make the views again.
 """
 
 import functools
@@ -21,8 +23,8 @@ from bld_ext import SeededAugment, reference
 MEAN, STD = (0.5, 0.45, 0.4), (0.25, 0.2, 0.22)
 JITTER, HUE, ROTATION, SCALE, PADDING = 0.4, 0.1, 15, (0.9, 1.1), 4
 STD_ = torch.tensor(STD)
-CHECKED = 20  # images whose views are compared with float64
-CASES = {"1000x32": (20, 50, 32), "256x224": (256, 1, 224)}  # images, views, pixels of a side
+CHECKED = 20  # number of images whose views are compared with float64
+CASES = {"1000x32": (20, 50, 32), "256x224": (256, 1, 224)}  # (images, views, pixels of a side)
 CASES = measure.cases(CASES)
 AUGMENT = SeededAugment(
     crop_padding=PADDING, flip=0.5, rotation=ROTATION, scale=SCALE,
@@ -95,9 +97,10 @@ IMPLEMENTATIONS = {
 
 
 def check(name, found, images, views):
-    """Ours against float64, in which points lie where they should to more digits: float32 leaves
-    1e-5 pixels of 224 columns, which is divided by std. The others draw otherwise, so of theirs
-    the mean.
+    """Compare our views with float64; of the others, which draw other views, only the mean.
+
+    In float32 the points that pixels show are off by up to 1e-5 pixels in 224 columns, and the
+    resulting error is divided by std. The tolerance allows for that.
     """
     N, size = len(images), images.shape[-1]
     assert found.shape == (views * N, 3, size, size) and found.dtype == torch.float32
@@ -107,19 +110,19 @@ def check(name, found, images, views):
         exact = definition(some, views, torch.float64)
         found = found.unflatten(0, (views, N))[:, :CHECKED].flatten(0, 1)
         torch.testing.assert_close(found.double(), exact, rtol=0, atol=2e-6 * size)
-    elif name != "torchvision-batch":  # one draw says little
+    elif name != "torchvision-batch":  # whose single draw says little
         average = ((images.double() / 255).mean((0, 2, 3)).cpu() - torch.tensor(MEAN)) / STD_
         assert (found.mean((0, 2, 3)).double().cpu() - average).abs().max() < 0.7  # black corners
         assert (found.std((0, 2, 3)).double().cpu() > 0.5).all()
 
 
 def stored_bytes(name, views):
-    """What has to be kept of a batch to make these views again."""
+    """Return the bytes that must be kept of a batch to make its views again."""
     if name in ("reference", "ours"):
         return 16  # seed and step
     if name == "kornia":
         return parameter_bytes(kornia_policy(views.shape[-1])._params)
-    return views.nbytes  # torchvision shows no parameters: the views themselves
+    return views.nbytes  # torchvision does not expose its parameters, so the views themselves
 
 
 def parameter_bytes(data):

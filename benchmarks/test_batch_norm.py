@@ -1,9 +1,10 @@
-"""BatchNorm by view with ReLU, forward and backward, against what one writes without the op.
+"""Times BatchNorm by view with ReLU, forward and backward, beside plain PyTorch.
 
-`pytest benchmarks/test_batch_norm.py --benchmark-enable`. `loop` calls F.batch_norm and relu view
-by view; `grouped` has the views in the channels, [B, V·C, *], which copies; `whole-batch` is one
-F.batch_norm over all views, which is another function and the least PyTorch can do. The bytes are
-24 an element: x and y in the forward pass, dL/dy, x, y and dL/dx in the backward pass.
+Run it with `pytest benchmarks/test_batch_norm.py --benchmark-enable`. `loop` calls F.batch_norm and
+relu view by view. `grouped` moves the views into the channels, [B, V·C, *], which needs copies.
+`whole-batch` is one F.batch_norm over all views: a different function, and the least that PyTorch
+can do. The bytes are 24 for each element: x and y in the forward pass, and dL/dy, x, y and dL/dx in
+the backward pass.
 """
 
 import functools
@@ -75,7 +76,7 @@ def make_inputs(C, side, last, seed):
 
 
 def check(function, arguments):
-    """Against float64, view by view."""
+    """Compare with float64, computed view by view."""
     x, weight, bias, upstream = (t.detach().double() for t in arguments)
     exact = both_passes(loop, *(t.requires_grad_() for t in (x, weight, bias)), upstream)
     for found, wanted in zip(both_passes(function, *arguments), exact, strict=True):

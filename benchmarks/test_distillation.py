@@ -1,7 +1,7 @@
-"""The losses against what one writes without them: `pytest benchmarks --benchmark-enable`.
+"""Times the losses beside plain PyTorch: `pytest benchmarks --benchmark-enable`.
 
-A case is rows x heads x classes a head. A call computes the losses and their gradients with respect
-to the logits. Each implementation is checked against float64 before it is timed.
+A case is named rows x heads x classes of a head. A call computes the losses and their gradients
+with respect to the logits. Each implementation is checked against float64 before it is timed.
 """
 
 import pytest
@@ -20,11 +20,11 @@ else:
     CASES |= {"1000x4x2": (1_000, [2] * 4), "100000x4x2": (100_000, [2] * 4)}
     CASES |= {"20000x2x100": (20_000, [100] * 2)}
 CASES = measure.cases(CASES)
-# Bytes an op has to move for a float32 logit: old columns, new columns.
+# Bytes that an op has to move for each float32 logit, in the old columns and in the new ones.
 BYTES = {"head_softmax": (8, 0), "distillation": (12, 0), "warm_up": (12, 8), "joint": (16, 12)}
 
 
-# ---- (log) softmax of every head, as it is written without the op ----
+# ---- (log) softmax of every head, as written without the op ----
 
 
 def loop(logits, sizes, tau, function=torch.log_softmax):
@@ -40,13 +40,13 @@ def split(logits, sizes, tau, function=torch.log_softmax):
 
 
 def reshape(logits, sizes, tau, function=torch.log_softmax):
-    """For heads of one size."""
+    """Compute all heads at once, if they have one size."""
     heads = logits.reshape(len(logits), len(sizes), sizes[0]) / tau
     return function(heads, 2).flatten(1)
 
 
 def loop_loss(logits, bank, sizes, tau):
-    """One loss a head, summed in Python."""
+    """Compute one loss for each head and sum them in Python."""
     loss, first = 0, 0
     for size in sizes:
         head = slice(first, first + size)
@@ -60,7 +60,7 @@ def loss_of(log_softmax):
 
 
 def liger_loss(logits, bank, sizes, tau):
-    """Liger-Kernel's KL divergence over reshaped heads, plus the entropy it leaves out."""
+    """Compute the loss as Liger-Kernel's KL divergence over reshaped heads plus the entropy."""
     from liger_kernel.ops import LigerKLDivLossFunction
 
     log_p = (logits.reshape(-1, sizes[0]) / tau).log_softmax(1)
@@ -92,7 +92,7 @@ def head_softmax(name):
 
 
 def distillation(name):
-    if name == "ours-op":  # the op itself: loss and gradient from one launch, no autograd
+    if name == "ours-op":  # the op alone, without autograd: one launch for loss and gradient
         tau = torch.tensor(TAU, dtype=torch.float64)
         op = torch.ops.bld_ext.distillation_loss
         return lambda z, y, bank, sizes: op(z.detach(), bank, sizes, tau)
@@ -168,7 +168,7 @@ def make_inputs(N, sizes, op, seed):
 
 
 def answer(op, z, y, bank, sizes):
-    """In float64."""
+    """Return the exact results, from the reference in float64."""
     z, bank = z.detach().double(), bank.double()
     if op == "head_softmax":
         return [reference.head_softmax(z, sizes, TAU)]
@@ -206,7 +206,7 @@ def test_op(benchmark, case, op, name):
         torch.testing.assert_close(value.double(), exact, rtol=rtol, atol=atol)
 
     benchmark.group = f"{op} {case}"
-    # Liger-Kernel copies a number from the CPU in its backward pass, which no graph can hold
+    # Liger-Kernel copies a number from the CPU in its backward pass, which no graph can record
     rounds = 50 if name == "liger" else None
     seconds = measure.time_calls(benchmark, [lambda s=s: run(*s) for s in sets], nbytes, rounds)
     measure.record(benchmark, seconds, nbytes, lambda: run(*sets[0]))

@@ -1,9 +1,9 @@
-"""Per-layer norms, rescaling and update against what one writes without them.
+"""Times per-layer norms, rescaling and update beside plain PyTorch and apex.
 
-`pytest benchmarks/test_layers.py --benchmark-enable`. A case is the parameters of a network, one
-layer a module, or a list of small tensors. `balance` measures each layer of G_d and rescales it;
-`update` also adds G_t and takes the SGD step. Each implementation is checked against float64 before
-it is timed.
+Run it with `pytest benchmarks/test_layers.py --benchmark-enable`. A case is the parameters of a
+network, with a layer for each module, or a list of small tensors. `balance` computes the norm of
+each layer of G_d and rescales it; `update` also adds G_t and takes the SGD step. Each
+implementation is checked against float64 before it is timed.
 """
 
 import functools
@@ -17,15 +17,15 @@ from bld_ext import ops, reference
 
 BALANCE, LR = 2.0, 1e-6
 CASES = {
-    "tiny": [(8,)] * 62,  # what a call costs beside the work, for as many tensors as ResNet18 has
+    "tiny": [(8,)] * 62,  # the overhead of a call, for as many tensors as ResNet18 has
     "list-2000": [(1 + 37 * i % 4096,) for i in range(2000)],
     "resnet18": torchvision.models.resnet18,
     "resnet50": torchvision.models.resnet50,
     "vit_b_16": torchvision.models.vit_b_16,
 }
 CASES = measure.cases(CASES)
-# Bytes that have to be moved for a float32 element: G_d read and written; θ, G_d, G_t read and θ
-# written. A gradient that does not stay in a cache is read once more.
+# Bytes that have to be moved for each float32 element. `balance` reads and writes G_d; `update`
+# reads θ, G_d and G_t and writes θ. A gradient that does not fit into a cache is read once more.
 BYTES = {"balance": 8, "update": 16}
 
 
@@ -45,7 +45,7 @@ def shapes_and_layers(case):
 
 
 def loop_balance(grads, layers, reference_norms):
-    """As the paper reads: layer by layer."""
+    """Balance layer by layer, as the paper reads."""
     members = {}
     for grad, l in zip(grads, layers, strict=True):
         members.setdefault(l, []).append(grad)
@@ -57,7 +57,7 @@ def loop_balance(grads, layers, reference_norms):
 
 
 def foreach_factors(grads, layers, reference_norms):
-    """A zero-dim factor for each tensor."""
+    """Return a zero-dimensional factor for each tensor."""
     index = index_on(grads[0].device, tuple(layers))
     squares = torch.stack(torch._foreach_norm(grads)).square()
     norms = torch.zeros_like(reference_norms).index_add_(0, index, squares).sqrt()
@@ -110,7 +110,7 @@ def foreach_update(params, old, new, layers, reference_norms):
 
 
 def sgd_update(params, old, new, layers, reference_norms):
-    """The same with the optimizer that one has."""
+    """Update by torch.optim.SGD in place of the last foreach call."""
     foreach_balance(old, layers, reference_norms)
     torch._foreach_add_(old, new)
     for param, grad in zip(params, old, strict=True):
@@ -119,7 +119,7 @@ def sgd_update(params, old, new, layers, reference_norms):
 
 
 def addcmul_update(params, old, new, layers, reference_norms):
-    """G_d is only read; fast from torch 2.13 on."""
+    """Update without changing G_d; fast from torch 2.13 on."""
     factors = foreach_factors(old, layers, reference_norms)
     torch._foreach_addcmul_(params, old, factors, value=-LR)
     torch._foreach_add_(params, new, alpha=-LR)
@@ -154,7 +154,7 @@ IMPLEMENTATIONS = {
 
 
 def make_inputs(op, case, seed):
-    """The lists that the op works on, and the reference norms."""
+    """Return the lists that the op works on, the layers and the reference norms."""
     on = dict(generator=torch.Generator(measure.DEVICE).manual_seed(seed), device=measure.DEVICE)
     shapes, layers = shapes_and_layers(case)
     lists = [
@@ -164,7 +164,7 @@ def make_inputs(op, case, seed):
 
 
 def check(op, run, inputs):
-    """What was written, against float64; the inputs are those of one call afterwards."""
+    """Compare what one call writes with float64; the call changes the inputs."""
     *lists, layers, norms = inputs
     exact = [[tensor.double() for tensor in tensors] for tensors in lists]
     scalars = [torch.tensor(value, dtype=torch.float64) for value in (BALANCE, LR)]

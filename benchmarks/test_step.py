@@ -1,13 +1,16 @@
-"""A whole step against what one writes without the package, and against the passes it contains.
+"""Times a whole step beside plain PyTorch, and beside the forward and backward passes in it.
 
-`pytest benchmarks/test_step.py --benchmark-enable`, the rows that matter first. The straight line
-is the paper's two algorithms as one would write them in PyTorch: a pass a view, a softmax a head, a
-Python loop over the layers' norms, views drawn by torchvision or kornia from a seed that is set
-again in each stage. The floor is the network's bare forward and backward passes, as many as the
-schedule has, in whichever batch size and memory format is fastest. CPU: the preset of the digits.
-GPU: ResNet18 at 32×32, 20 images, 50 views. Views a second are those of images that were learned,
-V · B a step. Times are the least of all rounds, and the bare passes take turns with each row: a
-shared machine adds, and never takes away.
+Run it with `pytest benchmarks/test_step.py --benchmark-enable`; the most important rows come first.
+
+- A "straight line" is the paper's two algorithms as one would write them in PyTorch: one pass for
+  each view, one softmax for each head, a Python loop over the layers' norms, and views drawn by
+  torchvision or kornia from a seed that is set again in each stage.
+- The floor is the network's bare forward and backward passes, as many as the schedule has, with the
+  number of views in a pass and the memory format that are fastest.
+
+On a CPU the setting is the digits preset; on a GPU it is ResNet18 at 32×32, 20 images, 50 views.
+"Views a second" counts V · B views for each step. Times are the minimum over all rounds, and bare
+passes alternate with each row, because other work on a shared machine only ever adds time.
 """
 
 import functools
@@ -38,7 +41,7 @@ PASSES = {  # forward and backward passes of all views in a step
 LAST = torch.channels_last
 ALL = dict(views_per_pass=VIEWS)
 SHARED = dict(views_per_pass=VIEWS, schedule="shared_forward")
-ON_A_GPU = {  # captured
+ON_A_GPU = {  # steps replayed as a CUDA graph
     "shared_forward, captured": SHARED | dict(capture=True),
     "shared_forward, mixed, captured": SHARED | dict(capture=True, precision="mixed"),
 }
@@ -48,7 +51,7 @@ MORE_ON_A_GPU = {
     | dict(capture=True, layout=LAST, precision="mixed"),
     "two_forward, captured": ALL | dict(capture=True),
 }
-SETTINGS = {  # what a row has beside the paper's defaults; None: it is not BLDOptimizer's
+SETTINGS = {  # options beside the paper's defaults; None: the row does not use BLDOptimizer
     "straight line, torchvision-batch": None,
     "defaults": {},
     "shared_forward": SHARED,
@@ -105,7 +108,7 @@ def policy(way):
 
 
 def view_of(images, way, v):
-    """View v, the same each time."""
+    """Return view v, which is the same each time."""
     torch.manual_seed(v)
     if way == "kornia":
         return policy(way)(images.float() / 255)
@@ -115,7 +118,7 @@ def view_of(images, way, v):
 
 
 def straight_line(network, way):
-    """Algorithms 1 and 2, as one would write them down."""
+    """Return a step of Algorithms 1 and 2, as one would write it in PyTorch."""
     params = list(network.parameters())
     layers = [m for m in network.modules() if next(m.parameters(recurse=False), None) is not None]
     sizes = list(network.head_sizes)
@@ -181,7 +184,7 @@ def wait():
 
 
 def least(call, rounds=20):
-    """Seconds of the fastest of some calls."""
+    """Return the seconds of the fastest of `rounds` calls."""
     call()
     times = []
     for _ in range(rounds):
@@ -194,7 +197,7 @@ def least(call, rounds=20):
 
 
 def bare_passes(count, layout):
-    """Functions for one forward pass of `count` views, and for one with a backward pass or two."""
+    """Return functions that run a forward pass of `count` views, with 0, 1 or 2 backward passes."""
     network = model().train().to(memory_format=layout)
     shape = (BATCH * count, 3, SIZE, SIZE)
     images = torch.rand(shape, device=measure.DEVICE).contiguous(memory_format=layout)
@@ -219,7 +222,7 @@ SIZES = (VIEWS,) if measure.SMALLEST else tuple(dict.fromkeys((1, 4, 12, VIEWS))
 
 @functools.cache
 def best():
-    """The number of views and the layout in which the bare passes are fastest."""
+    """Return the number of views and the layout with which the bare passes are fastest."""
     with exact_float32():
         cost = {
             (count, layout): least(bare_passes(count, layout)[1]) / count
@@ -230,7 +233,7 @@ def best():
 
 
 class Floor:
-    """The bare passes, timed in turns with what is compared with them."""
+    """The bare passes, timed in turns with the row that is compared with them."""
 
     def __init__(self):
         self.count, layout = best()
@@ -243,14 +246,14 @@ class Floor:
         self.seconds = [min(pair) for pair in zip(self.seconds, found, strict=True)]
 
     def of(self, schedule):
-        """Seconds of the passes of a step."""
+        """Return the seconds of all passes of a step."""
         forward, both = (t * VIEWS / self.count for t in self.seconds)
         forwards, backwards = PASSES[schedule]
         return forwards * forward + backwards * (both - forward)
 
 
 def flops(schedule):
-    """Of the convolutions and matrix products in a step, counted by torch."""
+    """Return the FLOPs of the convolutions and matrix products in a step, counted by torch."""
     from torch.utils.flop_counter import FlopCounterMode
 
     network, counts = model(), []
@@ -274,7 +277,7 @@ def time_and_record(benchmark, call, schedule, rounds):
     start = time.perf_counter()
     finished()
     slow = ON_GPU and time.perf_counter() - start > 1
-    if slow or measure.SMALLEST:  # thousands of kernels, each an event of a trace
+    if slow or measure.SMALLEST:  # slow: thousands of kernels, too many events for a trace
         rounds = 3
     floor = Floor() if benchmark.enabled else None
     benchmark.pedantic(finished, setup=floor and floor.time, rounds=rounds)
@@ -295,7 +298,7 @@ def time_and_record(benchmark, call, schedule, rounds):
 
 
 def straight_line_on(name):
-    """A function of images and labels."""
+    """Return the step of a straight line, checked to move the parameters."""
     way = name.rpartition(" ")[2]
     if way == "kornia":
         pytest.importorskip("kornia")
@@ -310,7 +313,7 @@ def straight_line_on(name):
 
 
 def bare_step():
-    """The passes of a step with a shared forward pass, and nothing else."""
+    """Return a step that runs the passes of "shared_forward" and nothing else."""
     count, layout = best()
     _, both, twice = bare_passes(count, layout)
 
@@ -329,9 +332,9 @@ def our_step(layout=None, **settings):
     )  # fmt: skip
     if layout is not None:
         optimizer.model.to(memory_format=layout)
-    for _ in range(3 if settings.get("capture") else 1):  # a graph is recorded at the second step
+    for _ in range(3 if settings.get("capture") else 1):  # the second step records the graph
         optimizer.step(*batch())
-    assert optimizer.last.distillation_norms[0].max() > 0  # it distils
+    assert optimizer.last.distillation_norms[0].max() > 0  # it really distils
     return optimizer.step
 
 

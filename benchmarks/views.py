@@ -1,8 +1,7 @@
-"""Images, their views, and the same views made again: `python -m benchmarks.views`.
+"""Draws images, their views, and the same views made again: `python -m benchmarks.views`.
 
-A contact sheet. Each image stands in front of a row of its views, and of a second row of the same
-views regenerated one at a time, in reversed order. The largest difference is printed; it is 0, or
-the command fails.
+Each image has a row of its views, and a second row of the same views, made again one at a time in
+reversed order. The command prints the largest difference between the two, and fails unless it is 0.
 """
 
 import argparse
@@ -43,7 +42,7 @@ def folder(path: Path, count: int, size: int) -> Tensor:  # [N, 3, size, size], 
 
 
 def views_twice(augment, images: Tensor, seed: int, views: int) -> tuple[Tensor, Tensor]:
-    """[V, N, C, H, W] from one call, and again from V·N calls in reversed order."""
+    """Return views [V, N, C, H, W] from one call, and again from V·N calls in reversed order."""
     made = augment(images, seed=seed, step=STEP, views=range(views)).unflatten(0, (views, -1))
     again = torch.full_like(made, torch.nan)
     for v in reversed(range(views)):

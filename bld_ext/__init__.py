@@ -2,8 +2,8 @@
 
     from bld_ext import BLDOptimizer, MultiHead, SeededAugment
 
-The engine is in bld_ext.ops (one function a kernel) and bld_ext.reference (their definitions); the
-classes a training loop touches are in bld_ext.api and re-exported here.
+bld_ext.ops has the ops, one function for each kernel; bld_ext.reference defines them in plain
+PyTorch. The classes that a training loop uses are in bld_ext.api and re-exported here.
 """
 
 from bld_ext import ops, registry
@@ -15,5 +15,5 @@ __all__ = [*_api, "SCHEMAS", "backend", "build_info", "ops"]
 
 
 def build_info() -> dict[str, str] | None:
-    """How bld_ext._C was built, or None where every op runs on its reference."""
+    """Return how bld_ext._C was built, or None if it could not be loaded."""
     return registry._C and registry._C.build_info()

@@ -1,5 +1,6 @@
-"""What the ops ask of their arguments: errors that name the argument, its value, what was expected
-and the remedy, before anything is computed.
+"""Argument checks of the ops, made before anything is computed.
+
+Each error names the argument, its value, what was expected and the remedy.
 """
 
 import sys
@@ -46,7 +47,7 @@ def scalar(
     positive: bool = False,
     check_inputs: bool = False,
 ) -> Tensor:
-    """A number as the float64 scalar that kernels read, on `device` or, passed by value, a CPU."""
+    """Return a number as the float64 scalar tensor that kernels read, on `device` or on the CPU."""
     expected = "a positive finite number" if positive else "a finite number, at least 0"
     if not isinstance(value, Tensor):
         if not isinstance(value, (int, float)):
@@ -67,7 +68,7 @@ def scalar(
 
 
 def may_look(tensor: Tensor, check_inputs: bool) -> bool:
-    """Values are free to look at on a CPU; elsewhere looking waits for the device."""
+    """Return whether to check values: freely on a CPU; elsewhere only if asked, since it waits."""
     if torch.compiler.is_compiling():
         remedy = "False: torch.compile cannot look at values. Check them before the compiled call"
         require(not check_inputs, "check_inputs", remedy, check_inputs)
@@ -133,7 +134,7 @@ def view_batch_norm(
         if value.shape != (input.shape if name == "residual" else input.shape[1:2]):
             expected = tuple(input.shape) if name == "residual" else f"[{input.shape[1]}]"
             require(False, name, f"shape {expected}", tuple(value.shape))
-        if value.dtype != input.dtype:  # parameters may have more digits
+        if value.dtype != input.dtype:  # parameters may be more precise
             known = name != "residual" and value.dtype == compute_dtype(input.dtype)
             require(known, name, f"{input.dtype}, as input", value.dtype)
         if value.device != input.device:
@@ -205,7 +206,10 @@ def _reference_norms(reference_norms: Tensor, tensors: Sequence[Tensor]) -> None
 
 
 def _tensor_lists(lists: dict[str, Sequence[Tensor]], layers: Sequence[int], L: int) -> None:
-    """Lists of equal length and shapes; the first one of an op that writes is what it writes."""
+    """Check that the lists have equal lengths and shapes, and that no written tensor comes twice.
+
+    Ops that write, all but layer_norms, write the first list.
+    """
     for name, value in {**lists, "layers": layers}.items():
         sequence(name, value)
     if not isinstance(L, int):
@@ -248,22 +252,22 @@ MOST = {
     "saturation": 1,
     "hue": 0.5,
     "erase": 1,
-}  # what each setting goes up to, from 0
-MOST_EACH = {"translate": 1, "shear": 80}  # a number for x and one for y
+}  # the largest value of each setting; the smallest is 0
+MOST_EACH = {"translate": 1, "shear": 80}  # a value for x and one for y
 RANGES = {
     "resized_crop": (1e-6, 1),
     "resized_crop_ratio": (1e-3, 1e3),
     "scale": (1e-3, 1e3),
     "erase_area": (1e-6, 1),
     "erase_ratio": (1e-3, 1e3),
-}  # (low, high) within these
+}  # the bounds of each (low, high)
 NAMES = {"interpolation": INTERPOLATIONS, "padding_mode": PADDING_MODES}
 
 
 def _numbers(value, count: int | None = None) -> bool:
-    """Whether it is a tuple of `count` real numbers that float32 can hold."""
+    """Return whether `value` has `count` real numbers, all within ± 1e30."""
     values = value if isinstance(value, (tuple, list)) else ()
-    known = all(isinstance(x, Real) and abs(x) < 1e30 for x in values)  # nor nan
+    known = all(isinstance(x, Real) and abs(x) < 1e30 for x in values)  # not nan either
     return known and isinstance(value, (tuple, list)) and count in (None, len(values))
 
 
@@ -336,7 +340,7 @@ def views(views: Sequence[int]) -> list[int]:
 
 
 def counter(seed, step, indices, N, device):
-    """Seed and step as int64 scalars, on the device or, passed by value, on the CPU."""
+    """Return seed and step as int64 scalar tensors; numbers become scalars on the CPU."""
     for name, value, limit in (("seed", seed, 2**63), ("step", step, 2**32)):
         if isinstance(value, Tensor):
             scalar = value.dtype == torch.int64 and value.dim() == 0

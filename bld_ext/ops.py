@@ -1,20 +1,25 @@
-"""The ops of bld_ext, each as one function: its documentation, its argument checks and one call.
+"""The ops of bld_ext, one function each, with documentation and argument checks.
 
-Each public function checks its arguments and calls `torch.ops.bld_ext.<name>`, where the fastest
-kernel registered for the tensors' device runs: C++ on a CPU where bld_ext._C was built, Triton on
-CUDA, otherwise the reference; `bld_ext.backend(name, device)` tells which.
+Each function checks its arguments and calls `torch.ops.bld_ext.<name>`. The dispatcher runs the
+fastest kernel registered for the tensors' device: C++ on a CPU if bld_ext._C was built, Triton on
+CUDA, otherwise the PyTorch reference. `bld_ext.backend(name, device)` returns which.
 
-Shapes: logits [N, C, *] with the heads side by side on dimension 1, oldest first; * is empty or the
-spatial dimensions of a dense prediction. Where an op reads old heads only, `head_sizes` lists
-those, and logits may have further columns behind them, which are left alone.
+Terms: a head is the classifier of one task. The newest head learns; the older heads are to keep
+their predictions. A view is one random augmentation of a batch. The bank holds the older heads'
+predictions for every view, softened at a temperature. A layer is a group of tensors with one norm.
 
-Temperature is a number or a scalar tensor. On a CPU a wrong temperature or label raises. On a GPU
-looking would wait for the device: there it makes the loss, and the gradient of its image, nan,
-unless `check_inputs=True` asks for the look and the error. Inside torch.compile nobody can look, on
-any device: it is nan. A tensor on the GPU can be changed under a captured graph.
+Shapes: logits are [N, C, *] with the heads side by side on dimension 1, oldest first. * is empty or
+the spatial dimensions of a dense prediction. Where an op reads only old heads, `head_sizes` lists
+those; logits may have further columns behind them, which the op ignores.
 
-Gradients are computed in float32 (float64 for float64 logits) and kept so until backward multiplies
-them by what comes in; then they are rounded once to the dtype of logits.
+Checks of values: the temperature is a number or a scalar tensor. On a CPU a wrong temperature or
+label raises an error. On a GPU the check would wait for the device, so it is made only with
+`check_inputs=True`; without it, a wrong value makes the loss, and the gradient of its image, nan.
+Inside torch.compile values cannot be checked on any device, and wrong ones give nan. A tensor on
+the GPU may be changed between the replays of a captured graph.
+
+Gradients are computed and kept in float32 (float64 for float64 logits). Backward multiplies them by
+the incoming gradient and then rounds once, to the dtype of logits.
 """
 
 from __future__ import annotations
@@ -38,17 +43,19 @@ def head_softmax(
     *,
     check_inputs: bool = False,
 ) -> Tensor:
-    """Softmax at a temperature inside each head: ŷ = softmax(z / τ). It fills the bank.
+    """Compute the softmax at a temperature inside each head, which fills the bank.
+
+    ŷ = softmax(z / τ) for each head.
 
     Args:
         logits: `[N, C, *]`, float16, bfloat16, float32 or float64.
-        head_sizes: classes of each head to soften, the leading ones of logits; their sum is C_old,
-            at most C.
+        head_sizes: number of classes of each head to soften, which are the leading columns of
+            logits; their sum is C_old ≤ C.
         temperature: τ > 0.
-        check_inputs: see the module's notes.
+        check_inputs: whether to check values on a GPU; see the module's docstring.
 
     Returns:
-        `[N, C_old, *]`, float32 (float64 for float64 logits). Differentiable, also twice.
+        `[N, C_old, *]`, float32 (float64 for float64 logits). Differentiable twice.
 
     Raises:
         ValueError: an argument's shape, dtype or value is not as described.
@@ -70,22 +77,25 @@ def distillation_loss(
     *,
     check_inputs: bool = False,
 ) -> Tensor:
-    """Cross-entropy between the bank and the softened heads: -Σ_o Σ_b ŷ · log softmax(z / τ).
+    """Compute the distillation loss, the cross-entropy between the bank and the softened heads.
 
-    Equation 2 of Fini et al., ECCV 2020, summed over heads, images and positions, without a factor
-    τ². The gradient, (softmax(z / τ) - ŷ) / τ, is computed in the same pass; it is exactly zero,
-    bit for bit, at the logits from which `head_softmax` made the bank.
+    L_d = -Σ_o Σ_b ŷ · log softmax(z / τ), equation 2 of Fini et al., ECCV 2020, summed over heads,
+    images and positions, without a factor τ². The forward pass also computes the gradient,
+    (softmax(z / τ) - ŷ) / τ. It is exactly zero at the logits from which `head_softmax` made the
+    bank.
 
     Args:
         logits: `[N, C, *]`, float16, bfloat16, float32 or float64.
         bank: `[N, C_old, *]`, float32 (float64 for float64 logits); sums to 1 inside each head. It
             gets no gradient.
-        head_sizes: classes of each old head, the leading ones of logits; their sum is C_old ≤ C.
-        temperature: τ > 0, the one the bank was made with.
-        check_inputs: see the module's notes.
+        head_sizes: number of classes of each old head, which are the leading columns of logits;
+            their sum is C_old ≤ C.
+        temperature: τ > 0, the one with which the bank was made.
+        check_inputs: whether to check values on a GPU; see the module's docstring.
 
     Returns:
-        A scalar, float32 (float64 for float64 logits). A second derivative raises RuntimeError.
+        A scalar, float32 (float64 for float64 logits). Differentiable once; a second derivative
+        raises RuntimeError.
 
     Raises:
         ValueError: an argument's shape, dtype, device or value is not as described.
@@ -108,18 +118,19 @@ def warm_up_loss(
     *,
     check_inputs: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Algorithm 1 on logits: cross-entropy of the newest head, and the bank of all older ones.
+    """Compute the newest head's cross-entropy and the bank of all older heads (Algorithm 1).
 
     Args:
         logits: `[N, C, *]`, float16, bfloat16, float32 or float64.
         labels: `[N, *]`, int64, classes of the newest head counted from 0.
-        head_sizes: classes of each head, oldest first; their sum is C.
+        head_sizes: number of classes of each head, oldest first; their sum is C.
         temperature: τ > 0, for the bank.
-        check_inputs: see the module's notes.
+        check_inputs: whether to check values on a GPU; see the module's docstring.
 
     Returns:
-        (L_t, bank): the loss summed over images and positions, a scalar (equation 1), and
-        `[N, C_old, *]`; float32, float64 for float64 logits. The bank carries no gradient.
+        (L_t, bank): the loss (equation 1), a scalar summed over images and positions, and the bank,
+        `[N, C_old, *]`. Both are float32 (float64 for float64 logits). The bank carries no
+        gradient.
 
     Raises:
         ValueError: an argument's shape, dtype, device or value is not as described.
@@ -144,19 +155,19 @@ def joint_loss(
     *,
     check_inputs: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Algorithm 2 on logits: cross-entropy of the newest head, and distillation of all older ones.
+    """Compute the newest head's cross-entropy and the older heads' distillation loss (Algorithm 2).
 
     Args:
         logits: `[N, C, *]`, float16, bfloat16, float32 or float64.
         labels: `[N, *]`, int64, classes of the newest head counted from 0.
         bank: `[N, C_old, *]` from `warm_up_loss`.
-        head_sizes: classes of each head, oldest first; their sum is C.
-        temperature: τ > 0, the one the bank was made with.
-        check_inputs: see the module's notes.
+        head_sizes: number of classes of each head, oldest first; their sum is C.
+        temperature: τ > 0, the one with which the bank was made.
+        check_inputs: whether to check values on a GPU; see the module's docstring.
 
     Returns:
-        (L_t, L_d), scalars summed over heads, images and positions. Both gradients come from the
-        same pass; each loss can be differentiated alone.
+        (L_t, L_d), scalars summed over heads, images and positions. The forward pass computes both
+        gradients; each loss can be differentiated on its own.
 
     Raises:
         ValueError: an argument's shape, dtype, device or value is not as described.
@@ -185,26 +196,25 @@ def view_batch_norm(
     eps: float = 1e-5,
     relu: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """BatchNorm in training of several views in one batch, each by its own statistics.
+    """Normalise each of several views in a batch by its own statistics, as BatchNorm in training.
 
-    y = (x - mean) / sqrt(variance + ε) · w + b with the mean and the biased variance over the
-    images and positions of a view; then the residual is added and negative values become 0, where
-    asked for. A view's output does not depend on the views beside it, bit for bit.
+    y = (x - mean) / sqrt(variance + ε) · w + b, with the mean and the biased variance over the
+    images and positions of a view. If given, the residual is then added; with `relu`, negative
+    values become 0. The output of a view does not depend on the views beside it, bit for bit.
 
     Args:
-        input: `[V·B, C, *]`, one view after the other; float16, bfloat16, float32 or float64. With
-            the channels last in memory (or contiguous) it is read as it lies, and so are the
-            results.
+        input: `[V·B, C, *]`, one view after the other; float16, bfloat16, float32 or float64. Best
+            contiguous or channels-last, which needs no copy; the output then has the same layout.
         weight, bias: `[C]` or None.
-        residual: as input, or None.
+        residual: shaped like input, or None.
         views: V, a divisor of the number of images.
         eps: ε ≥ 0.
-        relu: whether y is max(y, 0).
+        relu: whether to return max(y, 0).
 
     Returns:
-        (output, mean, variance): `[V·B, C, *]` in the dtype of input, and `[V, C]`, float32
-        (float64 for float64 input), which carry no gradient. A second derivative raises
-        RuntimeError.
+        (output, mean, variance): the output is `[V·B, C, *]` in the dtype of input. Mean and
+        variance are `[V, C]`, float32 (float64 for float64 input), and carry no gradient. A second
+        derivative raises RuntimeError.
 
     Raises:
         ValueError: an argument's shape, dtype, device or value is not as described.
@@ -225,8 +235,10 @@ def view_batch_norm(
 
 
 def _on_layers(name: str, *arguments):
-    """Call an op. Its kernels check their lists, in less time than Python takes to look at them;
-    only once one has refused does Python look for the argument that was wrong.
+    """Call an op on lists of tensors; if it fails, raise an error that names the wrong argument.
+
+    The kernels check their lists faster than Python could, so Python looks at the arguments only
+    after a kernel has refused them.
     """
     op = getattr(torch.ops.bld_ext, name)
     with torch.no_grad():
@@ -240,7 +252,7 @@ def _on_layers(name: str, *arguments):
 
 
 def _mark_written(tensors: Sequence[Tensor]) -> None:
-    """Tell autograd, which would otherwise use what it saved before, that these have changed."""
+    """Tell autograd that these tensors changed, so that it does not use what it saved before."""
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(tensors)
 
@@ -248,7 +260,9 @@ def _mark_written(tensors: Sequence[Tensor]) -> None:
 def layer_norms(
     tensors: Sequence[Tensor], layers: Sequence[int], num_layers: int | None = None
 ) -> Tensor:
-    """L2 norm of each layer over all its tensors: sqrt(Σ_{i in l} ‖t_i‖²). Not differentiable.
+    """Compute the L2 norm of each layer over all its tensors: sqrt(Σ_{i in l} ‖t_i‖²).
+
+    Not differentiable.
 
     Args:
         tensors: any shapes and float dtypes, on one device.
@@ -256,10 +270,10 @@ def layer_norms(
         num_layers: L; default: the largest index plus one. A layer without tensors has norm 0.
 
     Returns:
-        `[L]`, float32 (float64 where the first tensor is); bitwise the same from run to run.
+        `[L]`, float32 (float64 if the first tensor is), bitwise reproducible from run to run.
 
     Raises:
-        ValueError: no tensors, or an index or dtype or device that is not as described.
+        ValueError: there is no tensor, or an index, dtype or device is not as described.
 
     Equivalent to:
         norms = [torch.cat([t.flatten() for t, k in zip(tensors, layers) if k == l]).norm()
@@ -279,21 +293,22 @@ def balance_layers_(
 ) -> tuple[Tensor, Tensor]:
     """Rescale each layer's gradient, in place, to `balance` times a reference norm.
 
-    G_d[l] ← λ ‖G_w[l]‖ / ‖G_d[l]‖ · G_d[l], Algorithm 2 of Fini et al., ECCV 2020, per layer. The
-    factor is 0 where finite norms have no finite ratio, as for ‖G_d[l]‖ = 0. It is not finite where
-    a norm is not, overflow of the norm's dtype included, nor where a λ in a tensor on a GPU, where
-    looking would wait, is negative or not finite. Not differentiable.
+    G_d[l] ← λ ‖G_w[l]‖ / ‖G_d[l]‖ · G_d[l] for each layer l, from Algorithm 2 of Fini et al., ECCV
+    2020. If the norms are finite but their ratio is not, as for ‖G_d[l]‖ = 0, the factor is 0. If a
+    norm is not finite, for example because it overflows its dtype, the factor is not finite either.
+    The same holds if λ is a tensor on a GPU, where checking it would wait for the device, and is
+    negative or not finite. Not differentiable.
 
     Args:
         grads: the gradients G_d, changed in place; any shapes, layouts and float dtypes, on one
             device, each with memory of its own.
         layers: the layer index of each gradient.
         reference_norms: ‖G_w‖, `[L]`, on the same device.
-        balance: λ ≥ 0, a number, or a scalar tensor on the device, which a captured graph reads
-            anew at each replay (float64 is taken as it is, others are converted first).
+        balance: λ ≥ 0, a number or a scalar tensor. A float64 tensor on the device is read again at
+            each replay of a captured graph; another dtype is converted first.
 
     Returns:
-        (factors, norms): what each layer was multiplied by, and ‖G_d‖ before it, `[L]` each.
+        (factors, norms): the factor of each layer, and ‖G_d‖ before rescaling, `[L]` each.
 
     Raises:
         ValueError: an argument's shape, dtype, device or value is not as described.
@@ -320,20 +335,20 @@ def balanced_sgd_(
 ) -> tuple[Tensor, Tensor]:
     """Balance each layer's distillation gradient and take the SGD step.
 
-    θ ← θ - α (λ‖G_w‖/‖G_d‖ · G_d + G_t), the end of Algorithm 2 of Fini et al., ECCV 2020, with the
-    bits of `balance_layers_`, an addition and torch.optim.SGD (as it rounds where the processor has
-    fused multiply-add) for float32 in lists of one layout; bfloat16 and float16 are computed in
-    float32 and rounded once. Not differentiable.
+    θ ← θ - α (λ‖G_w‖/‖G_d‖ · G_d + G_t), the end of Algorithm 2 of Fini et al., ECCV 2020. For
+    float32 tensors whose lists share one layout, the result is bitwise equal to `balance_layers_`,
+    an addition and torch.optim.SGD on a processor with fused multiply-add. bfloat16 and float16 are
+    computed in float32 and rounded once. Not differentiable.
 
     Args:
         params: θ, changed in place; any layouts and float dtypes, each with memory of its own.
-        distill_grads, new_grads: G_d and G_t, shaped like the parameters; only read.
+        distill_grads, new_grads: G_d and G_t, shaped like the parameters; not changed.
         layers: the layer index of each parameter.
         reference_norms: ‖G_w‖, `[L]`, on the same device.
-        balance, lr: λ ≥ 0 and α ≥ 0, as in `balance_layers_`.
+        balance, lr: λ ≥ 0 and α ≥ 0, each a number or a scalar tensor as in `balance_layers_`.
 
     Returns:
-        (factors, norms) as `balance_layers_`.
+        (factors, norms) as in `balance_layers_`.
 
     Raises:
         ValueError: an argument's shape, dtype, device or value is not as described.
@@ -364,31 +379,33 @@ def augment(
     dtype: torch.dtype = torch.float32,
     channels_last: bool = False,
 ) -> Tensor:
-    """Random views of images, each a pure function of (seed, step, view, image index).
+    """Make random views of images, each a pure function of (seed, step, view, image index).
 
-    In this order: crop from the padded image, resized if `resized_crop` is given; horizontal flip;
-    shear, scale, rotation and translation about the centre; all of these as one inverse matrix and
-    one resample, so that a rotation brings back what the crop alone would have cut off. Then
-    brightness, contrast (against the view's own mean) and saturation, each clamped to [0, 1], hue,
-    normalisation, and erasing to 0. uint8 images are divided by 255 behind the resample, and never
-    rounded to levels, as torchvision rounds them behind each step.
+    First come, in this order: crop from the padded image, resized if `resized_crop` is given;
+    horizontal flip; shear, scale, rotation and translation about the centre. All of these are
+    combined into one inverse matrix and one resampling, so a rotation brings back what the crop
+    alone would have cut off. Then follow brightness, contrast (against the view's own mean) and
+    saturation, each clamped to [0, 1], hue, normalisation, and erasing to 0. uint8 images are
+    divided by 255 after the resampling and are never rounded to integers, which torchvision does
+    after each operation.
 
     Random words are Philox4x32-10 with key = seed and counter = (image index, view, step, op): op 0
     gives (left, top, flip, angle), op 1 (scale, translate x, translate y, shear x), op 2
     (brightness, contrast, saturation, hue), op 3 (shear y, area and ratio of the crop, whether to
-    erase) and op 4 (area, ratio, left and top of what is erased).
+    erase) and op 4 (area, ratio, left and top of the erased rectangle).
 
     Args:
-        images: `[N, C, H, W]`, uint8, or float in [0, 1]: nothing looks at the values. Others are
-            clamped where a colour operation clamps; of nan and inf nothing is promised. Contrast,
-            saturation and hue need one or three channels, and the latter two act on three.
+        images: `[N, C, H, W]`, uint8, or float in [0, 1]. The range is not checked: a colour
+            operation that clamps also clamps values outside it, and the result for nan and inf is
+            undefined. Contrast, saturation and hue need one or three channels; with one channel,
+            saturation and hue have no effect.
         policy: what to draw from; `SeededAugment` describes each setting.
-        seed: 0 to 2**63 - 1, or an int64 scalar on the images' device or on the CPU.
+        seed: 0 to 2**63 - 1, a number or an int64 scalar on the images' device or on the CPU.
         step: 0 to 2**32 - 1, likewise.
-        views: view numbers, V of them.
+        views: the V view numbers.
         indices: `[N]` int64, the images' numbers within the step; default 0 to N - 1.
-        dtype: of the result, a float dtype.
-        channels_last: the memory format of the result.
+        dtype: float dtype of the result.
+        channels_last: whether the result is in torch.channels_last.
 
     Returns:
         `[V·N, C, H, W]`, view by view. Not differentiable.
@@ -418,8 +435,9 @@ def view_parameters(
     indices: Tensor,
     size: tuple[int, int],
 ) -> ViewParameters:
-    """The parameters `augment` draws for images of `size` (H, W), without drawing a picture: each
-    field `[V, N]`.
+    """Return the parameters that `augment` draws for images of `size` (H, W).
+
+    The arguments are those of `augment`; each field of the result is `[V, N]`. No view is made.
     """
     checks.policy(policy)
     views = checks.views(views)

@@ -1,6 +1,7 @@
-"""Every op of bld_ext in plain PyTorch: its definition, its kernel where there is no faster one,
-and the oracle of every parity test. Any device; any float dtype, computed in float32, or float64 if
-given.
+"""Every op of bld_ext in plain PyTorch.
+
+Each function defines an op, runs where there is no faster kernel, and is the oracle of the parity
+tests. It takes any device and float dtype, and computes in float32, or in float64 for float64.
 
 Symbols follow the paper (Fini et al., "Online Continual Learning under Extreme Memory Constraints",
 ECCV 2020): logits z of all heads side by side, oldest head first; bank ŷ; temperature τ; balance λ.
@@ -17,7 +18,7 @@ from bld_ext.philox import below, between, philox, seed_key, uniform
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which logits of `dtype` are computed, and that of the bank."""
+    """Return the dtype in which inputs of `dtype` are computed, which is also the bank's."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -25,12 +26,12 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def head_softmax(logits: Tensor, head_sizes: Sequence[int], temperature: float | Tensor) -> Tensor:
-    """ŷ = softmax(z / τ) inside each of the leading heads: [N, sum(head_sizes), *]."""
+    """Return ŷ = softmax(z / τ) inside each of the leading heads: [N, sum(head_sizes), *]."""
     return over_heads(logits, head_sizes, temperature, torch.softmax)
 
 
 def over_heads(logits, head_sizes, temperature, function) -> Tensor:
-    """function(z / τ) of each leading head, shifted by its maximum first so that τ → 0 is safe."""
+    """Apply `function` to z / τ of each leading head, minus the maximum so that small τ is safe."""
     z = logits[:, : sum(head_sizes)].to(compute_dtype(logits.dtype))
     if isinstance(temperature, Tensor):
         valid = (temperature > 0) & temperature.isfinite()
@@ -46,10 +47,10 @@ def distillation_loss(
     head_sizes: Sequence[int],
     temperature: float | Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """L_d = -Σ ŷ · log softmax(z / τ), summed over everything (eq. 2), and dL_d/dz.
+    """Return L_d = -Σ ŷ · log softmax(z / τ), summed over everything (eq. 2), and dL_d/dz.
 
-    The gradient is (p - ŷ) / τ with p from `head_softmax`, which filled the bank: where no logit
-    has moved it is exactly zero. Logits behind the old heads get zero.
+    The gradient is (p - ŷ) / τ. p comes from `head_softmax`, which also fills the bank, so the
+    gradient is exactly zero while the logits are unchanged. Logits of other heads get zero.
     """
     old = bank.shape[1]
     log_p = over_heads(logits, head_sizes, temperature, torch.log_softmax)
@@ -60,9 +61,9 @@ def distillation_loss(
 
 
 def new_task_loss(logits: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """L_t = -Σ log softmax(z)_y of the last `classes` logits, summed (eq. 1), and dL_t/dz.
+    """Return L_t = -Σ log softmax(z)_y over the last `classes` logits (eq. 1), and dL_t/dz.
 
-    A label that is no class makes the loss, and the gradient of its image, nan.
+    A label that is not a class makes the loss, and the gradient of its image, nan.
     """
     z = logits[:, -classes:].to(compute_dtype(logits.dtype))
     labels = labels.unsqueeze(1)
@@ -81,7 +82,7 @@ def warm_up_loss(
     head_sizes: Sequence[int],
     temperature: float | Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Algorithm 1: L_t of the last head, the bank of the others, and dL_t/dz."""
+    """Return L_t of the last head, the bank of the others, and dL_t/dz (Algorithm 1)."""
     loss, grad = new_task_loss(logits, labels, head_sizes[-1])
     return loss, head_softmax(logits, head_sizes[:-1], temperature), grad
 
@@ -93,7 +94,7 @@ def joint_loss(
     head_sizes: Sequence[int],
     temperature: float | Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Algorithm 2: L_t of the last head, L_d of the others, dL_t/dz and dL_d/dz."""
+    """Return L_t of the last head, L_d of the others, dL_t/dz and dL_d/dz (Algorithm 2)."""
     new, new_grad = new_task_loss(logits, labels, head_sizes[-1])
     old, old_grad = distillation_loss(logits, bank, head_sizes[:-1], temperature)
     return new, old, new_grad, old_grad
@@ -103,13 +104,13 @@ def joint_loss(
 
 
 def _by_view(x: Tensor, views: int, dtype: torch.dtype) -> Tensor:
-    """[V·B, C, *] as [V, B, C, S]."""
+    """Reshape [V·B, C, *] to [V, B, C, S]."""
     shape = views, x.shape[0] // views, x.shape[1], math.prod(x.shape[2:])
     return x.reshape(shape).to(dtype)
 
 
 def _channels(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """[C] or [V, C], to stand beside [V, B, C, S]."""
+    """Reshape [C] or [V, C] so that it broadcasts against [V, B, C, S]."""
     return values.to(dtype).unsqueeze(-1).unsqueeze(-3)
 
 
@@ -122,7 +123,7 @@ def view_batch_norm(
     eps: float,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y = (x - mean) / sqrt(variance + ε) · w + b of each view; + residual; max(y, 0).
+    """Compute y = (x - mean) / sqrt(variance + ε) · w + b of each view, + residual, max(y, 0).
 
     Returns y, and the mean and biased variance of each view, [V, C].
     """
@@ -152,10 +153,11 @@ def view_batch_norm_backward(
     eps: float,
     residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dL/dx, dL/dw, dL/db and, if asked for, dL/dresidual; `output` is given where there is a relu.
+    """Return dL/dx, dL/dw, dL/db and, with `residual`, dL/dresidual (else an empty tensor).
 
     With x̂ = (x - mean) / sqrt(variance + ε) and means over the images and positions of a view:
-    dL/dx = w / sqrt(variance + ε) · (g - mean(g) - x̂ · mean(g · x̂)).
+    dL/dx = w / sqrt(variance + ε) · (g - mean(g) - x̂ · mean(g · x̂)). `output` is given if there was
+    a relu, and g is then zero where the output is.
     """
     dtype = compute_dtype(input.dtype)
     x, grad = _by_view(input, views, dtype), _by_view(grad_output, views, dtype)
@@ -172,7 +174,10 @@ def view_batch_norm_backward(
 
 
 def like_input(input: Tensor) -> Tensor:
-    """Empty, contiguous or with the channels last, whichever the input is; not a view."""
+    """Return an empty tensor of the input's shape, channels-last if the input is, else contiguous.
+
+    The result is not a view of another tensor.
+    """
     last = input.movedim(1, -1)
     if input.is_contiguous() or not last.is_contiguous():
         return input.new_empty(input.shape)
@@ -188,7 +193,7 @@ def _laid_out(values: Tensor, input: Tensor) -> Tensor:
 
 
 def layer_norms(tensors: Sequence[Tensor], layers: Sequence[int], num_layers: int) -> Tensor:
-    """L2 norm of each layer over all its tensors, [L], accumulated in float64."""
+    """Return the L2 norm of each layer over all its tensors, [L], accumulated in float64."""
     dtype = compute_dtype(tensors[0].dtype)
     squares = tensors[0].new_zeros(num_layers, dtype=torch.float64)
     for tensor, l in zip(tensors, layers, strict=True):
@@ -197,10 +202,11 @@ def layer_norms(tensors: Sequence[Tensor], layers: Sequence[int], num_layers: in
 
 
 def balance_factors(norms: Tensor, reference_norms: Tensor, balance: Tensor) -> Tensor:
-    """λ‖G_w‖ / ‖G_d‖ per layer, [L]; 0 where finite norms have no finite ratio, as for ‖G_d‖ = 0.
+    """Return λ‖G_w‖ / ‖G_d‖ of each layer, [L].
 
-    A norm that is not finite stays visible: the factor is not finite either. A λ that is negative
-    or not finite makes it nan.
+    If the norms are finite but their ratio is not, as for ‖G_d‖ = 0, the factor is 0. A norm that
+    is not finite stays visible, because the factor is then not finite either. A λ that is negative
+    or not finite makes the factor nan.
     """
     balance = torch.where((balance >= 0) & balance.isfinite(), balance.double(), torch.nan)
     factors = (balance * reference_norms.double() / norms.double()).to(norms.dtype)
@@ -210,7 +216,7 @@ def balance_factors(norms: Tensor, reference_norms: Tensor, balance: Tensor) -> 
 
 
 def narrow_factor(factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A factor for tensors that are computed in `dtype`: 0, as above, where that has none."""
+    """Convert a factor to `dtype`; one that is finite but overflows `dtype` becomes 0, as above."""
     narrow = factor.to(dtype)
     return torch.where(factor.isfinite() & ~narrow.isfinite(), 0, narrow)
 
@@ -218,7 +224,7 @@ def narrow_factor(factor: Tensor, dtype: torch.dtype) -> Tensor:
 def balance_layers_(
     grads: Sequence[Tensor], layers: Sequence[int], reference_norms: Tensor, balance: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """G_d[l] ← λ‖G_w[l]‖/‖G_d[l]‖ · G_d[l], in place. Returns the factors and ‖G_d‖, each [L]."""
+    """Set G_d[l] ← λ‖G_w[l]‖/‖G_d[l]‖ · G_d[l] in place; return factors and ‖G_d‖, [L] each."""
     norms = layer_norms(grads, layers, len(reference_norms))
     factors = balance_factors(norms, reference_norms, balance)
     for grad, l in zip(grads, layers, strict=True):
@@ -235,7 +241,7 @@ def balanced_sgd_(
     balance: Tensor,
     lr: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """θ ← θ - α (λ‖G_w‖/‖G_d‖ · G_d + G_t), in place; the gradients are only read."""
+    """Set θ ← θ - α (λ‖G_w‖/‖G_d‖ · G_d + G_t) in place; the gradients are not changed."""
     norms = layer_norms(distill_grads, layers, len(reference_norms))
     factors = balance_factors(norms, reference_norms, balance)
     for param, old, new, l in zip(params, distill_grads, new_grads, layers, strict=True):
@@ -256,14 +262,14 @@ PADDING_MODES = ("zeros", "reflect", "edge")
 
 
 class Policy(NamedTuple):
-    """What `augment` draws from and applies; a flat list of floats in the op's schema."""
+    """The settings of `augment`; in the op's schema they are a flat list of floats."""
 
     crop_padding: int = 0  # pixels
-    resized_crop: tuple[float, float] | None = None  # least and greatest share of the area
+    resized_crop: tuple[float, float] | None = None  # range of the fraction of the area
     resized_crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
     flip: float = 0  # probability
     rotation: float = 0  # ± degrees
-    translate: tuple[float, float] = (0, 0)  # ± shares of width and height
+    translate: tuple[float, float] = (0, 0)  # ± fractions of width and height
     scale: tuple[float, float] = (1, 1)
     shear: tuple[float, float] = (0, 0)  # ± degrees along x and y
     brightness: float = 0  # factors in 1 ± this
@@ -273,13 +279,13 @@ class Policy(NamedTuple):
     mean: tuple[float, ...] = ()  # normalise: (x - mean) / std per channel
     std: tuple[float, ...] = ()
     erase: float = 0  # probability
-    erase_area: tuple[float, float] = (0.02, 0.33)  # least and greatest share of the area
+    erase_area: tuple[float, float] = (0.02, 0.33)  # range of the fraction of the area
     erase_ratio: tuple[float, float] = (0.3, 3.3)  # width / height
     interpolation: str = "bilinear"
-    padding_mode: str = "zeros"  # outside of the image
+    padding_mode: str = "zeros"  # what lies outside the image
 
     def pack(self) -> list[float]:
-        """24 numbers, then mean and std of each channel."""
+        """Return 24 numbers, then the mean and the std of each channel."""
         numbers = [
             self.crop_padding, *(self.resized_crop or (0, 0)), *self.resized_crop_ratio,
             self.flip, self.rotation, *self.translate, *self.scale, *self.shear,
@@ -303,17 +309,17 @@ class Policy(NamedTuple):
 
     @property
     def turns(self) -> bool:
-        """Whether views are more than windows of the image or of its mirror image."""
+        """Whether views need interpolation: they are more than crops of the image or its mirror."""
         still = self._replace(rotation=0, translate=(0, 0), scale=(1, 1), shear=(0, 0))
         return self != still._replace(resized_crop=None)
 
 
 class ViewParameters(NamedTuple):
-    """What was drawn for each image of each view, every field [V, N]."""
+    """What was drawn for each image of each view; every field is [V, N]."""
 
     left: Tensor  # int64: columns of the padded image left of the crop
     top: Tensor  # int64: rows above it
-    width: Tensor  # int64: of the crop, the image's unless it is resized
+    width: Tensor  # int64: width of the crop, which is the image's unless it is resized
     height: Tensor  # int64
     flip: Tensor  # bool
     angle: Tensor  # degrees, clockwise as displayed
@@ -340,7 +346,7 @@ def view_parameters(
     indices: Tensor,
     size: tuple[int, int],
 ) -> ViewParameters:
-    """The parameters of the views of the images `indices` [N], H·W pixels `size`, at one step."""
+    """Draw the parameters of all views of the images `indices` [N], of `size` (H, W), at a step."""
     view = torch.cat([indices.new_empty(0, 1), *(indices.new_full((1, 1), v) for v in views)])
     key = seed_key(seed)
     H, W = size
@@ -389,9 +395,10 @@ def rectangle(
     ratios: tuple[float, float],
     size: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
-    """Width and height in pixels: area and the logarithm of width / height are uniform.
+    """Return the width and height in pixels of a rectangle from two random words.
 
-    A rectangle that is wider or higher than the image is cut to it.
+    Its area and the logarithm of width / height are uniform in their ranges. A rectangle that is
+    wider or higher than the image is cut to it.
     """
     H, W = size
     side = (between(area, *areas).double() * (H * W)).sqrt()
@@ -401,7 +408,7 @@ def rectangle(
 
 
 def exp(x: Tensor) -> Tensor:
-    """e^x of doubles within ± 8, in products and sums that every device rounds alike."""
+    """Return e^x of doubles within ± 8, by products and sums that every device rounds alike."""
     x, y = x * 0.0625, torch.ones_like(x)
     for n in range(13, 0, -1):
         y = 1 + y * x * (1 / n)
@@ -411,7 +418,7 @@ def exp(x: Tensor) -> Tensor:
 
 
 def sine(degrees: Tensor) -> tuple[Tensor, Tensor]:
-    """Sine and cosine of doubles, exact at multiples of 90 degrees, likewise."""
+    """Return sine and cosine of doubles, the same on every device, exact at multiples of 90."""
     quarters = (degrees * (1 / 90) + 0.5).floor()
     x = (degrees - quarters * 90) * (math.pi / 180)  # within ± π/4
     square = x * x
@@ -436,9 +443,11 @@ def augment(
     dtype: torch.dtype,
     channels_last: bool,
 ) -> Tensor:
-    """Views of images: crop from the padded image, flip, affine map about the centre as one inverse
-    matrix and one resample; brightness, contrast, saturation, hue, each clamped to [0, 1];
-    normalise; erase. View v of image n is row v·N + n.
+    """Return views of images; view v of image n is row v·N + n.
+
+    Crop from the padded image, flip and the affine map about the centre are one inverse matrix and
+    one resampling. Then follow brightness, contrast and saturation, each clamped to [0, 1], hue,
+    normalisation and erasing.
     """
     settings = Policy.unpack(policy)
     if indices is None:
@@ -457,8 +466,10 @@ def augment(
 
 
 def inverse_matrix(p: ViewParameters, settings: Policy, size: tuple[int, int]) -> list[Tensor]:
-    """a, b, c, d, e, f in double: a view's pixel (x, y), counted from its centre, shows the point
-    (a x + b y + c, d x + e y + f) of the image. The affine map is torchvision's, inverted.
+    """Return a, b, c, d, e, f in double, which map pixels of a view to points of the image.
+
+    The view's pixel (x, y), counted from its centre, shows the point (a x + b y + c, d x + e y + f)
+    of the image. The affine map is the inverse of torchvision's.
     """
     H, W = size
     angle, shear_x, shear_y = (t.double() for t in (p.angle, p.shear_x, p.shear_y))
@@ -471,7 +482,7 @@ def inverse_matrix(p: ViewParameters, settings: Policy, size: tuple[int, int]) -
     d, e = -down / scale, across / scale
     shift_x, shift_y = p.translate_x.double(), p.translate_y.double()
     c, f = -(a * shift_x + b * shift_y), -(d * shift_x + e * shift_y)
-    # the crop, mirrored, and where its centre is
+    # the size of the crop, negative if mirrored, and the position of its centre
     zoom_x = torch.where(p.flip, -1.0, 1.0).double() * quotient(p.width.double(), W)
     zoom_y = quotient(p.height.double(), H)
     middle_x = (p.left - settings.crop_padding).double() + (p.width - 1).double() * 0.5
@@ -483,7 +494,7 @@ def inverse_matrix(p: ViewParameters, settings: Policy, size: tuple[int, int]) -
 
 
 def resample(images: Tensor, p: ViewParameters, settings: Policy) -> Tensor:
-    """Each image at the points that its views' pixels show."""
+    """Sample each image at the points that the pixels of its views show."""
     N, C, H, W = images.shape
     V = len(p.angle) // max(N, 1)
     if not (settings.turns or settings.crop_padding or settings.flip):
@@ -498,7 +509,7 @@ def resample(images: Tensor, p: ViewParameters, settings: Policy) -> Tensor:
         source_y = snap(source_y, p.top - settings.crop_padding, p.height)
     if settings.padding_mode == "reflect":
         source_x, source_y = reflect(source_x, W), reflect(source_y, H)
-    nearest = settings.interpolation == "nearest" or not settings.turns  # then on whole pixels
+    nearest = settings.interpolation == "nearest" or not settings.turns  # a crop: whole pixels
     if nearest:
         source_x, source_y = (whole(x, settings.resized_crop is None) for x in (source_x, source_y))
 
@@ -525,8 +536,9 @@ def resample(images: Tensor, p: ViewParameters, settings: Policy) -> Tensor:
 
 
 def whole(source: Tensor, even: bool) -> Tensor:
-    """The nearest whole number; of two that are as near the upper, or, as in an affine map of
-    torchvision, the even one.
+    """Round to the nearest whole number, ties upwards or, with `even`, to the even number.
+
+    torchvision's affine map rounds ties to even.
     """
     upper = (source + 0.5).floor()
     if not even:
@@ -536,7 +548,7 @@ def whole(source: Tensor, even: bool) -> Tensor:
 
 
 def snap(source: Tensor, first: Tensor, size: Tensor) -> Tensor:
-    """Points on the outer half of a crop's border pixels show the middle of these."""
+    """Move points on the outer half of a crop's border pixels to the centre of these pixels."""
     first = first.to(source.dtype).view(-1, 1, 1)
     last = first + (size - 1).to(source.dtype).view(-1, 1, 1)
     on = (source >= first - 0.5) & (source <= last + 0.5)
@@ -544,7 +556,7 @@ def snap(source: Tensor, first: Tensor, size: Tensor) -> Tensor:
 
 
 def reflect(source: Tensor, size: int) -> Tensor:
-    """Points outside of 0 to size - 1 mirrored at the middle of the border pixels."""
+    """Mirror points outside 0 to size - 1 at the centres of the border pixels."""
     if size == 1:
         return torch.zeros_like(source)
     period = 2 * (size - 1)
@@ -553,12 +565,15 @@ def reflect(source: Tensor, size: int) -> Tensor:
 
 
 def quotient(x: Tensor, divisor: float) -> Tensor:
-    """x / divisor rounded once, as on a CPU; on CUDA PyTorch multiplies by 1 / divisor."""
+    """Return x / divisor, rounded once on every device.
+
+    Dividing by a Python number, PyTorch would multiply by 1 / divisor on CUDA.
+    """
     return x / torch.full((), divisor, dtype=x.dtype, device=x.device)
 
 
 def erase(x: Tensor, p: ViewParameters) -> Tensor:
-    """A rectangle of each view set to 0: the mean, where views are normalised."""
+    """Set a rectangle of each view to 0, which is the mean if views are normalised."""
     columns = torch.arange(x.shape[3], device=x.device)
     rows = torch.arange(x.shape[2], device=x.device).unsqueeze(1)
     left, top, width, height = (field.view(-1, 1, 1, 1) for field in p[-4:])
@@ -567,7 +582,7 @@ def erase(x: Tensor, p: ViewParameters) -> Tensor:
 
 
 def recolor(x: Tensor, p: ViewParameters, settings: Policy) -> Tensor:
-    """Brightness, contrast, saturation, hue, in this order, as torchvision defines each."""
+    """Apply brightness, contrast, saturation and hue, in this order, defined as in torchvision."""
 
     def blend(x, other, factor):
         factor = factor.to(x.dtype).view(-1, 1, 1, 1)
@@ -576,7 +591,7 @@ def recolor(x: Tensor, p: ViewParameters, settings: Policy) -> Tensor:
     if settings.brightness:
         x = blend(x, 0, p.brightness)
     if settings.contrast:
-        # in integers the mean does not depend on the order of summation, so neither on the batch
+        # a sum of integers does not depend on the order of summation, and so not on the batch
         levels = (gray(x).double() * MEAN_SCALE).round().long().sum((1, 2, 3), keepdim=True)
         mean = quotient(levels.double(), MEAN_SCALE * x.shape[2] * x.shape[3])
         x = blend(x, mean.to(x.dtype), p.contrast)
@@ -588,14 +603,14 @@ def recolor(x: Tensor, p: ViewParameters, settings: Policy) -> Tensor:
 
 
 def gray(x: Tensor) -> Tensor:
-    """Luma of [N, 3, H, W] as [N, 1, H, W]; images of one channel are their own."""
+    """Return the luma of [N, 3, H, W] as [N, 1, H, W]; images of one channel are returned as is."""
     if x.shape[1] == 1:
         return x
     return (GRAY[0] * x[:, 0] + GRAY[1] * x[:, 1] + GRAY[2] * x[:, 2]).unsqueeze(1)
 
 
 def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
-    """RGB to HSV, hue plus `turns`, and back."""
+    """Convert RGB to HSV, add `turns` to the hue, and convert back."""
     r, g, b = x.unbind(1)
     value, chroma = x.amax(1), x.amax(1) - x.amin(1)
     safe = torch.where(chroma > 0, chroma, 1)

@@ -1,7 +1,7 @@
-"""What the dispatcher knows of the ops: schema, default kernel, fake kernel and autograd of each.
+"""Registers every op with PyTorch's dispatcher: schema, default kernel, fake kernel and autograd.
 
-The reference is every op's default kernel; importing bld_ext._C registers the C++ kernels over it,
-and where Triton is installed its kernels are registered here for CUDA.
+The reference is the default kernel of every op. Importing bld_ext._C registers the C++ kernels over
+it. If Triton is installed, its kernels are registered here for CUDA.
 """
 
 import importlib
@@ -81,7 +81,7 @@ if importlib.util.find_spec("triton") is None:
 
 
 def backend(name: str, device: str = "cpu") -> str:
-    """Which kernel of an op runs on a device type: "compiled", "triton" or "reference".
+    """Return which kernel of an op runs on a device type: "compiled", "triton" or "reference".
 
     Triton kernels take float32, bfloat16, float16, and uint8 images; float64 runs on the reference.
     """
@@ -98,7 +98,7 @@ def backend(name: str, device: str = "cpu") -> str:
 
 
 def _checked(kernel):
-    """As the compiled kernels do: refuse lists of tensors before any of them is changed."""
+    """Wrap a kernel so that it checks its lists before it changes a tensor, as compiled ones do."""
     check = getattr(checks, kernel.__name__)
 
     def checked(*args):
@@ -116,7 +116,7 @@ for _name in SCHEMAS:
 
 
 def _triton_kernel(name):
-    def kernel(*args):  # Triton is imported when it is first needed
+    def kernel(*args):  # imports Triton only when it is needed
         return getattr(importlib.import_module(f"bld_ext.triton.{TRITON[name]}"), name)(*args)
 
     return kernel
@@ -227,7 +227,7 @@ torch.library.register_autograd(
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """The gradient as it is; differentiating it again is an error, not a silent zero."""
+    """A gradient that raises when it is differentiated again, instead of giving a silent zero."""
 
     @staticmethod
     def forward(ctx, logits, grad_logits, grad_loss):
@@ -242,12 +242,12 @@ class _NoSecondDerivative(torch.autograd.Function):
 
 
 def _scaled(logits, grad_logits, grad_loss):
-    """dL/dz times the incoming gradient, rounded once to the logits' dtype."""
+    """Return dL/dz times the incoming gradient, rounded once to the logits' dtype."""
     return (grad_logits * grad_loss).to(logits.dtype)
 
 
 class _Loss(torch.autograd.Function):
-    """An op whose outputs are `losses` scalars first and their gradients last."""
+    """An op whose first `losses` outputs are scalar losses and whose last are their gradients."""
 
     @staticmethod
     def forward(ctx, op, losses, *inputs):
@@ -272,7 +272,7 @@ class _Loss(torch.autograd.Function):
 
 
 def _register_loss(name, losses):
-    """Like torch.library.register_autograd, at a third of its cost a call."""
+    """Register autograd as torch.library.register_autograd does, at a third of its cost a call."""
     op = getattr(torch.ops.bld_ext, name).default
 
     def kernel(logits, *inputs):

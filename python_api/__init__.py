@@ -1,4 +1,4 @@
-"""What a training loop touches: bld_ext.api, re-exported by bld_ext."""
+"""The classes and functions that a training loop uses; bld_ext re-exports them."""
 
 from bld_ext.api.augment import SeededAugment
 from bld_ext.api.batch_norm import ViewBatchNorm

@@ -1,9 +1,15 @@
 """Algorithms 1 and 2 of Fini et al., "Online Continual Learning under Extreme Memory Constraints".
 
-z is a logit, ŷ^o the bank of an older head o, τ the temperature; L_t is the cross-entropy of the
-newest head, L_d the distillation loss of the older ones, G_w and G_d their gradients; l is a layer.
-`passes` computes losses and gradients over all views, `Stage` has the verbs, and a schedule of
-`schedules` says where gradients lie and when they are applied.
+A head o is the classifier of one task, z^o are its logits, and the newest head belongs to the task
+being learned. A view v is one random augmentation of the batch; there are V of them. The bank ŷ
+holds the older heads' predictions for every view, softened at temperature τ. A layer l is a group
+of parameters whose gradients are balanced together, by default those of one module. L_t is the
+cross-entropy of the newest head, with gradient G_w in the warm-up; L_d is the distillation loss of
+the older heads, with gradient G_d.
+
+The functions below read as the paper's algorithms. `Stage` has the operations they consist of,
+`passes` computes losses and gradients over all views, and a schedule from `schedules` decides where
+gradients are stored and when they are applied.
 """
 
 from torch import Tensor
@@ -15,7 +21,7 @@ LOSSES = ("new", "distillation")
 
 
 def warm_up(stage: Stage, schedule: Schedule) -> tuple[Tensor, Tensor, Tensor]:
-    """Algorithm 1. Returns L_t, the bank, and ‖G_w[l]‖ of each layer.
+    """Run Algorithm 1; return L_t, the bank and ‖G_w[l]‖ of each layer, `[L]`.
 
     for each view v:
         ŷ_v^o = softmax(z_v^o / τ) of every older head o
@@ -28,7 +34,7 @@ def warm_up(stage: Stage, schedule: Schedule) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def joint(stage: Stage, schedule: Schedule, losses: tuple[str, ...] = LOSSES) -> Tensor:
-    """Algorithm 2, one repetition. Returns L_t, or L_d where that alone is learned.
+    """Run one repetition of Algorithm 2; return L_t, or L_d if `losses` has nothing else.
 
     G_d = Σ_v dL_d(v, ŷ_v^o)/dθ' / V
     G_d[l] ← λ ‖G_w[l]‖ / ‖G_d[l]‖ G_d[l] for each layer l

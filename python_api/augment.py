@@ -11,7 +11,7 @@ from bld_ext.reference import Policy, ViewParameters
 
 
 def _plain(setting: object) -> object:
-    """As plain Python numbers, where it is numbers; else as it is, to be refused."""
+    """Convert numbers to plain Python ones; leave anything else to be refused by the checks."""
     if isinstance(setting, (tuple, list)):
         return tuple(map(_plain, setting))
     if isinstance(setting, Real):
@@ -20,37 +20,41 @@ def _plain(setting: object) -> object:
 
 
 class SeededAugment:
-    """Views of images as a pure function of (seed, step, view, image index); nothing is stored.
+    """Random views of images, each a pure function of (seed, step, view, image index).
 
-    Crop, flip and affine map are one inverse matrix and one resample; then follow brightness,
-    contrast, saturation, hue, normalisation and erasing. The semantics of each step are
-    torchvision's. Paper: section 3.5 of Fini et al., ECCV 2020.
+    The views can be made again at any time, so none is stored. Crop, flip and affine map are
+    combined into one inverse matrix and one resampling; then follow brightness, contrast,
+    saturation, hue, normalisation and erasing. Each operation is defined as in torchvision. Paper:
+    section 3.5 of Fini et al., ECCV 2020.
 
     Args:
-        crop_padding: pixels around the image; a crop of the image's size is taken from what is then
-            there. In whole pixels, as all crops.
+        crop_padding: pixels added on each side of the image, from which a crop of the image's size
+            is then taken. All crops are in whole pixels.
         flip: probability of a horizontal flip, 0 to 1.
-        rotation: degrees; the angle is uniform in ± this, 0 to 180.
-        scale: a range of zoom factors, such as (0.9, 1.1).
-        jitter: sets brightness, contrast and saturation to this, and hue to a quarter of it (the
-            proportions of SimCLR), where they are not given themselves.
-        brightness, contrast, saturation: the factor is uniform in 1 ± this, 0 to 1.
-        hue: turns of the colour wheel, uniform in ± this, 0 to 0.5.
-        mean, std: one number a channel of images in [0, 1]; both or none.
-        translate: shares of width and height, such as (0.1, 0.1); uniform in ± these.
-        shear: degrees along x and along y, such as (10, 10); uniform in ± these, 0 to 80.
-        resized_crop: a range of shares of the image's area, such as (0.08, 1): a rectangle of such
-            an area is resized to the size of the image, and what does not fit into it is cut.
-        resized_crop_ratio: a range of its width / height, uniform in the logarithm.
-        erase: probability that a rectangle of the view is set to 0, the mean where it is
-            normalised (random erasing, cutout).
-        erase_area, erase_ratio: ranges of its share of the area and of its width / height.
-        interpolation: "bilinear", or "nearest" to the middle of a pixel: with a resized crop this
-            is torchvision's "nearest-exact".
-        padding_mode: what is outside of the image: "zeros", "reflect" (the border pixel once) or
-            "edge".
-        dtype: of the views.
-        channels_last: memory format of the views.
+        rotation: degrees, 0 to 180; the angle is uniform in ± this.
+        scale: range of zoom factors, such as (0.9, 1.1).
+        jitter: 0 to 1; the default of brightness, contrast and saturation, and four times that of
+            hue (the proportions of SimCLR).
+        brightness, contrast, saturation: 0 to 1; the factor is uniform in 1 ± this.
+        hue: turns of the colour wheel, 0 to 0.5; the shift is uniform in ± this.
+        mean, std: one number for each channel of images in [0, 1], for normalisation. Give both or
+            neither.
+        translate: fractions of width and height, such as (0.1, 0.1); shifts are uniform in ± these.
+        shear: degrees along x and y, 0 to 80, such as (10, 10); angles are uniform in ± these.
+        resized_crop: range of the crop's fraction of the image's area, such as (0.08, 1). A
+            rectangle of that area is resized to the size of the image; one that is wider or higher
+            than the image is first cut to it.
+        resized_crop_ratio: range of the crop's width / height, uniform in the logarithm.
+        erase: probability that a rectangle of the view is set to 0, which is the mean of normalised
+            views (random erasing, cutout).
+        erase_area, erase_ratio: ranges of the rectangle's fraction of the area and of its
+            width / height.
+        interpolation: "bilinear", or "nearest", which takes the pixel with the nearest centre. With
+            a resized crop that is torchvision's "nearest-exact".
+        padding_mode: what lies outside the image: "zeros", "reflect" (without repeating the border
+            pixel) or "edge".
+        dtype: dtype of the views.
+        channels_last: whether the views are in torch.channels_last.
 
     Raises:
         ValueError: a setting is not as described.
@@ -118,7 +122,7 @@ class SeededAugment:
         views: Sequence[int],
         indices: Tensor | None = None,
     ) -> Tensor:
-        """Views of `images`, `[V·N, C, H, W]` view by view; see `bld_ext.ops.augment`."""
+        """Return views of `images`, `[V·N, C, H, W]`, view by view; see `bld_ext.ops.augment`."""
         return ops.augment(
             images, self.policy, seed, step, views, indices, self.dtype, self.channels_last
         )
@@ -132,7 +136,7 @@ class SeededAugment:
         indices: Tensor,
         size: tuple[int, int],
     ) -> ViewParameters:
-        """What is drawn for the images `indices` [N] of `size` (H, W), each field `[V, N]`."""
+        """Return what is drawn for images `indices` [N] of `size` (H, W); fields are `[V, N]`."""
         return ops.view_parameters(self.policy, seed, step, views, indices, size)
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""BatchNorm whose statistics are those of one view, with running statistics by a stated policy."""
+"""ViewBatchNorm: normalises each view of a batch by itself, and updates running statistics once."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -13,24 +13,25 @@ from bld_ext import ops
 class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm that normalises each of several views in a batch by its own statistics.
 
-    Outside `view_statistics` it is the PyTorch module it was made from, to the letter. Inside, in
-    training mode, a batch holds `views` views one after the other, and the running statistics move
-    as the attribute `statistics` says:
+    Outside `view_statistics`, and so outside a BLD step, it computes exactly what the PyTorch
+    module computes from which it was made. Inside, in training mode, a batch holds `views` views
+    one after the other, and the attribute `statistics` decides when the running statistics are
+    updated:
 
-    "once"        once a batch: the mode "pool" gathers every view of the warm-up, and `commit`
-                  makes one update of it; in the mode "keep" they are left alone.
-    "every_pass"  by PyTorch's rule at each view: running ← (1 - m)·running + m·statistics. A module
-                  that is used twice in a forward pass moves for all views of one use first.
+    "once"        once a batch. In mode "pool" the module gathers every view of the warm-up, and
+                  `commit` makes one update from all of them. In mode "keep" nothing is updated.
+    "every_pass"  at each view by PyTorch's rule: running ← (1 - m)·running + m·statistics. If a
+                  module is used twice in a forward pass, all views of the first use come first.
 
-    In a network of your own, `norm(x, relu=True)` and `norm(x, residual=y, relu=True)` are what
-    `relu(norm(x))` and `relu(norm(x) + y)` are, in one kernel inside a step.
+    In a network of your own, `norm(x, relu=True)` and `norm(x, residual=y, relu=True)` compute
+    `relu(norm(x))` and `relu(norm(x) + y)`; inside a step they need only one kernel.
     """
 
     statistics = "once"
     views = 1
     mode: str | None = None
     pooled: Tensor | None = None  # [2, C], Σ mean and Σ E[x²] over the views
-    counted: Tensor | None = None  # [2], views, and values of a channel in all of them
+    counted: Tensor | None = None  # [2]: number of views, and of values a channel in all of them
 
     def forward(self, input: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         if not self.by_view():
@@ -43,7 +44,7 @@ class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
                 f"views_per_pass: expected 1, since a BatchNorm of the model gets {len(input)} "
                 f"images of {self.views} views, which is not as many of each"
             )
-        elements = input.numel() // (input.shape[1] * self.views)  # of a channel in a view
+        elements = input.numel() // (input.shape[1] * self.views)  # values of a channel in a view
         if elements == 1:
             raise ValueError(
                 "images: BatchNorm expected more than 1 value per channel in training, got shape "
@@ -58,11 +59,11 @@ class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
         return out
 
     def by_view(self) -> bool:
-        """Whether it normalises, and view by view: in a step, unless it is frozen."""
+        """Return whether it normalises view by view: in a step, unless by running statistics."""
         return self.mode is not None and (self.training or self.running_mean is None)
 
     def begin(self, mode: str) -> None:
-        """From now on a batch holds views."""
+        """Normalise view by view from now on, and gather statistics as `mode` says."""
         self.mode = mode if self.statistics == "once" else self.statistics
         if self.mode == "pool" and self.track_running_stats:
             like = dict(dtype=torch.float64, device=self.running_mean.device)
@@ -86,10 +87,10 @@ class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     @torch.no_grad()
     def _move(self, mean: Tensor, variance: Tensor, n: int) -> None:  # [V, C]
-        """PyTorch's update at one view after the other, as one weighted sum."""
+        """Apply PyTorch's update for one view after the other, as one weighted sum."""
         V, m = len(mean), self.momentum
         self.num_batches_tracked += V
-        if m is None:  # the average of all views there ever were
+        if m is None:  # cumulative average over all views so far
             weights = (1 / self.num_batches_tracked.double()).expand(V)
         else:
             age = torch.arange(V - 1, -1, -1, dtype=torch.float64, device=mean.device)
@@ -103,15 +104,16 @@ class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     @torch.no_grad()
     def commit(self) -> None:
-        """One update of the running statistics from all gathered views, as one batch.
+        """Update the running statistics once, from all gathered views as if they were one batch.
 
-        The variance is that of the pooled views, unbiased; the moving average is corrected for its
-        start as Adam's is, so that the first batch counts in full: m_t = m / (1 - (1 - m)^t).
-        Statistics that came without a count, as in torchvision's pretrained weights, are no start.
+        The variance is the unbiased one of the pooled views. The moving average has Adam's bias
+        correction, so that the first batch counts in full: m_t = m / (1 - (1 - m)^t). It is not
+        applied to statistics that were loaded without a count, as in torchvision's pretrained
+        weights.
         """
         if self.pooled is None:
             return
-        came = self.counted[0] > 0  # an idle module keeps what it has
+        came = self.counted[0] > 0  # a module that was not used keeps its statistics
         views, n = self.counted.clamp(min=1)
         mean, square = self.pooled / views
         variance = (square - mean**2).clamp(min=0) * (n / (n - 1).clamp(min=1))
@@ -140,13 +142,13 @@ class ViewBatchNorm3d(ViewBatchNorm, nn.BatchNorm3d):
 
 
 def recomputing() -> bool:
-    """Whether backward is running: what a checkpoint computes again has been counted before."""
+    """Return whether backward is running, where a checkpoint recomputes what was counted before."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 @contextmanager
 def view_statistics(layers: Sequence[ViewBatchNorm], mode: str) -> Iterator[None]:
-    """Put the layers into a mode; commit what they gathered, or undo it if anything raises."""
+    """Set the modules' mode; after, commit what they gathered, or undo it if anything raises."""
     for layer in layers:
         layer.begin(mode)
     moving = [b for layer in layers if layer.mode == "every_pass" for b in layer.buffers()]

@@ -1,9 +1,9 @@
-"""A whole step as one CUDA graph, replayed for every batch of the same shape.
+"""Capture: records a whole step as one CUDA graph and replays it for batches of the same shape.
 
-What differs from batch to batch is data on the device: images, labels, the learning rates, λ, the
-seed and the batch's number. Everything else belongs to the key; where it changes, the next batch is
-learned without a graph, and the one after it records a new one. A base that keeps state makes it in
-the first step, which is such a change.
+What differs from batch to batch is read from the device: images, labels, the learning rates, λ, the
+seed and the batch's number. Everything else belongs to the key. When the key changes, the next
+batch is learned without a graph, and the one after it records a new graph. A base optimizer that
+keeps state creates it in its first step, which also changes the key.
 """
 
 import gc
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class CudaGraph:
-    """Records what a function asks of the device, without running it, and runs that again."""
+    """Records the kernels that a function launches, without running them, and replays them."""
 
     def __init__(self, device: torch.device):
         if device.type != "cuda":
@@ -27,7 +27,7 @@ class CudaGraph:
         self._graph = torch.cuda.CUDAGraph()
 
     def rehearse(self, function: Callable[[], Tensor]) -> Tensor:
-        """Run it beside the current stream, as torch asks for before a recording."""
+        """Run `function` on a side stream, which torch requires before a recording."""
         with torch.cuda.device(self._device):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
@@ -39,13 +39,13 @@ class CudaGraph:
     def record(self, function: Callable[[], Tensor]) -> Tensor:
         generator, collects = torch.cuda.default_generators[self._device.index], gc.isenabled()
         state = generator.get_state()
-        gc.collect()  # a graph that is freed while another is recorded would end the recording
+        gc.collect()  # a graph freed during the recording of another would end that recording
         gc.disable()
         try:
             with torch.cuda.device(self._device), torch.cuda.graph(self._graph):
                 return function()
         except BaseException:
-            # torch leaves its generator as if the recording went on, and no number could be drawn
+            # torch leaves its generator in recording mode, in which no number can be drawn
             usual = torch.Generator(self._device)
             usual.set_state(state)
             generator.graphsafe_set_state(usual)
@@ -60,7 +60,7 @@ class CudaGraph:
 
 
 class Scalars:
-    """What may change between two replays, as scalars on the device."""
+    """The numbers that may change between two replays, as scalars on the device."""
 
     def __init__(self, device: torch.device, groups: int):
         def scalar(dtype):
@@ -71,17 +71,17 @@ class Scalars:
         self.seed, self.number = scalar(torch.int64), scalar(torch.int64)
 
     def fill(self, rates: list[float | Tensor], balance: float, seed: int, number: int) -> None:
-        """Set them, in the order of the stream and without waiting for the device."""
+        """Set all scalars, in stream order and without waiting for the device."""
         scalars = (*self.rates, self.balance, self.seed, self.number)
         for scalar, value in zip(scalars, (*rates, balance, seed, number), strict=True):
             scalar.copy_(value) if isinstance(value, Tensor) else scalar.fill_(value)
 
 
 class CapturedStep:
-    """A step on images, labels and scalars that always lie in the same place.
+    """A step on images, labels and scalars whose addresses never change.
 
-    The first batch runs without a graph, the second one is recorded and replayed, the others are
-    replayed.
+    It runs the first batch without a graph, records the second and replays it, and replays the
+    graph for all others.
     """
 
     def __init__(self, key: object, images: Tensor, labels: Tensor, groups: int):
@@ -93,7 +93,10 @@ class CapturedStep:
         self.recorded: tuple[Tensor, object] | None = None  # loss and report
 
     def run(self, step: Callable[[], tuple[Tensor, object]]) -> tuple[Tensor, object]:
-        """Loss and report of `step()`, which reads what lies here; they change with each replay."""
+        """Return loss and report of `step()`, which reads the tensors held here.
+
+        Each replay overwrites the values of both.
+        """
         if not self.rehearsed:
             result = self.graph.rehearse(step)
             self.rehearsed = True
@@ -114,14 +117,14 @@ class CapturedStep:
 
 
 class Recorder:
-    """Learns batches by a recorded step, and records another where the key has changed."""
+    """Learns batches by a recorded step, and records another when the key changes."""
 
     def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
         self.recorded: CapturedStep | None = None
-        self.scalars: Scalars | None = None  # while a captured step runs
+        self.scalars: Scalars | None = None  # set while a captured step runs
 
     def run(
         self,
@@ -132,9 +135,12 @@ class Recorder:
         numbers: tuple[float, int, int],
         step: Callable[[Tensor, Tensor], tuple[Tensor, object]],
     ) -> tuple[Tensor, object]:
-        """Loss and report of `step(images, labels)`; `numbers` are λ, the seed and the batch's."""
+        """Return loss and report of `step(images, labels)`.
+
+        `numbers` are λ, the seed and the batch's number.
+        """
         if self.recorded is None or self.recorded.key != key:
-            self.recorded = None  # its memory goes first
+            self.recorded = None  # free its memory first
             self.recorded = CapturedStep(key, images, labels, len(rates))
         recorded = self.recorded
         recorded.images.copy_(images)
@@ -156,13 +162,13 @@ class Recorder:
 def key_of(
     optimizer: "BLDOptimizer", images: Tensor, labels: Tensor, sizes: Sequence[int]
 ) -> tuple:
-    """All that a recorded step has been made for."""
+    """Return the key of a step: everything that a recorded step depends on and cannot change."""
     o = optimizer
     settings = [o.temperature, o.joint_steps, o.views, o.views_in_pass, o.layer, o.schedule]
     settings += [o.precision, o.balance is None, o.balance == 0, o.warmup_ratio]
     settings += [o._format.channels_last(o.model), o.augment, repr(o.augment)]
     batch = [(tuple(t.shape), t.stride(), t.dtype, t.device) for t in (images, labels)]
-    # hooks by the numbers of their handles, which no two share
+    # hooks are identified by the ids of their handles, which are unique
     params = [
         (
             *(id(p), p.data_ptr(), p.requires_grad),

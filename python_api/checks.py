@@ -1,4 +1,4 @@
-"""What BLDOptimizer refuses before anything changes; each error names argument and remedy."""
+"""Checks that BLDOptimizer makes before anything changes; errors name argument and remedy."""
 
 import math
 import operator
@@ -50,7 +50,7 @@ def switch(name: str, value: bool) -> bool:
 
 
 def together(settings: dict[str, object]) -> None:
-    """What a CUDA graph of the step cannot hold."""
+    """Refuse settings that a CUDA graph of the step cannot record."""
     if not settings.get("capture"):
         return
     for name, unlike in (("schedule", "in_backward"), ("check_finite", True)):
@@ -59,7 +59,7 @@ def together(settings: dict[str, object]) -> None:
 
 
 def at_least(name: str, value: int, least: int) -> int:
-    """A whole number, from whatever stands for one: NumPy's, a tensor of one element."""
+    """Return a whole number; an integer of NumPy or a tensor of one element is one."""
     try:
         whole = operator.index(value)
     except TypeError:
@@ -122,7 +122,7 @@ def augment(name: str, value: object) -> object:
 
 
 def removed(given: dict[str, object], known: dict[str, str]) -> None:
-    """Options that are no more, each with what stands in its place."""
+    """Refuse removed options, naming what replaces each, and unknown ones."""
     for name in given:
         if name in known:
             raise TypeError(f"{name}: BLDOptimizer has no such option any more; {known[name]}")
@@ -130,7 +130,7 @@ def removed(given: dict[str, object], known: dict[str, str]) -> None:
 
 
 def rates(lr: float, warmup_lr: float | None) -> float:
-    """The ratio of the warm-up's learning rate to that of the joint updates."""
+    """Return the ratio of the warm-up's learning rate to that of the joint updates."""
     rate = number("lr", lr, positive=warmup_lr is not None)
     return 0.01 if warmup_lr is None else number("warmup_lr", warmup_lr) / rate
 
@@ -193,7 +193,7 @@ def heads(sizes: Iterable[int]) -> list[int]:
 
 
 def batch(images: Tensor, labels: Tensor, device: torch.device, takes_uint8: bool) -> None:
-    """Types, devices and shapes; nothing here waits for the device."""
+    """Check types, devices and shapes, none of which waits for the device."""
     if torch.is_inference_mode_enabled():
         raise RuntimeError("step: it computes gradients; call it outside torch.inference_mode()")
     if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
@@ -221,7 +221,7 @@ def batch(images: Tensor, labels: Tensor, device: torch.device, takes_uint8: boo
 
 
 def batch_values(images: Tensor, labels: Tensor, classes: int, unit_range: bool) -> None:
-    """What is inside; on an accelerator this waits for the device."""
+    """Check the values of images and labels; on an accelerator this waits for the device."""
     if images.is_floating_point() and not images.isfinite().all():
         bad = (~images.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
         raise ValueError(f"images: expected finite values, got nan or inf in images {bad}")

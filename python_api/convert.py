@@ -1,5 +1,6 @@
-"""Make a network ready for batches of several views, in place: BatchNorm by view, and one kernel
-for BatchNorm and what follows it.
+"""Prepares a network for batches of several views, in place.
+
+BatchNorm then normalises view by view, and one kernel computes it with the ReLU that follows.
 """
 
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from bld_ext.api.batch_norm import (
 
 
 def unwatched(*modules: nn.Module) -> bool:
-    """No hook, and no forward of an instance's own, would miss what is between them."""
+    """Return whether no hook and no overridden forward would miss a call if these are fused."""
     watchers = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
     return not any(watchers) and not any(
         m._forward_hooks
@@ -27,13 +28,13 @@ def unwatched(*modules: nn.Module) -> bool:
 
 
 def absorbs(norm: nn.Module, relu: nn.Module) -> bool:
-    """Whether this BatchNorm may compute the ReLU behind it too, just now."""
+    """Return whether this BatchNorm may at present compute the ReLU that follows it, too."""
     by_view = isinstance(norm, ViewBatchNorm) and norm.by_view()
     return by_view and type(relu) is nn.ReLU and unwatched(norm, relu)
 
 
 class FusedSequential(nn.Sequential):
-    """nn.Sequential, where each ViewBatchNorm takes the ReLU behind it along inside a step."""
+    """An nn.Sequential in which each ViewBatchNorm computes the following ReLU, inside a step."""
 
     def forward(self, input: Tensor) -> Tensor:
         done = None
@@ -48,7 +49,7 @@ class FusedSequential(nn.Sequential):
 
 
 def _fuse(module: nn.Module) -> None:
-    """Let this container use them, in place, if it is one that is known."""
+    """Turn a container of a known class into its fused variant, in place."""
     kind = type(module)
     if kind is nn.Sequential:
         children = [*module]
@@ -74,15 +75,19 @@ STATISTICS = ("once", "every_pass")
 def convert_view_batchnorm(module: nn.Module, statistics: str | None = None) -> nn.Module:
     """Turn every `nn.BatchNorm*d` inside into a `ViewBatchNorm`, in place, and return the module.
 
-    The modules, their parameters, buffers, hooks and state_dict stay the same objects; each is
-    still an instance of its PyTorch class and computes as before outside a BLD step; tools that go
-    by a module's exact type, such as torch.jit.script, want a copy from before. Inside a step, a
-    ReLU behind a BatchNorm of an `nn.Sequential`, and the shortcut and the ReLUs of torchvision's
-    residual blocks, are computed by the BatchNorm's kernel, unless a hook watches them.
+    Modules, parameters, buffers and hooks stay the same objects, and the state_dict is unchanged.
+    Outside a BLD step each module computes what it did before, and it is still an instance of its
+    PyTorch class. Tools that go by a module's exact type, such as torch.jit.script, need a copy
+    made before the conversion.
+
+    Inside a step, the BatchNorm's kernel also computes a ReLU that follows it in an
+    `nn.Sequential`, and the shortcut and ReLUs of torchvision's residual blocks, unless a hook
+    watches them.
 
     Args:
-        statistics: when running statistics move: "once" a batch, from all views of the warm-up
-            pooled, or at "every_pass", as in PyTorch. Default: as it was; at first "once".
+        statistics: when the running statistics are updated: "once" a batch, from all views of the
+            warm-up pooled, or at "every_pass", as in PyTorch. None leaves the setting as it is,
+            which at first is "once".
     """
     if statistics not in (None, *STATISTICS):
         expected = ", ".join(STATISTICS)

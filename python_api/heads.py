@@ -65,11 +65,11 @@ class MultiHead(nn.Module):
 
     @property
     def head_sizes(self) -> tuple[int, ...]:
-        """Classes of each head, oldest first."""
+        """The number of classes of each head, oldest first."""
         return tuple(_classes_of(head, f"heads.{i}") for i, head in enumerate(self.heads))
 
     def add_head(self, num_classes: int) -> nn.Module:
-        """Append the classifier of a new task, with its module's own initial weights; return it."""
+        """Add the classifier of a new task, initialised as its module does, and return it."""
         num_classes = _whole("num_classes", num_classes)
         like = next(self.parameters(), torch.empty(0))
         head = self._make_head(self.in_features, num_classes)
@@ -81,7 +81,7 @@ class MultiHead(nn.Module):
         return head
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits of all heads side by side, `[N, ΣC]` or `[N, ΣC, *spatial]`."""
+        """Return the logits of all heads side by side, `[N, ΣC, *]`, oldest head first."""
         self._require_head()
         features = self._features(images)
         if not self._are_plain():
@@ -91,7 +91,7 @@ class MultiHead(nn.Module):
         return F.linear(features, weight, bias)
 
     def _are_plain(self) -> bool:
-        """Whether reading weights and biases of the heads is the same as calling them."""
+        """Return whether one product of all weights and biases is the same as calling the heads."""
         plain = all(type(head) is nn.Linear and head.bias is not None for head in self.heads)
         return plain and unwatched(*self.heads)
 
@@ -106,9 +106,9 @@ class MultiHead(nn.Module):
 
     @torch.no_grad()
     def predict(self, images: Tensor, task: int | None = None) -> Tensor:
-        """The most probable class of each image under head `task`, counted from 0.
+        """Return each image's most probable class under head `task`, counted from 0.
 
-        Runs in eval mode, without gradients, and puts the modes back.
+        The model runs in eval mode, without gradients; the modes of all modules are then restored.
 
         Args:
             images: what the backbone takes: float, normalised as in training.
@@ -152,7 +152,7 @@ class MultiHead(nn.Module):
 
 
 def _whole(name: str, value: object) -> int:
-    """A number of at least 1, from whatever stands for one: NumPy's, a tensor of one element."""
+    """Return a whole number of at least 1; an integer of NumPy or a 0-d tensor is one."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -163,7 +163,7 @@ def _whole(name: str, value: object) -> int:
 
 
 def _classes_of(head: nn.Module, name: str) -> int:
-    """What it says itself, or its last module that says something."""
+    """Return the classes that the head names itself, or else its last module that names some."""
     for module in (head, *reversed([*head.modules()])):
         for attribute in ("out_features", "out_channels"):
             if isinstance(size := getattr(module, attribute, None), int):

@@ -1,4 +1,4 @@
-"""Work on each layer's gradient while backward is still computing the layers before it."""
+"""Acts on each layer's gradient while backward is still computing those of earlier layers."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bld_ext.api.memory import tensor_bytes
 
-BUCKET_BYTES = 8 * 2**20  # of gradients that wait for each other, so that one call serves many
+BUCKET_BYTES = 8 * 2**20  # gradients wait until they are this large, so that one call serves many
 
 
 @contextmanager
@@ -16,20 +16,20 @@ def complete_layers(
     act: Callable[[list[Tensor]], None],
     bucket_bytes: int | None = None,
 ) -> Iterator[None]:
-    """Around the backward pass that completes the gradients: `act(params)`, once for each layer.
+    """Pass each layer to `act(params)` as soon as the enclosed backward completes its gradient.
 
     A layer is complete when all its parameters that require a gradient have accumulated theirs in
-    this pass, or when the pass ends. `act` gets the parameters of one or more complete layers, as
-    far as their gradient has arrived, layer by layer in the order of `layers`; it may change the
-    gradients, update the parameters and release the gradients.
+    this pass, or when the pass ends. `act` gets one or more complete layers at a time: those of
+    their parameters that have a gradient, layer by layer. It may change the gradients, update the
+    parameters and release the gradients.
 
     Args:
         layers: the layer index of each parameter.
-        act: called inside backward; on a GPU in its stream.
-        bucket_bytes: bytes of complete gradients that wait before `act` is called, default 8 MiB.
+        act: called inside backward; on a GPU in the stream of backward.
+        bucket_bytes: `act` is called once this many bytes of gradients are complete. Default 8 MiB.
 
     Raises:
-        RuntimeError: a parameter gets a gradient again after its layer was complete, as under
+        RuntimeError: a parameter gets a second gradient after its layer was complete, as under
             reentrant checkpointing of modules that share it.
     """
     limit = BUCKET_BYTES if bucket_bytes is None else bucket_bytes

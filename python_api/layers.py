@@ -1,4 +1,4 @@
-"""The layers of a network: a norm for each, and their distillation gradients balanced."""
+"""Layers: groups of parameters whose gradient norms are measured and balanced together."""
 
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
@@ -26,14 +26,14 @@ def require_gradient(came: Sized) -> None:
 
 @dataclass(frozen=True)
 class Layers:
-    """Which parameter belongs to which of L layers."""
+    """The assignment of each parameter to one of L layers."""
 
     names: tuple[str, ...]
     index: dict[Tensor, int]  # the layer of each parameter
 
     @classmethod
     def of(cls, model: nn.Module, params: Iterable[Tensor], kind: str) -> "Layers":
-        """A layer is a module that owns parameters, a tensor, or the network."""
+        """Make a layer of each "module" that owns parameters, each "tensor", or the "network"."""
         names: dict[str, int] = {}
         index: dict[Tensor, int] = {}
         owners = {p: name for name, p in model.named_parameters()}
@@ -45,11 +45,11 @@ class Layers:
         return cls(tuple(names), index)
 
     def zeros(self) -> Tensor:
-        """A number for each layer, `[L]`."""
+        """Return a zero for each layer, `[L]`."""
         return next(iter(self.index)).new_zeros(len(self.names))
 
     def norms(self, params: Iterable[Tensor]) -> Tensor:
-        """The norm of these parameters' gradients in each layer, `[L]`."""
+        """Return the norm of these parameters' gradients in each layer, `[L]`."""
         params = list(params)
         require_gradient(params)
         index = [self.index[p] for p in params]
@@ -58,7 +58,7 @@ class Layers:
     def balance(
         self, grads: dict[Tensor, Tensor], reference_norms: Tensor, balance: float | None
     ) -> tuple[Tensor, Tensor]:
-        """Rescale G_d in place, unless `balance` is None; returns the factors and ‖G_d‖, `[L]`."""
+        """Rescale G_d in place, unless `balance` is None; return the factors and ‖G_d‖, `[L]`."""
         index = [self.index[p] for p in grads]
         if balance is None:
             norms = ops.layer_norms(list(grads.values()), index, len(self.names))
@@ -72,10 +72,11 @@ class Layers:
         measured: Callable[[Tensor], None] | None,
         held: list[int],
     ) -> Iterator[None]:
-        """Around the last backward pass: `update(params)` for each layer once it is complete.
+        """Call `update(params)` for each layer whose gradient the enclosed backward completes.
 
-        Before it, `measured(norms)` gets the norms of these layers among zeros, `[L]`, and `held`
-        the bytes of all gradients there are.
+        Before each call, the bytes of all gradients held are appended to `held`, and
+        `measured(norms)` gets the gradient norms of the layers of `params`, `[L]`; those of the
+        other layers are 0.
         """
 
         def act(params: list[Tensor]) -> None:

@@ -1,7 +1,7 @@
-"""What has to hold of a network and an augmentation, tried out on the first batch.
+"""Tries out on the first batch what BLD needs of a network and an augmentation.
 
-A view that comes out again has to be the same view, and the network has to compute the same for it;
-else the distillation gradient is noise, which balancing scales to full size.
+A view that is made again has to be the same view, and the network has to compute the same for it.
+Otherwise the distillation gradient is noise, which balancing scales to full size.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from bld_ext.api.warn import warn
 
 @contextmanager
 def no_trace(model: nn.Module) -> Iterator[None]:
-    """What a forward pass changes of the buffers, as the iteration of spectral_norm, is undone."""
+    """Undo what forward passes change in the buffers, such as spectral_norm's iteration."""
     buffers = [*model.buffers()]
     before = [b.clone() for b in buffers]
     try:
@@ -35,15 +35,13 @@ Call = tuple[str, Tensor, Tensor]
 
 @contextmanager
 def _watched(model: nn.Module, calls: list[Call], masks: bool = True) -> Iterator[None]:
-    """Note the calls of all modules, inner ones first; unless asked not to, dropout does nothing
-    meanwhile.
-    """
+    """Record the calls of all modules, inner ones first; with `masks`, dropout is switched off."""
 
     def note(module: nn.Module, inputs: tuple, output: object) -> None:
         if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
             calls.append((names[module], inputs[0].detach(), output.detach()))
 
-    scripted = torch.jit.ScriptModule  # takes no hooks
+    scripted = torch.jit.ScriptModule  # cannot have hooks
     names = {m: name for name, m in model.named_modules() if not isinstance(m, scripted)}
     dropouts = [m for m in names if masks and isinstance(m, _DropoutNd) and m.training]
     hooks = [m.register_forward_hook(note) for m in names]
@@ -59,7 +57,7 @@ def _watched(model: nn.Module, calls: list[Call], masks: bool = True) -> Iterato
 
 
 def _same(alone: tuple[Tensor, ...], beside: Tensor) -> bool:
-    """Whether the views have the same values side by side, but for rounding."""
+    """Return whether the views have the same values side by side as alone, up to rounding."""
     if any(x.dim() == 0 or x.shape[1:] != beside.shape[1:] for x in alone):
         return all(x.shape == beside.shape and _close(x, beside) for x in alone)
     expected = torch.cat(alone)
@@ -141,10 +139,11 @@ def _warn_of_buffers(model: nn.Module, moved: list[str]) -> None:
 
 @torch.no_grad()
 def what_mixes(first: Views, second: Views, both: Views) -> str | None:
-    """The module that computes a view differently where another one is beside it, if there is one.
+    """Return the name of the module that computes a view differently when another is beside it.
 
-    The innermost, and of those the first. Dropout, whose masks are drawn a pass, is left out.
-    "augment" where it makes another view of the same number.
+    Returns the first of the innermost such modules, or None. Dropout is ignored, because its masks
+    are drawn for each pass anyway. Returns "augment" if the augmentation does not make the same
+    view again.
     """
     calls: list[list[Call]] = [[], [], []]
     logits = []
@@ -158,7 +157,7 @@ def what_mixes(first: Views, second: Views, both: Views) -> str | None:
             return "augment"
         if same_input and not same_output:
             return name or type(first.model).__name__
-    # a model that takes no hooks
+    # only the logits are left to compare in a model that cannot have hooks
     return None if _same(tuple(logits[:2]), logits[2]) else type(first.model).__name__
 
 

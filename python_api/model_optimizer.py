@@ -1,4 +1,4 @@
-"""A torch optimizer around another one, for a model that grows."""
+"""ModelOptimizer: a torch optimizer around another one, for a model that grows."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,10 +14,10 @@ from bld_ext.api.setting import Setting
 
 
 class ModelOptimizer(torch.optim.Optimizer):
-    """Holds the parameters of a model, whichever it has by now, and a base that updates them.
+    """Holds the present parameters of a growing model, and a base optimizer that updates them.
 
-    Groups and state are those of the base, so that schedulers, hooks and state_dict see one
-    optimizer. `seed` and `batches`, learned so far, are the place in a stream.
+    It shares groups and state with the base, so schedulers, hooks and state_dict see one optimizer.
+    `seed` and `batches`, the number of batches learned, tell where it is in a stream.
     """
 
     seed = Setting(checks.seed)
@@ -30,7 +30,7 @@ class ModelOptimizer(torch.optim.Optimizer):
             raise TypeError(f"base: expected it to make a torch.optim.Optimizer, got {kind}")
         try_out(self.base)
         super().__init__(self.base.param_groups, self.base.defaults)
-        self.seed = torch.initial_seed() % 2**63  # of views and forward passes
+        self.seed = torch.initial_seed() % 2**63  # for views and forward passes
         self.batches = 0  # the step word of the views' random numbers
         self._share_with_base()
 
@@ -81,22 +81,23 @@ class ModelOptimizer(torch.optim.Optimizer):
         return [p for group in self.param_groups for p in group["params"]]
 
     def _is_plain_sgd(self) -> bool:
-        """Whether the base does nothing but θ - lr · G, which has a kernel."""
+        """Return whether the base only computes θ - lr · G, for which there is a kernel."""
         hooked = self.base._optimizer_step_pre_hooks or self.base._optimizer_step_post_hooks
         options = ("momentum", "weight_decay", "maximize", "differentiable")
         other = any(group.get(name) for group in self.param_groups for name in options)
         return type(self.base) is torch.optim.SGD and not hooked and not other
 
     def _plain_rate(self, rates: Sequence[float | Tensor]) -> float | Tensor | None:
-        """The one learning rate of a plain SGD."""
+        """Return the learning rate if the base is plain SGD with a single one, else None."""
         different = set(rates)
         return different.pop() if self._is_plain_sgd() and len(different) == 1 else None
 
     def _update(
         self, params: Iterable[Tensor], ratio: float, on_device: Sequence[Tensor] | None = None
     ) -> None:
-        """θ - ratio · lr · G of these parameters by the base, with each group's learning rate, or
-        with one that is `on_device`, as in a captured step. Their gradients are released.
+        """Update these parameters by the base, θ ← θ - ratio · lr · G, and release their gradients.
+
+        lr is each group's learning rate or, in a captured step, its scalar in `on_device`.
         """
         before = [(group["lr"], group["params"]) for group in self.param_groups]
         chosen, plain = set(params), on_device is not None and self._is_plain_sgd()
@@ -117,16 +118,20 @@ class ModelOptimizer(torch.optim.Optimizer):
 
     @staticmethod
     def _plain_update(group: dict) -> None:
-        """θ - lr · G with lr on the device, which torch's SGD would wait for; the same bits."""
+        """Update θ ← θ - lr · G with lr on the device, for which torch's SGD would wait.
+
+        The result is bitwise equal to torch's.
+        """
         if params := [p for p in group["params"] if p.grad is not None]:
             grads, layers = [p.grad for p in params], list(range(len(params)))
             none = grads[0].new_zeros(len(params))
             ops.balanced_sgd_(params, grads, grads, layers, none, 0.0, group["lr"])
 
     def _start_momentum(self) -> None:
-        """That of new parameters, which torch's fused SGD does not start beside the old ones'.
+        """Start the momentum of new parameters, which torch's fused SGD omits beside old ones.
 
-        From zeros it is the gradient after one step, as torch has it, where nothing is dampened.
+        Without dampening, momentum that starts at zero equals the gradient after one step, as
+        torch's does.
         """
         for group in self.param_groups:
             fused = type(self.base) is torch.optim.SGD and group["fused"]
@@ -137,7 +142,7 @@ class ModelOptimizer(torch.optim.Optimizer):
 
     @contextmanager
     def _undone_on_error(self) -> Iterator[None]:
-        """Put parameters, buffers, the base's state and the batch count back if anything raises."""
+        """Restore parameters, buffers, the base's state and the batch count if anything raises."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
         before = [t.detach().clone() for t in tensors]
         state = {
@@ -157,9 +162,9 @@ class ModelOptimizer(torch.optim.Optimizer):
             raise
 
     def _follow_model(self) -> None:
-        """Groups hold what the model does: new parameters join one, replaced ones leave theirs.
+        """Add new parameters of the model, such as heads, to a group, and remove replaced ones.
 
-        New ones take the group's options, so that a scheduler reaches them.
+        New ones take the options of their group, so that a scheduler reaches them.
         """
         named = self._names()
         known = {param for group in self.param_groups for param in group["params"]}
@@ -175,7 +180,7 @@ class ModelOptimizer(torch.optim.Optimizer):
                 group["param_names"].append(name)
 
     def _follow_layout(self) -> None:
-        """The state lies as its parameters do: torch's fused kernels pair them by address."""
+        """Give the state its parameters' strides: torch's fused kernels pair both by address."""
         for param, entry in self.state.items():
             for name, value in entry.items():
                 if isinstance(value, Tensor) and value.shape == param.shape:
@@ -183,12 +188,12 @@ class ModelOptimizer(torch.optim.Optimizer):
                         entry[name] = torch.empty_like(param).copy_(value)
 
     def _share_with_base(self) -> None:
-        """One list of groups and one state for both, so schedulers and state_dict see it all."""
+        """Share one list of groups and one state with the base, so that both always agree."""
         self.base.__setstate__({"state": self.state, "param_groups": self.param_groups})
         self.state, self.param_groups = self.base.state, self.base.param_groups
 
     def state_dict(self) -> dict:
-        """As every torch optimizer's, with "bld": seed, batches learned, parameter shapes."""
+        """Return torch's state and, under "bld", the seed, batches learned and parameter shapes."""
         self._follow_model()
         ours = {"seed": self.seed, "batches": self.batches, "shapes": self._shapes()}
         return super().state_dict() | {"bld": ours}
@@ -197,7 +202,10 @@ class ModelOptimizer(torch.optim.Optimizer):
         return {name: tuple(p.shape) for name, p in self.model.named_parameters()}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Resume bit for bit. The model must have the heads it had when the state was saved."""
+        """Restore a saved state; training continues bit for bit as it would have then.
+
+        The model must already have the heads it had when the state was saved.
+        """
         if not {"bld", "state", "param_groups"} <= set(state_dict):
             keys = sorted(state_dict)
             raise ValueError(
@@ -223,8 +231,8 @@ class ModelOptimizer(torch.optim.Optimizer):
         self.seed, self.batches = state_dict["bld"]["seed"], state_dict["bld"]["batches"]
 
     def __getstate__(self) -> dict:
-        # a scheduler hangs a step of its own on the instance, bound to this very object; hooks stay
-        # behind as those of every torch optimizer
+        # a scheduler sets a `step` on the instance, bound to this very object; hooks are left out,
+        # as every torch optimizer does
         own = self.__dict__.items()
         return {k: v for k, v in own if k != "step" and not k.startswith("_optimizer_")}
 

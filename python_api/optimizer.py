@@ -1,8 +1,8 @@
-"""BLDOptimizer: Batch-Level Distillation where a torch optimizer would stand.
+"""BLDOptimizer: Batch-Level Distillation, used in a training loop in place of a torch optimizer.
 
 Fini, Lathuilière, Sangineto, Nabi, Ricci: "Online Continual Learning under Extreme Memory
-Constraints", ECCV 2020. The method itself is in `algorithm.py`, what surrounds it is put together
-in `runner.py`; this class is what a training loop sees.
+Constraints", ECCV 2020. This file has the interface, `algorithm.py` the method, and `runner.py`
+what surrounds the method in a step.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ from bld_ext.api.setting import Setting
 
 REMOVED = {
     "balance_in_backward": "it changed neither results nor memory; schedule='in_backward' updates "
-    "each layer amid the backward pass",
+    "each layer during the backward pass",
     "keep_gradients": "capture=True keeps every address from step to step",
     "memory_budget": "give the budget as views_per_pass='512 MiB'",
     "channels_last": "images are so on a CPU, and elsewhere where the model's weights are: call "
@@ -39,64 +39,76 @@ REMOVED = {
 class BLDOptimizer(StepRunner):
     """Learns a stream of tasks, distilling the network into itself within each batch.
 
-    One `step` makes 1 + `joint_steps` updates of the network θ. The warm-up computes the loss L_t
-    of the newest head over all views of the batch, keeps the softened predictions of the older
-    heads (the bank) and the gradient norm ‖G_w‖ of each layer, and takes a small step
-    θ' = θ - α_w G_w. Each joint repetition computes the gradient G_d of the distillation loss L_d
-    against the bank, rescales each layer of it to λ‖G_w‖/‖G_d‖ · G_d, adds dL_t/dθ', and takes a
-    step of size α_j. Losses are summed over the batch and averaged over the views. Then everything
-    but the network is released.
+    The network θ has one head, a classifier, for each task. The newest head learns; the older heads
+    are to keep their predictions. Each `step` learns one batch in 1 + `joint_steps` updates:
+
+    - The warm-up runs the network on V views of each image: random augmentations, made again
+      whenever they are needed. It computes the loss L_t of the newest head, keeps the softened
+      predictions of the older heads (the bank) and the norm of the gradient, ‖G_w‖, in each layer
+      (by default a module that owns parameters), and takes a small step θ' = θ - α_w G_w.
+    - Each joint repetition computes the gradient G_d of the distillation loss L_d against the bank,
+      rescales it in each layer to λ‖G_w‖/‖G_d‖ · G_d, adds dL_t/dθ', and takes a step of size α_j.
+
+    Losses are summed over the batch and averaged over the views. After a step, everything but the
+    network, and the state of a base optimizer that keeps one, is released.
 
     Args:
         model: maps images to the logits of all heads side by side, `[N, ΣC]` or
-            `[N, ΣC, *spatial]`, oldest head first, and has `head_sizes`. float32 or float64. Heads
-            may be added at any time.
+            `[N, ΣC, *spatial]`, oldest head first. Its `head_sizes` lists the number of classes of
+            each head. Parameters are float32 or float64. Heads may be added at any time.
         lr: α_j, the learning rate of the joint updates.
         warmup_lr: α_w; default lr / 100. It keeps its ratio to lr when a scheduler changes lr.
         temperature: τ of the softened predictions.
-        balance: λ. 0 is finetuning: the distillation passes are left out. None leaves G_d as it is,
+        balance: λ. 0 is finetuning: the distillation passes are skipped. None leaves G_d as it is,
             the paper's "no balancing".
-        joint_steps: joint repetitions.
-        views: views V of each image; default 50 with `augment`, else 1, the images themselves.
-        views_per_pass: views that go through the network as one batch. BatchNorm's statistics stay
-            those of a view, so this changes speed and memory alone; a model that mixes the images
-            of a batch in another way is named in a warning. A size such as "512 MiB" stands for
-            the most views whose activations fit into it, and for less after running out of memory;
-            "auto" is 256 MiB on a CPU, 80 % of what is free on a GPU.
-        augment: `augment(images, seed=, step=, views=, indices=)`, which returns the views one
-            after the other, `[len(views)·B, ...]`, the same every time: a `SeededAugment` or your
-            own.
-        layer: what is balanced as one: "module" (weight and bias together), "tensor", "network".
+        joint_steps: the number of joint repetitions.
+        views: V, the number of views of each image. Default: 50 with `augment`; without it 1, the
+            image itself.
+        views_per_pass: the number of views that go through the network as one batch. It changes
+            speed and memory only, because BatchNorm normalises each view by its own statistics. A
+            warning names a layer that mixes the images of a batch in another way. A memory budget
+            such as "512 MiB" chooses the most views whose activations fit into it, and fewer after
+            running out of memory. "auto" is a budget of 256 MiB on a CPU, and of 80 % of the free
+            memory on a GPU.
+        augment: a `SeededAugment` or your own `augment(images, seed=, step=, views=, indices=)`. It
+            returns the views one after the other, `[len(views)·B, ...]`, and the same values
+            whenever its arguments are the same.
+        layer: what is balanced together: "module" (weight and bias of a module), "tensor" (each
+            parameter alone) or "network" (all parameters).
         schedule: "two_forward" holds one gradient and runs two forward passes a view in each joint
             repetition. "shared_forward" runs one, and holds a second gradient unless all views go
-            through the network in one pass. "in_backward" is two_forward that updates each layer as
-            soon as its gradient is complete, and releases it. See `schedules.py`.
-        precision: of products. "fp32" switches TF32 off. "mixed" keeps the forward passes in fp32,
-            where rounding would drown what is distilled, and runs the backward passes in TF32 on a
-            GPU, and in bfloat16 on a CPU with instructions for it.
-        capture: replay a CUDA graph of the whole step for batches of one shape. The first such
-            batch is learned without a graph and the second is recorded; so again after a change of
-            heads, shape, modules, hooks or settings other than learning rates, λ and seed. The
-            graph's memory is held from batch to batch, and `last` changes with each step. Not for
-            models with dropout, "in_backward" or `check_finite`.
-        base: the optimizer class that makes the updates, called as `base(params, lr=lr)`. One that
-            keeps state carries memory from batch to batch.
-        check_finite: raise FloatingPointError on a loss, gradient norm or parameter that is not
-            finite, and put the network back as it was before the step. Costs a copy of the network
-            and a wait for the device in each stage.
+            through the network in one pass. "in_backward" works as "two_forward", but updates each
+            layer and releases its gradient as soon as that gradient is complete. See
+            `schedules.py`.
+        precision: of matrix products and convolutions. "fp32" switches TF32 off. "mixed" runs the
+            backward passes in TF32 on a GPU, and in bfloat16 on a CPU with instructions for it. The
+            forward passes stay in fp32, because their rounding would drown the distillation
+            gradient.
+        capture: whether to replay a CUDA graph of the whole step for batches of one shape. The
+            first such batch runs without a graph and the second is recorded. After a change of
+            heads, shape, modules, hooks or settings other than learning rates, λ and seed, this
+            starts again. The graph's memory is held from batch to batch, and each step overwrites
+            the values in `last`. Excludes models with dropout, "in_backward" and `check_finite`.
+        base: the class of the torch optimizer that makes the updates, called as
+            `base(params, lr=lr)`. One that keeps state, such as momentum, carries memory from batch
+            to batch.
+        check_finite: whether to raise FloatingPointError on a loss, gradient norm or parameter that
+            is not finite, and restore the network as it was before the step. Costs a copy of the
+            network and a wait for the device in each stage.
 
     Attributes:
-        seed: of the views and of the forward passes' random numbers, 0 to 2**63 - 1. It is torch's
-            initial seed, which `torch.manual_seed` sets.
+        seed: the seed of the views and of the forward passes' random numbers, 0 to 2**63 - 1. It
+            starts as torch's initial seed, which `torch.manual_seed` sets.
         last: a `StepReport` of the last step: losses, norms and factors of each layer.
 
     The model's BatchNorm modules become `ViewBatchNorm` in place, with the same parameters, buffers
-    and state_dict; `convert_view_batchnorm` sets when their running statistics move. Images go to
-    the network in torch.channels_last on a CPU, where that is faster, and where the model's weights
-    lie so. Inside a step TF32, reduced-precision products and
-    autocast are off, and torch's random state is replaced; both are put back after it. They are
-    global, so steps in two threads at once disturb each other. `step` owns the gradients and
-    releases them.
+    and state_dict; `convert_view_batchnorm` sets when their running statistics are updated. Images
+    go to the network in torch.channels_last on a CPU, where that is faster, and wherever the
+    model's weights have that layout.
+
+    Inside a step TF32, reduced-precision products and autocast are off, and torch's random state is
+    replaced; both are restored after it. These settings are global, so steps in two threads at once
+    disturb each other. `step` drops the gradients it finds and releases its own.
 
     Example:
         optimizer = BLDOptimizer(model, lr=1e-4, views=50, augment=SeededAugment(crop_padding=4))
@@ -161,17 +173,19 @@ class BLDOptimizer(StepRunner):
 
         Args:
             images: `[B, ...]`, on the model's device; the views are made from it.
-            labels: `[B]` int64 (`[B, *spatial]` for dense logits), newest head's classes from 0.
+            labels: `[B]` int64 (`[B, *spatial]` for dense logits), the classes of the newest head
+                counted from 0.
 
         Returns:
             L_t of the batch before it was learned: a device scalar, summed over the images and
-            averaged over the views. More is in `optimizer.last`.
+            averaged over the views. `optimizer.last` reports more.
 
         Raises:
-            ValueError, TypeError, RuntimeError: bad images, labels or model. The network has not
-                changed then. After an error of another kind in the joint stage, such as running
-                out of memory, it may hold the warm-up update, unless `check_finite` is set.
-            FloatingPointError: with `check_finite`; the network is as before the step.
+            ValueError, TypeError, RuntimeError: images, labels or model are not as expected. The
+                network has not changed then. After another error in the joint stage, such as
+                running out of memory, it may hold the warm-up update, unless `check_finite` is set.
+            FloatingPointError: with `check_finite`, a value is not finite. The network is as it was
+                before the step.
         """
         sizes = self._check(images, labels)
         self._choose_pass_size(images, labels, sizes)
@@ -192,7 +206,10 @@ class BLDOptimizer(StepRunner):
                 return loss
 
     def warm_up(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Algorithm 1: bank, ‖G_w‖ per layer, θ' = θ - α_w G_w. Returns L_t."""
+        """Run Algorithm 1: keep the bank and ‖G_w‖ of each layer, update θ' = θ - α_w G_w.
+
+        Returns L_t. `images` and `labels` are as in `step`.
+        """
         sizes = self._check(images, labels)
         self._choose_pass_size(images, labels, sizes)
         run = partial(self._warm_up, images, labels, sizes)
@@ -205,17 +222,15 @@ class BLDOptimizer(StepRunner):
         bank: Tensor | None = None,
         losses: Sequence[str] = algorithm.LOSSES,
     ) -> Tensor:
-        """Algorithm 2, one repetition on the batch of the last `warm_up`. Returns L_t.
-
-        The batch has to be the same; only its shape is checked.
+        """Run one repetition of Algorithm 2 on the batch of the last `warm_up`. Returns L_t.
 
         Args:
-            images, labels: as in `step`.
-            bank: `[V·B, C_old, *]`, other predictions to distil from than those of the warm-up, as
-                LwF has them; balance=0 leaves them unread. With balance=None this needs no warm-up
-                before it: a batch then begins here, and ends with `release`.
-            losses: what makes the update, "new" (L_t), "distillation" (L_d) or both. With
-                "distillation" alone L_d is returned, and while there is no old head it is zero and
+            images, labels: those given to `warm_up`; only the shape of the images is checked.
+            bank: `[V·B, C_old, *]`, predictions to distil from in place of the warm-up's, as in
+                LwF. They are not read with balance=0. With balance=None no warm-up is needed: the
+                batch then begins here and ends with `release`.
+            losses: the losses to learn from: "new" (L_t), "distillation" (L_d) or both. With
+                "distillation" alone L_d is returned; while there is no old head, it is zero and
                 nothing is updated.
         """
         losses = checks.some("losses", losses, algorithm.LOSSES)
@@ -227,7 +242,7 @@ class BLDOptimizer(StepRunner):
 
     @property
     def views_per_pass(self) -> int | str:
-        """As it was asked for: a number, "auto", or a size such as "512 MiB"."""
+        """The setting as it was given: a number, "auto", or a size such as "512 MiB"."""
         return self._pass_size.wanted
 
     @views_per_pass.setter
@@ -236,13 +251,16 @@ class BLDOptimizer(StepRunner):
 
     @property
     def views_in_pass(self) -> int:
-        """Views that go through the network at once: `views_per_pass`, or what was chosen."""
+        """The number of views that go through the network at once, as given or as chosen."""
         return min(self._pass_size.number, self.views)
 
-    # ---- a torch optimizer's life ----
+    # ---- what every torch optimizer has ----
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Resume bit for bit. The model must have the heads it had when the state was saved."""
+        """Restore a saved state; training continues bit for bit as it would have then.
+
+        The model must already have the heads it had when the state was saved.
+        """
         super().load_state_dict(state_dict)
         self.release()
         self._recorder.forget()

@@ -1,4 +1,4 @@
-"""Running out of memory: how it is told, and with which remedy it is told on."""
+"""Recognises that a pass ran out of memory, and raises an error that names a remedy."""
 
 from collections.abc import Callable
 
@@ -8,27 +8,28 @@ from torch import Tensor
 NO_MEMORY = (
     "DefaultCPUAllocator: ",
     "_STATUS_ALLOC_FAILED",
-    # a kernel of ours, which is told that a call failed but not why
+    # from our kernels, which learn that a call failed but not why
     "aoti_torch_empty_strided(",
     *(f'"aten::{op}"' for op in ("new_empty", "contiguous", "clone", "to")),
 )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or the processor's allocator, has said that there is no memory left."""
+    """Return whether the error says that a device or the CPU allocator has no memory left."""
     named = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     return named or any(text in str(error) for text in NO_MEMORY)
 
 
 def too_much(views: int, images: int, automatic: bool) -> torch.OutOfMemoryError:
-    """The error to raise for a pass of so many views of so many images.
+    """Return the error for a pass of `views` views of `images` images that does not fit.
 
-    A frame that held it would be a cycle, and hold what did not fit.
+    Raise it without storing it in a variable: the error refers to the frames it passes, so a frame
+    that held it would form a reference cycle and keep the tensors that did not fit.
     """
     remedy = "set views_per_pass lower, or to 'auto'"
     if automatic:
-        remedy = "the next batch will have fewer; a smaller budget, as in views_per_pass='64 MiB', "
-        remedy += "has them at once"
+        remedy = "the next batch will use fewer views a pass; to use fewer at once, set a smaller "
+        remedy += "budget, such as views_per_pass='64 MiB'"
     if views == 1:
         remedy = "use fewer images a batch, schedule='in_backward', or a smaller network"
     return torch.OutOfMemoryError(
@@ -40,9 +41,9 @@ def too_much(views: int, images: int, automatic: bool) -> torch.OutOfMemoryError
 def within_memory(
     run: Callable[[], Tensor | None], explain: Callable[[], torch.OutOfMemoryError]
 ) -> Tensor | None:
-    """Or the error that `explain` makes.
+    """Return `run()`, or raise the error that `explain` makes if it runs out of memory.
 
-    No context manager: contextlib's frame holds the error it hands over, a cycle.
+    This is not a context manager, because contextlib's frame would hold the error in a cycle.
     """
     try:
         return run()

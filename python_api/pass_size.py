@@ -1,4 +1,4 @@
-"""How many views go through the network at once: as given, or as many as fit into memory."""
+"""PassSize: how many views go through the network at once, as given or as fits into memory."""
 
 import re
 from dataclasses import replace
@@ -10,13 +10,13 @@ from bld_ext.api.mixing import is_compiled, warn_of_mixing
 from bld_ext.api.out_of_memory import is_out_of_memory
 from bld_ext.api.views import Views
 
-CPU_BYTES = 256 * 2**20  # of activations in a pass; with more, a processor is no faster
-GPU_SHARE = 0.8  # of what is free
+CPU_BYTES = 256 * 2**20  # activations in a pass; more of them make a CPU no faster
+GPU_SHARE = 0.8  # of the free memory
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 def parse_bytes(text: str) -> int | None:
-    """Of a size such as "512 MiB"; None where it is none."""
+    """Return the bytes of a size such as "512 MiB", or None if `text` is not a size."""
     found = re.fullmatch(rf"(\d+(?:\.\d+)?) ?({'|'.join(UNITS)})", text.strip())
     return int(float(found[1]) * UNITS[found[2]]) if found else None
 
@@ -26,7 +26,7 @@ class PassSize:
 
     Args:
         wanted: a number; or the memory that the activations of a pass may take, such as "512 MiB",
-            or "auto", which is 256 MiB on a CPU and 80 % of what is free on a GPU.
+            or "auto", which is 256 MiB on a CPU and 80 % of the free memory on a GPU.
     """
 
     def __init__(self, wanted: int | str):
@@ -34,14 +34,16 @@ class PassSize:
         self.automatic = isinstance(wanted, str)
         self.budget = parse_bytes(wanted) if self.automatic and wanted != "auto" else None
         self.number = 1 if self.automatic else wanted
-        self.on_trial = False  # no step has ended with this number yet
+        self.on_trial = False  # True until a step has succeeded with this number
         self.looked_for_mixing = False
         self._key: object = None
         self._known: dict[object, int] = {}
 
     def choose(self, views: Views) -> None:
-        """Measure what a view takes, where the batch is of a new shape or other parameters learn;
-        look for layers that mix images, once.
+        """Choose the number for this batch; the first time, look for layers that mix images.
+
+        What a view takes is measured when the batch has a new shape, or other parameters require a
+        gradient.
         """
         key = self.key_of(views.model, views.images, views.count)
         one = replace(views, count=1, per_pass=1)
@@ -52,12 +54,12 @@ class PassSize:
             self._look_for_mixing(one, min(self.number, views.count))
 
     def is_chosen(self, model: nn.Module, images: Tensor, count: int) -> bool:
-        """Whether `choose` has nothing to do for `count` views of such a batch."""
+        """Return whether `choose` has nothing to do for `count` views of such a batch."""
         fits = self.fits(self.key_of(model, images, count))
         return fits and (self.looked_for_mixing or min(self.number, count) == 1)
 
     def key_of(self, model: nn.Module, images: Tensor, count: int) -> object:
-        """Of batches whose views take as much memory."""
+        """Return a key that is equal for batches whose views take the same memory."""
         if not self.automatic:
             return ()
         params = [*model.parameters()]
@@ -75,13 +77,13 @@ class PassSize:
                 raise
 
     def fits(self, key: object) -> bool:
-        """Whether nothing has to be measured for such a batch."""
+        """Return whether such a batch needs no measurement; use its number if it is known."""
         if self.automatic and key in self._known:
             self._key, self.number = key, self._known[key]
         return not self.automatic or key == self._key
 
     def fit(self, one: Views, count: int, key: object) -> None:
-        """Choose a number for V = `count` views, from a forward pass of `one` view."""
+        """Choose the number for V = `count` views by measuring a forward pass of `one` view."""
         device = one.images.device
         free = self.budget
         if free is None and device.type == "cuda":
@@ -89,13 +91,14 @@ class PassSize:
             free = int(GPU_SHARE * (torch.cuda.mem_get_info(device)[0] + unused))
         largest = (CPU_BYTES if free is None else free) // max(1, activation_bytes(one))
         passes = -(-count // min(count, max(1, largest)))
-        self.number = -(-count // passes)  # as even as they get
+        self.number = -(-count // passes)  # passes as equal as possible
         self.on_trial, self._key = True, key
         self._known[key] = self.number
 
     def halve(self, now: bool = True) -> bool:
-        """After running out of memory, from now on or from the next batch; False where it cannot
-        be less.
+        """Halve the number after running out of memory, `now` or from the next batch on.
+
+        Returns False if the number cannot be lower or was not chosen here.
         """
         if not self.automatic or self.number == 1:
             return False
@@ -109,7 +112,7 @@ class PassSize:
 
 
 def activation_bytes(one: Views) -> int:
-    """What backward would keep of these views, and two gradients of the largest of it."""
+    """Return the bytes that backward needs: saved tensors, and two gradients of the largest one."""
     model = one.model
     known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     held: dict[int, int] = {}
@@ -118,8 +121,8 @@ def activation_bytes(one: Views) -> int:
         storage = saved.untyped_storage()
         if storage.data_ptr() not in known:
             held[storage.data_ptr()] = storage.nbytes()
-        return saved.detach()  # itself, it would hold the graph that holds it, for good
+        return saved.detach()  # `saved` itself refers to the graph that would hold it: a cycle
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda saved: saved):
-        _ = list(one)  # held until all is counted, so that no address comes twice
+        _ = list(one)  # kept until all is counted, so that no address is used twice
     return sum(held.values()) + 2 * max(held.values(), default=0)

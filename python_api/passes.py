@@ -1,8 +1,8 @@
-"""One pass of a stage over all views: losses, and gradients accumulated where they belong.
+"""Passes over all views of a batch: each function computes losses and accumulates gradients.
 
-Losses are summed over the batch by the ops and averaged over the views here; the gradient of each
-pass is added as soon as it is there, so no more than one pass of activations is ever held. `last`
-is entered around the last backward pass, the one that completes the gradients.
+The ops sum losses over the batch; this file averages them over the views. Each pass runs its
+backward before the next pass starts, so the activations of only one pass are held at a time. `last`
+is a context manager entered around the last backward pass, the one that completes the gradients.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,10 @@ def _backward(loss: Tensor, views: Views, rows: slice, last: AbstractContextMana
 def warm_up_pass(
     views: Views, temperature: float, fill_bank: bool, last: AbstractContextManager
 ) -> tuple[Tensor, Tensor]:
-    """G_w into .grad; returns L_t and the bank, `[V·B, C_old, *]`, or one without classes."""
+    """Add G_w to .grad; return L_t and the bank, `[V·B, C_old, *]`.
+
+    Without `fill_bank` the bank has no classes: `[V·B, 0, *]`.
+    """
     bank, losses = None, []
     for rows, logits, labels in views:
         loss, targets = ops.warm_up_loss(logits, labels, views.sizes, temperature)
@@ -39,7 +42,7 @@ def warm_up_pass(
 
 
 def new_task_pass(views: Views, temperature: float, last: AbstractContextManager) -> Tensor:
-    """Add dL_t/dθ to .grad; returns L_t."""
+    """Add dL_t/dθ to .grad; return L_t."""
     losses = []
     for rows, logits, labels in views:
         loss, _ = ops.warm_up_loss(logits, labels, views.sizes, temperature)
@@ -51,7 +54,7 @@ def new_task_pass(views: Views, temperature: float, last: AbstractContextManager
 def distillation_pass(
     views: Views, bank: Tensor, temperature: float, last: AbstractContextManager
 ) -> Tensor:
-    """G_d into .grad; returns L_d."""
+    """Add G_d to .grad; return L_d."""
     losses = []
     for rows, logits, _ in views:
         loss = ops.distillation_loss(logits, bank[rows], views.sizes[:-1], temperature)
@@ -66,7 +69,7 @@ def shared_pass(
     temperature: float,
     params: list[Tensor],
 ) -> tuple[Tensor, Tensor, dict[Tensor, Tensor]]:
-    """dL_t/dθ into .grad and G_d apart, from the same forward passes; returns L_t, L_d and G_d."""
+    """Add dL_t/dθ to .grad; return L_t, L_d and G_d, all from the same forward passes."""
     new_losses, old_losses = [], []
     distilled: dict[Tensor, Tensor] = {}
     for rows, logits, labels in views:
@@ -91,7 +94,10 @@ def shared_pass(
 def one_graph_pass(
     views: Views, bank: Tensor, temperature: float, balance: Callable[[], None]
 ) -> tuple[Tensor, Tensor]:
-    """G_d into .grad, `balance()`, dL_t/dθ added, all from one forward pass; gives L_t and L_d."""
+    """Add G_d to .grad, call `balance()`, add dL_t/dθ; return L_t and L_d.
+
+    Everything comes from one forward pass, so all views must be in it.
+    """
     ((rows, logits, labels),) = views
     new, old = ops.joint_loss(logits, labels, bank, views.sizes, temperature)
     with backward_arithmetic(views.precision):

@@ -1,4 +1,4 @@
-"""The arithmetic of a step: float32 as it is written, and random numbers that can be replayed."""
+"""Arithmetic of a step: exact float32 products, and random numbers that can be replayed."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -6,8 +6,9 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 
 import torch
 
-# Where torch may compute a float32 product in less: TF32 on a GPU, bfloat16 on a CPU. A switch that
-# was never set follows its parent, so parents come first and only what then still differs is set.
+# The switches that let torch compute a float32 product in lower precision: TF32 on a GPU, bfloat16
+# on a CPU. A switch that was never set follows its parent. Parents therefore come first, and only a
+# switch that then still differs is set.
 _SWITCHES = (
     torch.backends.cudnn,
     torch.backends.mkldnn,
@@ -21,14 +22,14 @@ _SWITCHES = (
 
 
 _lock = threading.Lock()
-_kept: dict[object, list] = {}  # what is global, as it was before the first of those inside
+_kept: dict[object, list] = {}  # global settings from before the first thread changed them
 
 
 @contextmanager
 def _set_aside(
     name: object, read: Callable[[], object], put_back: Callable[[object], None]
 ) -> Iterator[None]:
-    """Around a change of what is global: of several threads the last one puts it back."""
+    """Save a global setting and restore it; of several threads, the last to leave restores it."""
     with _lock:
         kept = _kept.setdefault(name, [])
         kept.append(kept[0] if kept else read())
@@ -43,9 +44,9 @@ def _set_aside(
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """No TF32, no bfloat16 products, no autocast inside; everything as it was after.
+    """Switch off TF32, bfloat16 products and autocast inside, and restore all of them after.
 
-    Inside, torch's older switches such as `torch.backends.cudnn.allow_tf32` raise its own error
+    Inside, torch's older switches such as `torch.backends.cudnn.allow_tf32` raise torch's error
     about mixing them with the newer ones.
     """
     with ExitStack() as stack:
@@ -71,16 +72,16 @@ def _put_all_back(before: list[str]) -> None:
 
 
 def _put_back(switch, precision: str) -> None:
-    """To its parent's, if that is what it was, so that it follows the parent later on."""
+    """Restore a switch; if it had its parent's value, let it follow the parent again."""
     if switch.fp32_precision != precision:
         switch.fp32_precision = "none"
         if switch.fp32_precision != precision:
             switch.fp32_precision = precision
 
 
-# In "mixed" the backward passes, whose rounding is relative to the gradient, use what the device
-# has; a forward pass may not: there it is relative to the activations, and what is distilled is
-# a difference of two of them.
+# "mixed" reduces only the backward passes, whose rounding errors are relative to the gradient.
+# Those of a forward pass are relative to the activations, and what is distilled is a small
+# difference of two of them.
 PRECISIONS = ("fp32", "mixed")
 _IN_BACKWARD = {
     torch.backends.cuda.matmul: "tf32",
@@ -94,7 +95,7 @@ REFUSED = ("tf32", "bf16", "bfloat16", "fp16", "float16", "autocast", "amp")
 
 
 def backward_arithmetic(precision: str) -> AbstractContextManager:
-    """Around a backward pass inside `exact_float32`."""
+    """Return the context manager for a backward pass inside `exact_float32`."""
     return _reduced() if precision == "mixed" else nullcontext()
 
 
@@ -111,7 +112,7 @@ def _reduced() -> Iterator[None]:
 
 @contextmanager
 def replayable_rng(device: torch.device) -> Iterator[Callable[[int], None]]:
-    """Yield a function that seeds torch's generators of the CPU and `device`; then restore them."""
+    """Yield a function that seeds torch's generators of CPU and `device`; restore them after."""
     generators = [torch.default_generator]
     if device.type == "cuda":
         generators.append(torch.cuda.default_generators[device.index])
@@ -129,10 +130,10 @@ def replayable_rng(device: torch.device) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def no_random_numbers(device: torch.device) -> Iterator[None]:
-    """Around a forward pass of a captured step, which cannot seed a generator.
+    """Refuse a forward pass that draws random numbers: a captured step cannot seed a generator.
 
     Raises:
-        ValueError: torch's generators moved. While a graph is being recorded nobody looks.
+        ValueError: the generator of `device` advanced. This is not checked during a recording.
     """
     on_gpu = device.type == "cuda"
     if on_gpu and torch.cuda.is_current_stream_capturing():

@@ -1,4 +1,4 @@
-"""What a step leaves behind: a report for whoever asks, and what its next stage needs."""
+"""What a step leaves behind: a report for the user, and a warm-up's data for the joint stage."""
 
 from dataclasses import dataclass, field
 
@@ -11,19 +11,20 @@ from bld_ext.api.layers import Layers
 class StepReport:
     """What the last step did, as device tensors; only reading one waits for the device.
 
-    The optimizer never reads it again: it is no memory from batch to batch.
+    The optimizer never reads it, so it does not carry memory from batch to batch.
 
     Attributes:
-        layers: the name of each layer, L of them.
-        warm_up_loss: L_t before the batch was learned, summed over images, averaged over views;
-            None where no warm-up was made.
-        reference_norms: ‖G_w‖, `[L]`.
+        layers: the names of the L layers.
+        warm_up_loss: L_t before the batch was learned, summed over the images and averaged over the
+            views; None if there was no warm-up.
+        reference_norms: ‖G_w‖ of each layer, `[L]`.
         new_loss: L_t of each joint repetition.
-        distillation_loss: L_d of each; empty while there is no old head.
-        distillation_norms: ‖G_d‖ before balancing, `[L]` each. All zero means: no distillation.
-        factors: λ‖G_w‖/‖G_d‖, `[L]` each.
+        distillation_loss: L_d of each joint repetition; empty while there is no old head.
+        distillation_norms: ‖G_d‖ before balancing, `[L]` for each joint repetition. If all are
+            zero, nothing was distilled.
+        factors: λ‖G_w‖/‖G_d‖, `[L]` for each joint repetition.
         memory: bytes held while the batch was learned, beside the network and the activations;
-            "seed" is the seed and the batch's number.
+            "seed" stands for the seed and the batch's number.
     """
 
     layers: tuple[str, ...]
@@ -43,5 +44,5 @@ class Batch:
     bank: Tensor  # [V·B, C_old, *]
     layers: Layers
     reference_norms: Tensor  # [L]
-    number: int  # of this batch in the stream
+    number: int  # position of the batch in the stream
     shape: tuple[int, ...]

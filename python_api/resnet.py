@@ -1,6 +1,6 @@
 """torchvision's residual blocks with BatchNorm, shortcut and ReLU in one kernel inside a step.
 
-Imported where a model has such blocks.
+`convert` imports this file only when a model has such blocks.
 """
 
 from torch import Tensor

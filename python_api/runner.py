@@ -1,8 +1,9 @@
-"""The stages of a step, put together with what surrounds them.
+"""StepRunner: runs the stages of a step together with everything that surrounds them.
 
-Each of these is a file of its own, and none knows another: exact arithmetic (`precision`),
-BatchNorm's policy (`batch_norm`), views and random numbers (`views`), the memory format, the size
-of a pass, running out of memory, recording as a CUDA graph (`capture`).
+Each of these concerns has a file of its own: exact arithmetic (`precision`), BatchNorm's policy
+(`batch_norm`), views and random numbers (`views`), the layout of images and weights
+(`memory_format`), the number of views in a pass (`pass_size`), running out of memory
+(`out_of_memory`) and recording as a CUDA graph (`capture`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -34,17 +35,17 @@ NEVER = object()
 
 
 class StepRunner(ModelOptimizer):
-    """Runs stages with the settings that BLDOptimizer holds."""
+    """Runs the stages of a step with the settings that its subclass BLDOptimizer holds."""
 
     last: StepReport | None
-    _batch: Batch | None  # what the warm-up left for the joint repetitions
+    _batch: Batch | None  # what the warm-up leaves for the joint repetitions
     _format: MemoryFormat
     _pass_size: PassSize
     _recorder: Recorder
     _probed_with: object  # the augment that was tried out together with the model
 
     def release(self) -> None:
-        """Drop the bank, the norms and the gradients, as before the next batch arrives."""
+        """End the current batch: release the bank, the norms and the gradients."""
         self._batch = None
         release_gradients(self._parameters())
 
@@ -111,7 +112,7 @@ class StepRunner(ModelOptimizer):
             self._replace_bank(images, bank)
         batch, distils = self._batch, len(sizes) > 1 and self.balance != 0
         wanted = algorithm.LOSSES if distils else ("new",)
-        losses = tuple(name for name in wanted if name in losses)  # each once
+        losses = tuple(name for name in wanted if name in losses)  # each at most once
         self._require_same_batch(images, sizes, "distillation" in losses)
         if not losses:
             return batch.reference_norms.new_zeros(())
@@ -126,7 +127,7 @@ class StepRunner(ModelOptimizer):
         return loss
 
     def _replace_bank(self, images: Tensor, bank: Tensor) -> None:
-        """Distil from these predictions; where there was no warm-up, a batch begins."""
+        """Distil from `bank` from now on; begin a batch if there was no warm-up."""
         if self._batch is not None:
             self._batch = replace(self._batch, bank=bank)
         else:
@@ -150,7 +151,7 @@ class StepRunner(ModelOptimizer):
                 "call warm_up(images, labels) first"
             )
 
-    # ---- what a stage is made of, and what surrounds it ----
+    # ---- what a stage consists of, and what surrounds it ----
 
     def _stage_of(
         self, name: str, ratio: float, views: Views, layers: Layers, report: StepReport
@@ -159,7 +160,7 @@ class StepRunner(ModelOptimizer):
         rates = None if scalars is None else scalars.rates
         on_device = scalars is not None and self.balance is not None
 
-        # none of these may know the stage: in a cycle it would keep the batch alive
+        # neither closure may refer to the stage: the reference cycle would keep the batch alive
         def apply(params: Sequence[Tensor]) -> None:
             self._update(params, ratio, rates)
 
@@ -186,7 +187,7 @@ class StepRunner(ModelOptimizer):
 
     @contextmanager
     def _stage(self, statistics: str) -> Iterator[None]:
-        """Exact arithmetic and BatchNorm by policy; on an error the gradients are released."""
+        """Set exact arithmetic and BatchNorm's mode `statistics`; release gradients on an error."""
         with torch.enable_grad(), exact_float32(), view_statistics(self._norms(), statistics):
             try:
                 yield
@@ -212,15 +213,15 @@ class StepRunner(ModelOptimizer):
     def _within_memory(self, images: Tensor, run: Callable[[], Tensor | None]) -> Tensor | None:
         def explain() -> torch.OutOfMemoryError:
             views = self.views_in_pass
-            # both stages of a batch have the same passes
+            # both stages of a batch need the same passes, so a batch that has begun keeps them
             self._pass_size.halve(now=self._batch is None)
             return too_much(views, len(images), self._pass_size.automatic)
 
         return within_memory(run, explain)
 
     def _check(self, images: Tensor, labels: Tensor) -> list[int]:
-        """The head sizes, after every check that can be made before anything changes."""
-        convert_view_batchnorm(self.model)  # also what was added since the last step
+        """Make every check that is possible before anything changes; return the head sizes."""
+        convert_view_batchnorm(self.model)  # converts what was added since the last step
         device = next(self.model.parameters()).device
         checks.batch(images, labels, device, takes_uint8=self.augment is not None)
         sizes = checks.heads(self.model.head_sizes)

@@ -1,8 +1,9 @@
-"""Where the gradients of a stage lie, and when they are balanced and applied.
+"""Schedules: where the gradients of a stage are stored, and when they are balanced and applied.
 
-A schedule has three methods; each takes a step along a gradient and leaves none. A new one is a
-class here and its line in `SCHEDULES`. It may change the order of the verbs of `Stage`, and with it
-memory and time, but not what they compute.
+A schedule has three methods. Each updates the parameters along one gradient and releases that
+gradient. Schedules differ in the order in which they call the operations of `Stage`, and so in
+memory and time, but not in what they compute. To add one, write a class here and list it in
+`SCHEDULES`.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from bld_ext.api import passes
 from bld_ext.api.memory import tensor_bytes
 from bld_ext.api.stage import Stage
 
-# Passes of all views; what it gets is around the last backward pass.
+# Runs the passes over all views; enters the context manager it gets around the last backward pass.
 Passes = Callable[[AbstractContextManager], Any]
 
 
@@ -23,19 +24,20 @@ class Schedule(Protocol):
     def descend(
         self, stage: Stage, run: Passes, measure: bool = False
     ) -> tuple[Any, Tensor | None]:
-        """θ - α G with the gradient of the passes `run`; returns what `run` does, and with
-        `measure` ‖G[l]‖ of each layer.
+        """Update θ ← θ - α G, where G is the gradient that `run` computes.
+
+        Returns what `run` returns and, with `measure`, ‖G[l]‖ of each layer, `[L]`.
         """
 
     def descend_both(self, stage: Stage) -> Tensor:
-        """θ - α (G_d + dL_t/dθ), G_d balanced; returns L_t."""
+        """Update θ ← θ - α (G_d + dL_t/dθ) with G_d balanced; return L_t."""
 
     def descend_old(self, stage: Stage) -> Tensor:
-        """θ - α G_d, balanced; returns L_d."""
+        """Update θ ← θ - α G_d with G_d balanced; return L_d."""
 
 
 class TwoForward:
-    """One gradient, in .grad: each loss has forward passes of its own."""
+    """Forward passes of its own for each loss, and a single gradient, in .grad."""
 
     def descend(self, stage, run, measure=False):
         result = run(nullcontext())
@@ -63,10 +65,10 @@ class TwoForward:
 
 
 class SharedForward(TwoForward):
-    """Both losses from the same forward passes.
+    """The same forward passes for both losses.
 
-    With all views in one pass their gradients come one after the other into .grad; else G_d lies
-    apart, in a second gradient, until both are complete.
+    With all views in one pass, both gradients are added to .grad, one after the other. Otherwise
+    G_d is kept in a second set of gradients until both are complete.
     """
 
     def descend_both(self, stage):
@@ -101,8 +103,9 @@ class SharedForward(TwoForward):
 
 
 class InBackward(TwoForward):
-    """Two forward passes; each layer is updated as soon as its gradient is complete, amid the
-    backward pass, and its gradient released.
+    """`TwoForward`, but with updates during the last backward pass of L_t.
+
+    Each layer is updated as soon as its gradient is complete, and the gradient is then released.
     """
 
     def descend(self, stage, run, measure=False):

@@ -1,4 +1,4 @@
-"""A batch in one stage of its step: what Algorithms 1 and 2 read, and what they can do to it."""
+"""Stage: a batch in one stage of its step, with the operations of Algorithms 1 and 2."""
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -16,59 +16,59 @@ from bld_ext.api.views import Views
 
 @dataclass
 class Stage:
-    """The warm-up, or one joint repetition."""
+    """The warm-up or one joint repetition: its inputs, and the operations on them."""
 
-    name: str  # in errors
+    name: str  # "warm-up" or "joint", for error messages
     views: Views
     layers: Layers
     temperature: float  # τ
-    balance: float | Tensor | None  # λ, on the device in a captured step; None: G_d as it is
+    balance: float | Tensor | None  # λ, a device scalar in a captured step; None: no balancing
     distils: bool  # whether λ is not 0
     report: StepReport
     check_finite: bool
-    apply: Callable[[Sequence[Tensor]], None]  # θ - α G of some parameters; releases their G
-    plain_rate: Callable[[], float | Tensor | None]  # α, where the base is plain SGD
+    apply: Callable[[Sequence[Tensor]], None]  # updates parameters, θ ← θ - α G, and releases G
+    plain_rate: Callable[[], float | Tensor | None]  # α if the base is plain SGD, else None
     bank: Tensor | None = None  # [V·B, C_old, *]; None in the warm-up
     reference_norms: Tensor | None = None  # ‖G_w‖, [L]
 
-    # ---- passes of all views: a loss, and its gradient added to .grad ----
+    # ---- passes over all views, which add the gradient of their loss to .grad ----
 
     def fill_bank(self, last: AbstractContextManager) -> tuple[Tensor, Tensor]:
-        """L_t and the bank; `last` is around the last backward pass."""
+        """Return L_t and the bank; `last` is entered around the last backward pass."""
         return passes.warm_up_pass(self.views, self.temperature, self.distils, last)
 
     def learn(self, last: AbstractContextManager) -> Tensor:
-        """L_t."""
+        """Return L_t."""
         return passes.new_task_pass(self.views, self.temperature, last)
 
     def distil(self, last: AbstractContextManager) -> Tensor:
-        """L_d against the bank."""
+        """Return L_d against the bank."""
         loss = passes.distillation_pass(self.views, self.bank, self.temperature, last)
         self.note_distillation(loss)
         return loss
 
-    # ---- what is done with gradients ----
+    # ---- operations on gradients ----
 
     @property
     def params(self) -> Iterable[Tensor]:
         return self.layers.index
 
     def arrived(self) -> list[Tensor]:
-        """The parameters that have a gradient."""
+        """Return the parameters that have a gradient."""
         return [p for p in self.params if p.grad is not None]
 
     def norms(self) -> Tensor:
-        """Of the gradient of each layer, `[L]`."""
+        """Return the gradient norm of each layer, `[L]`."""
         return self.layers.norms(self.arrived())
 
     def rescale(self, grads: dict[Tensor, Tensor] | None = None) -> None:
-        """G_d[l] ← λ ‖G_w[l]‖ / ‖G_d[l]‖ · G_d[l] for each layer l; G_d is in .grad, or given."""
+        """Balance G_d, given or in .grad: G_d[l] ← λ ‖G_w[l]‖ / ‖G_d[l]‖ · G_d[l] in each layer."""
         if grads is None:
             grads = {p: p.grad for p in self.arrived()}
         self.note_balance(*self.layers.balance(grads, self.reference_norms, self.balance))
 
     def rescale_and_update(self, old: dict[Tensor, Tensor], rate: float | Tensor) -> None:
-        """The same for a G_d that is given, dL_t/dθ from .grad added, and θ - α G: one kernel."""
+        """Balance G_d = `old`, add dL_t/dθ from .grad and update θ ← θ - α G, in one kernel."""
         params = self.arrived()
         lists = ([old[p] for p in params], [p.grad for p in params])
         index = [self.layers.index[p] for p in params]
@@ -77,13 +77,13 @@ class Stage:
         release_gradients(self.params)
 
     def update(self, params: Iterable[Tensor]) -> None:
-        """θ - α G of these parameters."""
+        """Update these parameters: θ ← θ - α G."""
         params = list(params)
         self.apply(params)
         if self.check_finite:
             self.require_finite(*(p.detach() for p in params))
 
-    # ---- what is noted, and checked ----
+    # ---- reports and checks ----
 
     def note_distillation(self, loss: Tensor) -> None:
         self.report.distillation_loss.append(loss)
@@ -95,7 +95,7 @@ class Stage:
         self.require_finite(norms)
 
     def note_held(self, held: int | None = None) -> None:
-        """The bytes of the gradients there are, the most so far."""
+        """Report the most bytes of gradients held so far; `held` defaults to those held now."""
         if held is None:
             held = tensor_bytes(p.grad for p in self.arrived())
         self.report.memory["gradients"] = max(held, self.report.memory.get("gradients", 0))

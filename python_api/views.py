@@ -1,4 +1,7 @@
-"""The views of one batch, sent through the network pass by pass, the same every time."""
+"""Views: makes the views of one batch and runs the network on them, pass by pass.
+
+Every iteration over the same batch gives the same views and replays the same random numbers.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +16,7 @@ from bld_ext.api.memory_format import NeedsContiguousError
 from bld_ext.api.precision import no_random_numbers, replayable_rng
 from bld_ext.philox import stream_seed
 
-# the op words of the Philox counter that seed an augmentation of one's own, and a forward pass
+# the op words of the Philox counter, for the seeds of an augmentation of your own and of a pass
 AUGMENT_RNG, FORWARD_RNG = 254, 255
 
 
@@ -22,21 +25,21 @@ class Views:
     """V views of a batch of B images; iterating makes them and runs the network on them."""
 
     model: nn.Module
-    norms: list[ViewBatchNorm]  # of the model
+    norms: list[ViewBatchNorm]  # all of the model
     images: Tensor  # [B, ...]
     labels: Tensor  # [B, *]
-    sizes: list[int]  # of the heads
-    number: int | Tensor  # of the batch in the stream; on the device in a captured step
+    sizes: list[int]  # classes of each head
+    number: int | Tensor  # the batch's number in the stream; a device scalar in a captured step
     count: int  # V
     per_pass: int
     augment: Callable[..., Tensor] | None
     seed: int | Tensor
-    precision: str = "fp32"  # of the backward passes
+    precision: str = "fp32"  # arithmetic of the backward passes
     channels_last: bool = False
-    start: int = 0  # the first view
+    start: int = 0  # number of the first view
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """For each pass: its rows among all V·B, its logits, its labels."""
+        """Yield, for each pass, its rows among all V·B, its logits and its labels."""
         B = len(self.images)
         for first in range(self.start, self.start + self.count, self.per_pass):
             views = range(first, min(first + self.per_pass, self.start + self.count))
@@ -49,7 +52,7 @@ class Views:
             yield slice(row, row + len(labels)), logits, labels
 
     def _run(self, made: Tensor, first: int) -> Tensor:
-        """The network on these views; its random numbers are a function of seed, batch and view."""
+        """Run the network; its random numbers are a function of seed, batch and first view."""
         try:
             with self._repeatable(first, FORWARD_RNG):
                 return self.model(made)

@@ -1,1 +1,1 @@
-"""Everything that a machine with a GPU can show, in the order in which it is waited for."""
+"""Everything that is measured on a machine with a GPU, the most important parts first."""

@@ -1,4 +1,4 @@
-"""Run, part by part, what a machine with a GPU can show; go on where an earlier call was cut."""
+"""Run every measurement that needs a GPU, part by part; go on where an earlier call was cut."""
 
 import argparse
 import json
@@ -30,7 +30,7 @@ examples:
   OUT=folder bash benchmarks/gpu.sh distillation joint
       these parts alone; rows that are there are kept
 """
-RESERVE = 45  # seconds of --minutes that are kept for the start, a part's end and the index
+RESERVE = 45  # seconds of --minutes reserved for the start, the end of a part, and the index
 NO_CARD = "no GPU: torch.cuda.is_available() is False"
 MACHINE = """
 import json, platform, torch, triton
@@ -104,16 +104,16 @@ def machine(place: Place) -> dict:
 
 
 class Session:
-    """One call of the command."""
+    """One call of the command: runs the parts that are left, within its minutes."""
 
     def __init__(self, place: Place, folder: Folder, named: list[str], minutes: float | None):
         self.place, self.folder, self.named = place, folder, named
         self.end = time.monotonic() + 60 * minutes if minutes else float("inf")
 
     def run(self) -> bool:
-        """All parts, or those that were named; returns whether each is done.
+        """Run all parts, or those that were named; return whether all of them are done.
 
-        What was cut by an earlier call comes after what no call has begun.
+        Parts that an earlier call has cut come after those that have not begun.
         """
         chosen = [part for part in PARTS.values() if not self.named or part.name in self.named]
         was_cut = {p.name: self.state(p)["status"] == "cut" and not p.vital for p in chosen}
@@ -147,7 +147,7 @@ class Session:
             return self.close(part)
         if last or named and state["status"] == "done":
             state["commands"] = {}
-        state.update(status="cut", seconds=0.0)  # its minutes are those of a call
+        state.update(status="cut", seconds=0.0)  # each call has all minutes of a part
         outcomes = []
         for command in part.commands(self.place):
             outcomes.append(self.outcome(part, command))
@@ -157,11 +157,11 @@ class Session:
         self.close(part)
 
     def outcome(self, part: Part, command: Command) -> str:
-        """Of a command, or of the one in its place; what is done is not done again."""
+        """Run a command, or `instead` if it fails, unless either is done; return the outcome."""
         known = self.state(part)["commands"]
         ways = [way for way in (command, command.instead) if way]
         done = any(known.get(way.name, {}).get("status") == "done" for way in ways)
-        if done and not command.needed:  # what it prepared may be gone
+        if done and not command.needed:  # what a needed command prepared may be gone
             return "done"
         for way in ways:
             if (status := self.run_command(part, way)) != "failed":
@@ -184,7 +184,7 @@ class Session:
             env["TORCH_CUDA_ARCH_LIST"] = self.folder.state["machine"]["capability"]
         entry = {"status": "cut", "argv": list(command.argv)}
         state["commands"][command.name] = entry
-        self.folder.save()  # if this process is killed now, the command was cut
+        self.folder.save()  # if this process is killed now, the command is "cut"
         try:
             ended = run(command.argv, env, limit, self.folder.log, self.folder.pack)
         except FileNotFoundError as error:
@@ -211,7 +211,10 @@ class Session:
 
 
 def make_place(args: argparse.Namespace, commit: str) -> Place:
-    """Paths that are given are those of the caller's folder, the usual ones the repository's."""
+    """Return the session's folders: given paths are relative to the caller's folder.
+
+    The default folders are in the repository.
+    """
     here = Path(os.environ.get("BLD_CALLED_FROM", os.curdir)).absolute()
     kind = "-rehearsal" if args.rehearse else ""
     given = args.out or os.environ.get("OUT")

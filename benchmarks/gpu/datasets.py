@@ -1,7 +1,7 @@
-"""Datasets of the tables, each under its name once it is whole.
+"""Prepares the datasets of the tables. A file gets its name only once it is complete.
 
-python -m benchmarks.gpu.datasets stand-in FOLDER     random images, for a rehearsal
-python -m benchmarks.gpu.datasets unpack SCRIPT FILE  what a script writes into the file it is given
+python -m benchmarks.gpu.datasets stand-in FOLDER     writes random images, for a rehearsal
+python -m benchmarks.gpu.datasets unpack SCRIPT FILE  runs a script that writes the dataset to FILE
 """
 
 import io

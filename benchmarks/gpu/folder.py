@@ -1,12 +1,12 @@
-"""What a session leaves: at most eight files, each whole whenever the session is cut.
+"""The files that a session leaves: at most eight, each complete whenever the session is cut.
 
 state.json         the commit, the machine, and how each part ended
 log.txt            what every command printed
 rows.jsonl         every measured row
 records.jsonl      every finished run of the tables
-checkpoints.tar    the runs of the tables that were cut
+checkpoints.tar    the checkpoints of interrupted runs of the tables
 trace.json.gz      one step, kernel by kernel, for ui.perfetto.dev
-index.md           all figures beside what was predicted
+index.md           all figures beside the predictions
 """
 
 import fcntl
@@ -24,19 +24,19 @@ from benchmarks.paper.checkpoint import CheckpointError, one_line, write_whole
 
 
 class FolderError(Exception):
-    """A folder that a session cannot work in; the message says what to do."""
+    """A session cannot work in this folder; the message says what to do."""
 
 
-SAME = ("card", "torch", "cuda", "triton")  # of a machine, for figures to stand together
+SAME = ("card", "torch", "cuda", "triton")  # must be the same for all figures in a folder
 KEPT = ("state.json", "rows.jsonl", "records.jsonl")
 
 
 class Folder:
-    """`place.out` of one commit on one card, held by one session at a time.
+    """The results in `place.out`, of one commit on one card, locked by one session at a time.
 
-    What the tables' runs write into `place.scratch`, a folder of many files, is packed into two
-    here; and what would be missed most lies there too, for a machine whose `out` is emptied between
-    two calls.
+    The runs of the tables write many files to `place.scratch`; they are packed into two files here.
+    The most valuable files of `out` are copied to the scratch folder, for machines that empty `out`
+    between two calls.
     """
 
     def __init__(self, place: Place, commit: str, machine: dict):
@@ -90,7 +90,7 @@ class Folder:
             )
 
     def _begin(self) -> None:
-        """Of an empty folder: what an earlier call kept; a rehearsal starts anew."""
+        """Fill an empty folder with what an earlier call kept; a rehearsal starts anew."""
         if self.place.rehearsal:
             for old in (*self.place.scratch.glob("table*"), self.kept):
                 shutil.rmtree(old, ignore_errors=True)
@@ -127,9 +127,9 @@ class Folder:
         write_whole(self.out / "state.json", f"{json.dumps(self.state, indent=1)}\n".encode())
 
     def pack(self) -> None:
-        """Take in what was written since; costs nothing where that is nothing.
+        """Pack what was written since the last call, if anything.
 
-        A full disk is noted and not raised: the runs go on where they are.
+        A full disk is reported but raises no error, because the runs can go on.
         """
         try:
             self._pack_records()
@@ -167,7 +167,7 @@ class Folder:
             with tarfile.open(fileobj=data, mode="w") as archive:
                 for file in cut:
                     archive.add(file, str(file.relative_to(self.place.scratch)))
-        except FileNotFoundError:  # a run has ended meanwhile
+        except FileNotFoundError:  # a run has ended in the meantime
             return
         write_whole(tar, data.getvalue())
 
@@ -181,7 +181,7 @@ class Folder:
             ) from error
 
     def _unpack(self) -> None:
-        """Where the scratch folder is gone, go on from what was packed."""
+        """Restore files that are missing in the scratch folder from what was packed."""
         for entry in self._records():
             file = self.place.scratch / entry["file"]
             if not file.exists():
@@ -204,6 +204,6 @@ class Folder:
 
 
 def tail(data: bytes) -> str:
-    """The last line that says something."""
+    """Return the last line that is not blank or a rule."""
     lines = [line for line in data.decode(errors="replace").splitlines() if line.strip(" =")]
     return lines[-1].strip(" =") if lines else ""

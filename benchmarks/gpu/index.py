@@ -1,7 +1,7 @@
-"""Every figure of a card beside what was predicted: `python -m benchmarks.gpu.index FOLDER`.
+"""Lists all figures of a card beside predictions: `python -m benchmarks.gpu.index FOLDER`.
 
-Writes FOLDER/index.md from what a session left there. With `--add` the session becomes part of
-benchmarks/results/gpu/CARD, and the index there is written anew.
+It writes FOLDER/index.md from what a session left there. `--add` instead adds the session to
+benchmarks/results/gpu/CARD and writes the index there again.
 """
 
 import argparse
@@ -20,17 +20,17 @@ RESULTS = ROOT / "benchmarks" / "results" / "gpu"
 
 
 def sessions(folder: Path) -> list[dict]:
-    """Of a folder of results, or of the one that is at work in a folder."""
+    """Return the sessions that were added to a folder of results, or a session's own."""
     state = folder / "state.json"
     found = rows.so_far(folder / "sessions.jsonl")
     return found + ([json.loads(state.read_text())] if state.exists() else [])
 
 
 def streams(records: list[dict]) -> dict[tuple[str, str], list[dict]]:
-    """{(name, commit): its records, of each method and seed the last}.
+    """Return the records of each (name, commit): the last one of each method and seed.
 
-    The name of "table2/mnist-5/runs/bld-0.json" is "mnist-5"; that of a table without graphs says
-    so.
+    The name of "table2/mnist-5/runs/bld-0.json" is "mnist-5". The name of a run without CUDA graphs
+    says so.
     """
     found: dict[tuple[str, str], dict] = {}
     for entry in records:
@@ -43,7 +43,7 @@ def streams(records: list[dict]) -> dict[tuple[str, str], list[dict]]:
 
 
 def figures(measured: list[dict], records: list[dict]) -> dict[str, tuple[float, str]]:
-    """Value and commit by name: "step, resnet18 / ours, ms", "mnist-5 / bld, s a run"."""
+    """Return value and commit by name: "step, resnet18 / ours, ms", "mnist-5 / bld, s a run"."""
     found = {}
     for row in measured:
         if us := row["extra_info"].get("us"):
@@ -72,7 +72,7 @@ def predictions(found: dict[str, tuple[float, str]]) -> list[list[str]]:
 
 
 def commands(found: list[dict]) -> list[list[str]]:
-    """What was run, at which commit, and how it ended."""
+    """Return a table of the commands that were run, at which commit, and how they ended."""
     body = []
     for session in found:
         for name, part in session["parts"].items():
@@ -134,14 +134,14 @@ def index(folder: Path) -> str:
 
 
 def card_name(machine: dict) -> str:
-    """ "h100" of "NVIDIA H100 80GB HBM3", "rtx-4090" of "NVIDIA GeForce RTX 4090"."""
+    """Return "h100" for "NVIDIA H100 80GB HBM3", "rtx-4090" for "NVIDIA GeForce RTX 4090"."""
     words = re.findall(r"(?:RTX |GTX )?\b[A-Z]*\d+\w*|PCIe|NVL", machine["card"] or "")
     words = [w for w in words if not w.endswith("GB") and not w.startswith(("SXM", "HBM"))]
     return "-".join(" ".join(words).lower().split()) or "gpu"
 
 
 def add(folder: Path) -> Path:
-    """Take a session in; rows and runs that are there already are not taken twice."""
+    """Add a session to the results of its card; rows and runs already there are not repeated."""
     if not (folder / "state.json").exists():
         raise ValueError(f"{folder} holds no session: there is no state.json")
     state = json.loads((folder / "state.json").read_text())

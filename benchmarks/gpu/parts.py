@@ -1,4 +1,4 @@
-"""What is run on a GPU, part by part, and its rehearsal on a CPU."""
+"""The parts of a session on a GPU: the commands of each, and their rehearsal on a CPU."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.provenance import ROOT
 
 PYTHON = sys.executable
-OPS = {  # and the file that times it
+OPS = {  # each op, and the file that times it
     "head_softmax": "test_distillation",
     "distillation": "test_distillation",
     "warm_up": "test_distillation",
@@ -22,7 +22,7 @@ OPS = {  # and the file that times it
 }
 GPU_TESTS = ("test_gpu_step", "test_gpu", "test_gpu_layers", "test_triton",
              "test_triton_batch_norm", "test_triton_augment")  # fmt: skip
-# Ops alone, of everything a case or two, without graphs and large inputs.
+# What the sanitizer watches: tests of single ops, a case or two of each, no graphs or large inputs.
 WATCHED = ("test_gpu_layers", "test_triton", "test_triton_batch_norm", "test_triton_augment")
 WATCHED_CASES = (
     "inside or outside or no_class or rows or any_size or any_length or agree or views "
@@ -37,18 +37,20 @@ SHEETS = [*(f"train_{i:02d}.webp" for i in range(50)), "labels.npz", "test_jpeg_
 
 @dataclass(frozen=True)
 class Place:
-    """Where a session works."""
+    """The folders of a session, and whether it is a rehearsal."""
 
-    out: Path  # what it leaves
-    scratch: Path  # runs and checkpoints of the tables, while they are worked on
+    out: Path  # results
+    scratch: Path  # runs and checkpoints of the tables, while they are in progress
     data: Path  # datasets
     rehearsal: bool  # on a CPU, at the smallest size
 
 
 @dataclass(frozen=True)
 class Command:
-    """`instead` runs where it fails. What is `needed` prepares the others: it is run each time, and
-    ends its part where it fails.
+    """A command of a part, and the command `instead` that runs if it fails.
+
+    A `needed` command prepares those after it. It runs in every call, and its failure ends the
+    part.
     """
 
     name: str
@@ -60,8 +62,10 @@ class Command:
 
 @dataclass(frozen=True)
 class Part:
-    """`missing` says what it cannot do without and does not find; without one that is `vital`
-    nothing after it is worth measuring.
+    """A part of a session: its commands, the question it `answers`, and its limit in minutes.
+
+    `missing` returns what the part needs and cannot find, or None. If a `vital` part fails, the
+    session ends, because nothing after it is worth measuring.
     """
 
     name: str
@@ -74,7 +78,7 @@ class Part:
 
 def _build(place: Place) -> list[Command]:
     pip = (PYTHON, "-m", "pip", "install", "--no-build-isolation", "--no-deps")
-    if place.rehearsal:  # the sources are compiled by an install, not here
+    if place.rehearsal:  # only an install compiles the sources
         return [Command("build", (*pip, "--dry-run", "-e", "."))]
     argv = (*pip, "-e", ".")
     without = Command("build without CUDA kernels", argv, {"BLD_EXT_CUDA": "0"})
@@ -123,7 +127,7 @@ def _datasets(*arguments: str) -> Command:
 
 
 def _sheets(place: Place) -> Path | None:
-    """The script that unpacks CIFAR-10 from sheets of images beside it, if both are whole."""
+    """Return the script that unpacks CIFAR-10 from sheets of images, if all its files are there."""
     folder = place.data / "cifar10"
     return folder / "unpack.py" if all((folder / name).exists() for name in SHEETS) else None
 
@@ -149,7 +153,7 @@ def _no_cifar10(place: Place) -> str | None:
 
 def _tests(place: Place) -> list[Command]:
     commands = [Command(name, _pytest(f"tests/{name}.py")) for name in GPU_TESTS]
-    if place.rehearsal:  # those of a GPU are collected, and skipped
+    if place.rehearsal:  # tests that need a GPU are collected and skipped
         few = _pytest("tests/test_triton.py", "-k", "inside or no_class")
         return [*commands[:3], Command("test_triton", few)]
     return commands
@@ -157,12 +161,12 @@ def _tests(place: Place) -> list[Command]:
 
 def _sanitize(tool: str) -> Callable[[Place], list[Command]]:
     def commands(place: Place) -> list[Command]:
-        if place.rehearsal:  # the same tests, without the tool, which needs a GPU
+        if place.rehearsal:  # a few of the tests without the tool, which needs a GPU
             few = ("-k", "inside")
             return [Command("test_triton", _pytest("tests/test_triton.py", *few))]
         prefix = ("compute-sanitizer", "--tool", tool, "--target-processes", "all",
                   "--error-exitcode", "9", "--print-limit", "20")  # fmt: skip
-        # without torch's caching every tensor is an allocation with bounds of its own
+        # without torch's cache every tensor is an allocation of its own, whose bounds are checked
         env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         return [
             Command(name, (*prefix, *_pytest(f"tests/{name}.py", "-k", WATCHED_CASES)), env)
@@ -220,7 +224,7 @@ PARTS = {
 
 
 def environment(place: Place, command: Command) -> dict[str, str]:
-    # under pytest-xdist, as when a test runs a session, pytest-benchmark would measure nothing
+    # drop pytest's variables: under pytest-xdist, pytest-benchmark would measure nothing
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     env |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONUNBUFFERED": "1"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))

@@ -1,4 +1,4 @@
-"""A command with a time limit, whose output goes to a log and, if somebody looks, to a terminal."""
+"""Runs a command with a time limit; its output goes to a log and to a terminal, if any."""
 
 import ctypes
 import os
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from benchmarks.provenance import ROOT
 
-GRACE = 10  # seconds between asking a command to end and ending it
-PACKING = 2  # seconds between two looks at what it has written
+GRACE = 10  # seconds between asking a command to end and killing it
+PACKING = 2  # seconds between two calls of `while_running`
 DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
@@ -23,7 +23,7 @@ class Ended:
     status: str  # "done", "failed", "cut"
     code: int
     seconds: float
-    output: bytes  # the end of it
+    output: bytes  # the last 4,000 bytes
 
 
 def run(
@@ -33,7 +33,7 @@ def run(
     log,
     while_running: Callable[[], None] = lambda: None,
 ) -> Ended:
-    """Run a command; it ends with this process, however that ends, and is asked to at its limit."""
+    """Run a command until it ends or reaches its limit in seconds, or this process ends."""
     start = time.monotonic()
     child = subprocess.Popen(
         argv, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -64,7 +64,7 @@ def run(
 
 
 def _end_with_parent() -> None:
-    """Of a process that was just started, on Linux: a kill of this one reaches it too."""
+    """Have Linux kill the process that was just started when its parent dies."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(DEATH_SIGNAL, signal.SIGKILL)
 
@@ -83,7 +83,7 @@ def _end(child: subprocess.Popen) -> None:
 
 
 def _copy(source, log, seen: bytearray) -> None:
-    """To the log line by line; of a line written over and over, as a progress bar is, the last."""
+    """Copy output to the log line by line, and of a progress bar only its last state."""
     look, line = sys.stdout.isatty(), b""
     while piece := source.read1(1 << 16):
         if look:
@@ -98,7 +98,7 @@ def _copy(source, log, seen: bytearray) -> None:
 
 def _note(line: bytes, log, seen: bytearray) -> None:
     text = line.rstrip(b"\r").rpartition(b"\r")[2] + b"\n"
-    with suppress(OSError):  # on a full disk the command goes on all the same
+    with suppress(OSError):  # a full disk does not stop the command
         log.write(text)
         log.flush()
     seen += text

@@ -64,11 +64,11 @@ VARIED = {
     "statistics": ["once", "every_pass"],
     "momentum": [0.03, 0.1, 0.3],
     "precision": ["fp32", "mixed", "bf16"],
-}  # what the ablation changes, one at a time
+}  # the values that the ablation tries, one setting at a time
 
 
 def parse_seeds(text: str) -> list[int]:
-    """ "5-14" or "0,3,7" or both: "0-4,9"."""
+    """Parse "5-14" or "0,3,7" or both: "0-4,9"."""
     seeds: list[int] = []
     try:
         for part in text.split(","):
@@ -94,7 +94,7 @@ def parse_methods(text: str) -> list[str]:
 
 
 def parse_variation(text: str) -> tuple[str, list]:
-    """ "temperature=1,2,4"."""
+    """Parse a setting and its values, such as "temperature=1,2,4"."""
     name, _, values = text.partition("=")
     if name not in VARIED or not values:
         raise argparse.ArgumentTypeError(
@@ -181,7 +181,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def make_settings(args: argparse.Namespace, dataset: str, tasks: int | None = None):
-    """The dataset's preset with what the command line changes in it."""
+    """Return the dataset's preset with the changes from the command line."""
     names = ("tasks", "views", "network", "lr", "limit", "balance", "temperature", "statistics",
              "momentum", "schedule", "views_per_pass", "precision", "capture")  # fmt: skip
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -198,7 +198,7 @@ def make_settings(args: argparse.Namespace, dataset: str, tasks: int | None = No
 
 
 def plan(args: argparse.Namespace, out: Path) -> tuple[Callable[[Work], None], Work]:
-    """The command, and its work."""
+    """Return the command and its work."""
 
     def work(methods, seeds, streams):
         streams = [Stream(dataset, settings, here) for dataset, settings, here in streams]
@@ -227,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
     args.argv = sys.argv[1:] if argv is None else argv
     name = Path(args.dataset).stem if args.what == "run" else args.what
     out = args.out or Path("runs") / name
-    made = not os.path.exists(out)  # that of a Path raises on a name that is too long
+    made = not os.path.exists(out)  # Path.exists() raises if a name is too long
     try:
         command, work = plan(args, out)
         with locked(out):
@@ -253,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def remove_empty(out: Path) -> None:
-    """The folder of a job that never began."""
+    """Remove the folder of a job that never began."""
     with suppress(OSError):
         (out / ".lock").unlink(missing_ok=True)
         out.rmdir()

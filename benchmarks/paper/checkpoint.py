@@ -1,4 +1,4 @@
-"""The state of a run, and its record, in files: whole or not there, and never executed."""
+"""Files with the state and the record of a run: written completely or not, and never executed."""
 
 import hashlib
 import io
@@ -11,16 +11,18 @@ from pathlib import Path
 import torch
 
 MARK = b"bld_ext run\n"
-HEAD = len(MARK) + hashlib.sha256().digest_size  # the mark, and a digest of what follows
+HEAD = len(MARK) + hashlib.sha256().digest_size  # the mark, then a digest of the rest of the file
 
 
 class CheckpointError(Exception):
-    """A file of a run that cannot be read or written; the message says what to do."""
+    """A file of a run could not be read or written; the message says what to do."""
 
 
 class Checkpoint:
-    """`what` is everything the run depends on; a file of another run is refused, and so is one of
-    which a bit is not as it was written.
+    """The file with the state of a run, saved every `every` seconds.
+
+    `what` is everything the run depends on. The file of another run is refused, and so is a damaged
+    one.
     """
 
     def __init__(self, path: Path, what: dict, every: float):
@@ -44,15 +46,15 @@ class Checkpoint:
         try:
             data = self.path.read_bytes()
             if not data.startswith(MARK):
-                raise ValueError("not that of a run of this")
+                raise ValueError("not that of a run of this package")
             body = data[HEAD:]
             if data[len(MARK) : HEAD] != hashlib.sha256(body).digest():
                 raise ValueError("damaged, or cut short")
             found = torch.load(io.BytesIO(body), map_location=device, weights_only=True)
             if not isinstance(found, dict):
-                raise ValueError("not that of a run of this")
+                raise ValueError("not that of a run of this package")
             before, state = dict(found["what"]), dict(found["state"])
-        except Exception as error:  # torch raises many kinds for what is no file of its own
+        except Exception as error:  # torch raises many classes of errors for other files
             raise CheckpointError(
                 f"checkpoint {self.path}: not readable ({one_line(error)}). Remove it, or start "
                 "without --resume"
@@ -67,7 +69,7 @@ def save_record(file: Path, what: dict, record: dict) -> None:
 
 
 def load_record(file: Path, what: dict) -> dict:
-    """The record of a run that came to its end."""
+    """Return the record of a finished run."""
     try:
         found = json.loads(file.read_bytes())
         before, record = dict(found["what"]), dict(found["record"])
@@ -94,8 +96,9 @@ def same_run(file: str, before: dict, now: dict) -> None:
 
 
 def write_whole(file: Path, data: bytes) -> None:
-    """Written aside, flushed to the disk and renamed, so that a kill or a full disk leaves the one
-    before.
+    """Write a file completely; after an interruption or on a full disk, the earlier one remains.
+
+    The data go to another file, which is flushed to the disk and then renamed.
     """
     aside = file.with_name(f"{file.name}.new")
     try:
@@ -123,6 +126,6 @@ def one_line(error: BaseException) -> str:
 
 
 def differences(before: dict, now: dict) -> str:
-    """What differs, as "lr: 0.001 before, 0.002 now"; empty where nothing does."""
+    """Format what differs as "lr: 0.001 before, 0.002 now"; empty if nothing does."""
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     return ", ".join(f"{n}: {before.get(n)!r} before, {now.get(n)!r} now" for n in names)

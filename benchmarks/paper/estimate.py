@@ -1,4 +1,4 @@
-"""What a job would take, from a few batches of each method, within a time limit."""
+"""Estimates what a job would take, from a few batches of each method, within a time limit."""
 
 import time
 from dataclasses import dataclass, replace
@@ -11,44 +11,44 @@ from benchmarks.paper.job import count_batches
 from benchmarks.paper.methods import Method, Settings, make_learner
 from benchmarks.paper.streams import Task
 
-SAMPLE = 100  # images that a method may look at before a task, and the largest batch
-# settings on which the time of a batch does not depend
+SAMPLE = 100  # number of images in a trial: those seen before the task, and the largest batch
+# settings that do not change the time of a batch
 IRRELEVANT = dict(tasks=1, limit=None, augment={}, l2_weight=0.0, offline_epochs=1)
 
 
 @dataclass
 class Trial:
-    """A method at work on the last task of a stream, where it has most heads."""
+    """What was measured of a method on the last task of a stream, where it has the most heads."""
 
     learner: Method
-    step_seconds: float  # a whole batch, all views
-    begin_seconds: float  # an image, before a task: LwF's predictions
-    timed: int  # how many views were
-    views: int  # how many there are
-    images: int  # that it looked at before the task
+    step_seconds: float  # for a whole batch with all views
+    begin_seconds: float  # for each image before a task: LwF's predictions
+    timed: int  # number of views that were timed
+    views: int  # number of views of a real batch
+    images: int  # number of images seen before the task
     old_classes: int
-    allocated: int | None  # the most that a GPU's allocator gave out
+    allocated: int | None  # peak bytes of a GPU's allocator
 
 
 @dataclass
 class Estimate:
-    """Of one method on one stream, all seeds together, without evaluations."""
+    """The estimate of one method on one stream, all seeds together, without evaluations."""
 
     method: str
     batches: int
     step_seconds: float
     seconds: float
-    held_bytes: int  # beside the network and the activations
+    held_bytes: int  # bytes held beside the network and the activations
     allocated: int | None
-    views: str  # how many of them were timed
+    views: str  # how many views were timed, such as "4 of 50"
 
 
 class Estimator:
-    """Times each method once for each of `settings`, and reckons from there.
+    """Times each method once for each of `settings`, and estimates whole jobs from that.
 
     Args:
         threads: CPU threads of a run.
-        seconds: for all trials together.
+        seconds: time limit of all trials together.
     """
 
     def __init__(
@@ -93,11 +93,11 @@ def _relevant(settings: Settings) -> str:
 def try_out(
     stream: list[Task], method: str, settings: Settings, seed: int, device: str, limit: float
 ) -> Trial:
-    """In about `limit` seconds: a quarter of a batch, a batch with one view, and one with as many
-    as there is time for.
+    """Time a quarter of a batch, a batch with one view, and one with as many views as time allows.
 
-    The last difference is what the other views are taken to cost, since a part of a step, as the
-    update is, has no views. On a GPU all are timed.
+    This takes about `limit` seconds. The difference between the last two gives the cost of each
+    further view, because part of a step, such as the update, does not depend on the views. If there
+    is no time for more than one view, the quarter of a batch gives that cost.
     """
     deadline, last = time.perf_counter() + limit, stream[-1]
     if device.startswith("cuda"):
@@ -116,7 +116,7 @@ def try_out(
     quarter = _step_seconds(learner, sample, last, device, 0.25) if wanted > 1 else 0.0
     seconds = _step_seconds(learner, sample, last, device)
     a_view = max(0.0, seconds - quarter) / 0.75
-    # a batch is learned twice; what is new to the machine takes longer at first
+    # a batch is learned twice, and the first time takes longer
     fit = int((deadline - time.perf_counter() - seconds) / (1.6 * seconds))
     if wanted > 1 and fit > 1:
         learner.optimizer.views = timed = min(wanted, fit)
@@ -139,8 +139,10 @@ def try_out(
 def _step_seconds(
     learner: Method, sample: Task, task: Task, device: str, part: float = 1.0
 ) -> float:
-    """Of a batch, or a part of one; the first one, and on a GPU the one that is recorded, are not
-    timed. A batch that is larger than the sample takes as much longer.
+    """Return the seconds of a batch, or of a part of one.
+
+    The first batch is not timed, nor is the second on a GPU, which is recorded. For a batch larger
+    than the sample, the time is scaled in proportion.
     """
     batch = next(learner.batches(sample, 0))
     where, images, labels = (tensor[: max(2, int(part * len(tensor)))] for tensor in batch)
@@ -161,7 +163,7 @@ def _old_classes(stream: list[Task]) -> int:
 def reckon(
     trial: Trial, method: str, stream: list[Task], settings: Settings, seeds: list[int]
 ) -> Estimate:
-    """What the trial says of all seeds of a stream."""
+    """Estimate all seeds of a stream from a trial."""
     learner = trial.learner
     batches = count_batches(make_learner(method, settings, seeds[0]), stream) * len(seeds)
     images = sum(len(task.x_train) for task in stream) / len(stream)
@@ -172,7 +174,7 @@ def reckon(
         None: 1,
     }
     memory, extra = learner.optimizer.last.memory, learner.extra_bytes()
-    # the bank stands in both ledgers
+    # the bank is in `memory` and in `extra`
     held = sum(memory.values()) - memory["bank"]
     held += more[learner.intra_grows_with] * extra["intra"] + extra["data"] * images / trial.images
     begin = trial.begin_seconds * images * (len(stream) - 1) * len(seeds)

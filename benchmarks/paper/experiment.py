@@ -16,7 +16,7 @@ from benchmarks.paper.methods import Method, Settings, make_learner
 from benchmarks.paper.streams import Dataset, Task, digest, make_stream
 from bld_ext import MultiHead, SeededAugment
 
-TIMES = ("seconds", "step_ms", "images_per_s")  # of a record; all else is the same every time
+TIMES = ("seconds", "step_ms", "images_per_s")  # keys of a record that differ from run to run
 
 
 def run(
@@ -36,17 +36,18 @@ def run(
     are the same for every method.
 
     Args:
-        checkpoint: a file that holds the state of the run, written every `every` seconds and after
-            each task, and removed at the end.
-        resume: go on from that file, if it is there, to the same bits as a run that never stopped.
+        checkpoint: the file for the state of the run, written every `every` seconds and after each
+            task.
+        resume: whether to go on from that file, if it exists. The result is bitwise equal to that
+            of a run that was never interrupted.
 
     Returns:
         A JSON-ready record. `accuracy[i][j]`: test accuracy in percent of task j after task i;
-        `memory`: the most bytes that were held for each purpose; `columns`: those of the paper's
-        tables; `factors`: of each task the mean of log10 of each layer's balance factor;
-        `weights`: a digest of the network at the end; `seconds`: of the whole run; `step_ms` and
-        `images_per_s`: of learning alone, without evaluations and checkpoints; `allocated`: on a
-        GPU, the most bytes that its allocator had given out.
+        `memory`: the peak bytes held for each purpose; `columns`: the peak bytes in the columns of
+        the paper's tables; `factors`: for each task, the mean log10 of each layer's balance factor;
+        `weights`: a digest of the final network; `seconds`: time of the whole run; `step_ms` and
+        `images_per_s`: speed of learning, without evaluations and checkpoints; `allocated`: on a
+        GPU, the peak bytes of its allocator.
     """
     stream = make_stream(dataset, settings.tasks, seed, settings.limit)
     _forget_peak(device)
@@ -72,11 +73,11 @@ def run(
 
 @dataclass
 class State:
-    """How far a run has come, and what was measured on the way: a checkpoint holds it."""
+    """How far a run has come and what it measured so far, as saved in a checkpoint."""
 
     task: int = 0
     epoch: int = 0
-    batch: int = 0  # of the epoch
+    batch: int = 0  # batches learned in this epoch
     batches: int = 0
     images: int = 0
     seconds: float = 0.0
@@ -85,10 +86,10 @@ class State:
     memory: dict[str, int] = field(default_factory=dict)
     columns: dict[str, int] = field(default_factory=dict)
     factors: list[dict[str, float]] = field(default_factory=list)
-    summed: dict | None = None  # logarithms of the layers' factors in this task, on the device
+    summed: dict | None = None  # sums of log10 of the layers' factors in this task, on the device
 
     def account(self, learner: Method) -> None:
-        """The most bytes so far; and the logarithms of the layers' factors."""
+        """Update the peak bytes, and add up the logarithms of the layers' factors."""
         last = learner.optimizer.last
         for purpose, size in last.memory.items():
             self.memory[purpose] = max(size, self.memory.get(purpose, 0))
@@ -103,7 +104,7 @@ class State:
             self.summed["counts"] += balanced
 
     def mean_logarithms(self) -> dict[str, float]:
-        """By layer, of those that were balanced at all."""
+        """Return the mean log10 factor of each layer that was balanced."""
         if self.summed is None:
             return {}
         columns = [self.summed["layers"]] + [self.summed[k].tolist() for k in ("sums", "counts")]
@@ -111,7 +112,7 @@ class State:
 
 
 class Run:
-    """A learner on its way through a stream, saved from time to time."""
+    """A learner that goes through a stream, with its state saved from time to time."""
 
     def __init__(
         self,
@@ -125,7 +126,7 @@ class Run:
         self.start = time.perf_counter()
 
     def restore(self) -> None:
-        """From its checkpoint, if there is one."""
+        """Restore the run from its checkpoint, if there is one."""
         if not self.saved or not self.saved.exists():
             return
         state = self.saved.load(self.device)
@@ -148,13 +149,13 @@ class Run:
             self.saved.save(vars(self.state) | {"model": model, "learner": learner})
 
     def is_before(self, task: int) -> bool:
-        """Whether this task comes next and nothing of it has been learned."""
+        """Return whether this task comes next and nothing of it has been learned."""
         state = self.state
         has_begun = state.epoch or state.batch or len(self.learner.model.heads) > task
         return state.task == task and not has_begun
 
     def learn(self, task: Task) -> None:
-        """What is left of a task; nothing in here waits for a GPU, but a checkpoint."""
+        """Learn the rest of a task; only a checkpoint and the end of the task wait for a GPU."""
         state, since = self.state, time.perf_counter()
 
         def count_time() -> None:
@@ -181,7 +182,7 @@ class Run:
         count_time()
 
     def evaluate(self, seen: list[Task]) -> None:
-        """The end of a task: the accuracy of all so far."""
+        """End a task: measure the accuracy of all tasks so far, and save the run."""
         state = self.state
         state.accuracy.append([evaluate(self.learner.model, t, j) for j, t in enumerate(seen)])
         state.factors.append(state.mean_logarithms())
@@ -210,7 +211,7 @@ class Run:
 
 
 def conditions(dataset: Dataset, method: str, settings: Settings, seed: int, device: str) -> dict:
-    """What a run depends on: it goes on under the same only."""
+    """Return everything a run depends on; it is resumed only if none of it has changed."""
     return {
         "method": method,
         "seed": seed,
@@ -224,9 +225,9 @@ def conditions(dataset: Dataset, method: str, settings: Settings, seed: int, dev
 
 
 def _forget_peak(device: str) -> None:
-    """Of what the allocator has given out before this run."""
+    """Reset the allocator's peak, so that it measures this run only."""
     if device.startswith("cuda"):
-        torch.zeros(1, device=device)  # there are no statistics before
+        torch.zeros(1, device=device)  # without an allocation there are no statistics yet
         torch.cuda.reset_peak_memory_stats(device)
 
 
@@ -236,9 +237,9 @@ def synchronize(device: str) -> None:
 
 
 def evaluate(model: MultiHead, task: Task, head: int, batch: int = 500) -> float:
-    """Test accuracy in percent of a task under its own head, in eval mode."""
+    """Return the test accuracy of a task under its own head, in percent, in eval mode."""
     device = next(model.parameters()).device
-    plain = SeededAugment()  # uint8 to float, nothing drawn
+    plain = SeededAugment()  # converts uint8 to float and changes nothing else
     correct = 0
     for x, y in zip(task.x_test.split(batch), task.y_test.split(batch), strict=True):
         images = plain(x.to(device), seed=0, step=0, views=[0])
@@ -248,7 +249,7 @@ def evaluate(model: MultiHead, task: Task, head: int, batch: int = 500) -> float
 
 @contextmanager
 def batch_statistics(model: nn.Module):
-    """A diagnostic, no result: BatchNorm normalises even in eval mode by the batch it sees."""
+    """Let BatchNorm use batch statistics in eval mode too: a diagnostic, not a result."""
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     held: list[tuple[Tensor, Tensor]] = [(m.running_mean, m.running_var) for m in norms]
     for norm in norms:

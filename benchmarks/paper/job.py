@@ -1,4 +1,4 @@
-"""Several runs at a time, with one progress bar."""
+"""Runs several methods and seeds at a time in processes, with one progress bar."""
 
 import fcntl
 import multiprocessing
@@ -21,11 +21,11 @@ from benchmarks.paper.experiment import conditions, run
 from benchmarks.paper.methods import Method, Settings, make_learner
 from benchmarks.paper.streams import Task, load_dataset, make_stream
 
-_worker: dict = {}  # what a worker process keeps from run to run
+_worker: dict = {}  # what a worker process keeps between runs
 
 
 def _end_with_parent() -> None:
-    """A worker whose job was killed would go on writing where the next job writes."""
+    """End this worker if its job is killed; it would go on writing where the next job writes."""
     multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
 
@@ -39,14 +39,14 @@ def _start_worker(dataset: str, root: str, devices, threads: int, ticks) -> None
 
 
 def use_device(device: str) -> None:
-    """Graphs are recorded on the current device, and counters are there once it is initialised."""
+    """Initialise the device and make it current, as graphs and memory counters require."""
     if device.startswith("cuda"):
         torch.cuda.init()
         torch.cuda.set_device(device)
 
 
 def devices_of(device: str) -> list[str]:
-    """Where runs go: "cuda" is every GPU there is, anything else itself."""
+    """Return the devices of the runs: every GPU for "cuda", else the device itself."""
     if device != "cuda":
         return [device]
     return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
@@ -54,7 +54,7 @@ def devices_of(device: str) -> list[str]:
 
 @contextmanager
 def _deaf_to_ctrl_c():
-    """Processes started inside never see Ctrl-C: it is for this one, which then ends them."""
+    """Start processes that ignore Ctrl-C; this process receives it and ends them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -65,7 +65,7 @@ def _deaf_to_ctrl_c():
 def _run_in_worker(
     method: str, settings: Settings, seed: int, folder: Path, resume: bool, every: float
 ) -> dict:
-    """Run, or read what an earlier job finished; leaves one JSON a run in `folder`."""
+    """Run, or read the record if an earlier job finished it; leave a JSON file in `folder`."""
     tick, dataset = _worker["ticks"].put, _worker["dataset"]
     file, checkpoint = (folder / f"{method}-{seed}.{ending}" for ending in ("json", "pt"))
     device = _worker["device"]
@@ -82,7 +82,7 @@ def _run_in_worker(
 
 @contextmanager
 def locked(folder: Path):
-    """Nobody else writes there meanwhile."""
+    """Lock a folder, so that no other job writes to it meanwhile."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         opened = (folder / ".lock").open("w")
@@ -108,7 +108,7 @@ def count_batches(learner: Method, stream: list[Task]) -> int:
 def preflight(
     dataset: str, root: str, methods: list[str], settings: Settings, seeds: list[int], device: str
 ) -> int:
-    """Raise what a run would raise, before any work starts; returns the batches of all runs."""
+    """Raise the errors of a run before any work starts; return how many batches all runs have."""
     try:
         if torch.device(device).type not in ("cpu", "cuda"):
             raise RuntimeError("expected cpu or cuda")
@@ -141,10 +141,10 @@ def run_all(
     every: float = 120.0,
     arrived: Callable[[dict, list[dict]], None] = lambda record, records: None,
 ) -> list[dict]:
-    """Every method on every seed, in `jobs` processes of `threads` threads each.
+    """Run every method on every seed, in `jobs` processes of `threads` threads each.
 
-    A process keeps one of `devices`, in turn. Seed by seed, so that methods can be compared early;
-    `arrived` gets each record, and all there are in that order.
+    The processes take the `devices` in turn, one each. Runs go seed by seed, so that methods can be
+    compared early. After each run `arrived` gets its record, and all records so far in that order.
     """
     folder.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")

@@ -1,8 +1,8 @@
-"""The systems of the paper, each a class to read beside it; a new one is a new class.
+"""The methods that the paper compares, one class each. To add a method, add a class.
 
-All see the same views, split and initial weights, and all make their updates with one
-BLDOptimizer, so that they differ in what the paper says they differ. Semantics: Algorithms 1 and 2
-and section 4 of Fini et al., ECCV 2020; what the paper leaves open is decided in each docstring.
+All methods see the same views, split and initial weights, and all make their updates with a
+BLDOptimizer, so they differ only where the paper says so. They follow Algorithms 1 and 2 and
+section 4 of Fini et al., ECCV 2020. Each docstring says how what the paper leaves open was decided.
 """
 
 from collections.abc import Iterator
@@ -28,26 +28,26 @@ class Settings:
     """Everything a run depends on besides its method and its seed."""
 
     network: str
-    lr: float  # α_j; the warm-up takes `warmup_ratio` of it
+    lr: float  # α_j; α_w is this times `warmup_ratio`
     views: int
     augment: dict  # arguments of SeededAugment
     tasks: int = 5
     batch_size: int = 20
-    views_per_pass: int | str = 1  # or "auto", as many as fit
+    views_per_pass: int | str = 1  # or "auto": as many as fit into memory
     balance: float = 2.0
     temperature: float = 2.0
     statistics: str = "once"
     momentum: float = 0.1
     schedule: str = "two_forward"
-    limit: int | None = None  # training images a task
+    limit: int | None = None  # most training images of a task
     warmup_ratio: float = 0.01
     joint_steps: int = 2
     layer: str = "module"
-    capture: bool = False  # the step of BLD, without balancing and of finetune as a CUDA graph
-    # "mixed" is BLDOptimizer's; "bf16" the backbone under autocast, see networks.py
+    capture: bool = False  # replay a CUDA graph in BLD, no-balancing and finetune
+    # "mixed" is BLDOptimizer's; "bf16" runs the backbone under autocast, see networks.py
     precision: str = "fp32"
     l2_weight: float = 0.3  # of L2's penalty, in units of 1 / (2 α_j): at 1 it undoes a step
-    offline_epochs: int = 10  # of offline LwF, in batches of `offline_batch`
+    offline_epochs: int = 10  # epochs of offline LwF, in batches of `offline_batch`
     offline_batch: int = 500
     offline_lr: float = 1e-4
 
@@ -56,9 +56,9 @@ class Settings:
 
 
 PAPER_VIEWS = {"crop_padding": 4, "rotation": 15, "jitter": 0.2}
-FAST = {"views_per_pass": "auto", "schedule": "shared_forward"}  # the same results, sooner
+FAST = {"views_per_pass": "auto", "schedule": "shared_forward"}  # changes speed, not results
 PRESETS = {
-    "digits": Settings(  # chosen on seeds 0 to 4, see benchmarks/README.md
+    "digits": Settings(  # tuned on seeds 0 to 4, see benchmarks/README.md
         "slim",
         3e-3,
         12,
@@ -76,17 +76,17 @@ PRESETS = {
 PRECISIONS = ("fp32", "mixed", "bf16")
 CPU = dict(network="slim", lr=1e-3, views=4, views_per_pass=4, offline_epochs=20,
            offline_batch=50, offline_lr=1e-3)  # fmt: skip
-CPU_IMAGES = 2000  # of all tasks together
+CPU_IMAGES = 2000  # training images of all tasks together
 
 
 class Method:
-    """One system on one stream. `learn` gets every batch once, in the order of the stream."""
+    """A method that learns one stream. `learn` gets each batch once, in the order of the stream."""
 
     balance: float | None = None
     epochs = 1
-    statistics: str | None = None  # when running statistics move; None: as the settings say
-    capturable = False  # learns by `step` alone
-    intra_grows_with: str | None = "views"  # the bytes of the column "intra": here the bank
+    statistics: str | None = None  # when running statistics are updated; None: see the settings
+    capturable = False  # whether it learns by `step` alone, so that a graph can replay it
+    intra_grows_with: str | None = "views"  # what the bytes in "intra", here the bank, grow with
 
     def __init__(self, model: MultiHead, settings: Settings, seed: int):
         self.model, self.settings = model, settings
@@ -111,21 +111,21 @@ class Method:
         )
 
     def begin(self, task: Task) -> None:
-        """Before the head of a task is added."""
+        """Prepare for a task, before its head is added."""
 
     def batches(self, task: Task, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Positions in the task, images and labels of each batch."""
+        """Yield the positions in the task, images and labels of each batch."""
         return task.batches(self.settings.batch_size)
 
     def batch_count(self, task: Task) -> int:
-        """Of all epochs; 0 where a task is too small for one."""
+        """Return the number of batches in all epochs, 0 if the task is too small for one."""
         return self.epochs * task.batch_count(self.settings.batch_size)
 
     def learn(self, where: Tensor, images: Tensor, labels: Tensor) -> None:
         self.optimizer.step(images, labels)
 
     def extra_bytes(self) -> dict[str, int]:
-        """What is held beside the network, by the paper's columns."""
+        """Return the bytes held beside the network, by the columns of the paper's tables."""
         return {"intra": self.optimizer.last.memory["bank"], "inter": 0, "data": 0}
 
     def state_dict(self) -> dict:
@@ -136,7 +136,7 @@ class Method:
 
 
 class Finetune(Method):
-    """L_t alone, in as many updates as BLD makes: λ = 0."""
+    """Finetuning: L_t alone (λ = 0), in as many updates as BLD makes."""
 
     balance = 0.0
     capturable = True
@@ -152,15 +152,16 @@ class BLD(Method):
 
 
 class NoBalancing(Method):
-    """BLD with factor 1 in the place of λ‖G_w‖/‖G_d‖ (table 5)."""
+    """BLD with a factor of 1 in place of λ‖G_w‖/‖G_d‖ (table 5)."""
 
     capturable = True
 
 
 class Alternated(Method):
-    """A step on L_t, then one on L_d, twice; no warm-up and no balancing (table 5).
+    """Alternating updates on L_t and L_d, two of each, without warm-up and balancing (table 5).
 
-    The predictions are those of before the first step, which comes at the full rate.
+    The predictions to distil from are made before the first update. That update has the full
+    learning rate.
     """
 
     def options(self, s: Settings) -> dict:
@@ -178,9 +179,10 @@ class Alternated(Method):
 
 
 class L2(Method):
-    """Batch-level L2: L_t + w Σ (θ - θ_before)², θ_before copied before the warm-up (section 4.2).
+    """Batch-level L2: L_t + w Σ (θ - θ_before)², with θ_before from before the batch (section 4.2).
 
-    The penalty's gradient joins L_t's just before the update. w is `l2_weight` / (2 α_j).
+    The gradient of the penalty is added to that of L_t just before each update, with
+    w = `l2_weight` / (2 α_j).
     """
 
     balance = 0.0
@@ -195,7 +197,7 @@ class L2(Method):
     @torch.no_grad()
     def _add_penalty(self, *_) -> None:
         weight = self.settings.l2_weight / self.settings.lr  # 2 w
-        for group in self.optimizer.param_groups:  # in backward these are some layers at a time
+        for group in self.optimizer.param_groups:  # with "in_backward", some layers at a time
             for param in group["params"]:
                 if param.grad is not None and param in self.before:
                     param.grad.add_(param - self.before[param], alpha=weight)
@@ -210,15 +212,16 @@ class L2(Method):
             self.before = {}
 
     def extra_bytes(self) -> dict[str, int]:
-        """A copy of the network, its running statistics counted as in the paper's 44.8 MB."""
+        """Return the bytes, with a copy of network and running statistics: the paper's 44.8 MB."""
         return super().extra_bytes() | {"intra": self.copied}
 
 
 class LwF(Method):
-    """Single-pass LwF: the network's predictions for a whole task are stored before it begins.
+    """Single-pass LwF: stores the network's predictions for a whole task before the task begins.
 
-    One prediction an image, of the image as it is; λ_o = 1; the same three updates a batch as BLD,
-    the joint ones on L_t and L_d against what was stored.
+    It stores one prediction for each image, without augmentation, and uses λ_o = 1. Each batch gets
+    the same three updates as in BLD; the joint ones are on L_t and L_d against the stored
+    predictions.
     """
 
     intra_grows_with = "images"
@@ -247,7 +250,7 @@ class LwF(Method):
         self.targets = torch.cat(parts)
 
     def bank(self, where: Tensor, images: Tensor) -> Tensor:
-        """The stored predictions of a batch, once for each view."""
+        """Return the stored predictions of a batch, repeated for each view."""
         if self.targets is None:
             like = next(self.model.parameters())
             return like.new_zeros(self.optimizer.views * len(images), 0)
@@ -274,7 +277,7 @@ class LwF(Method):
 
 
 class OfflineLwF(LwF):
-    """Offline LwF, the upper bound: many epochs of large shuffled batches, one view, one update."""
+    """Offline LwF, the upper bound: many epochs of large shuffled batches, one view and update."""
 
     statistics = "every_pass"
 
@@ -313,7 +316,7 @@ METHODS = {
 
 
 def make_learner(method: str, settings: Settings, seed: int, device: str = "cpu") -> Method:
-    """A method around a fresh network."""
+    """Make a method with a fresh network."""
     if settings.precision not in PRECISIONS:
         raise ValueError(f"precision: expected {', '.join(PRECISIONS)}, got {settings.precision!r}")
     autocast = settings.precision == "bf16"
@@ -321,4 +324,4 @@ def make_learner(method: str, settings: Settings, seed: int, device: str = "cpu"
     return METHODS[method](model, settings, seed)
 
 
-MC_OCL = ("finetune", "l2", "bld", "alternated", "no-balancing")  # nothing but θ survives a batch
+MC_OCL = ("finetune", "l2", "bld", "alternated", "no-balancing")  # only θ survives a batch

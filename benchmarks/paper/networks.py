@@ -1,4 +1,4 @@
-"""Backbones by name; each maps images of one or three channels to feature vectors."""
+"""Backbones by name, each of which maps images of one or three channels to feature vectors."""
 
 import torch
 import torch.nn.functional as F
@@ -10,14 +10,14 @@ from bld_ext import MultiHead
 
 
 class Gray(nn.Module):
-    """Repeat a single channel to three, so that one network serves every dataset."""
+    """Repeats a single channel three times, so that one network serves every dataset."""
 
     def forward(self, images: Tensor) -> Tensor:
         return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
 
 
 class Shrink(nn.Module):
-    """Halve images by averaging until they are at most `size` pixels wide."""
+    """Halves images by averaging until they are at most `size` pixels wide."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -30,7 +30,7 @@ class Shrink(nn.Module):
 
 
 class Autocast(nn.Module):
-    """A backbone in bfloat16 where torch would choose it: what one gets by writing it naively."""
+    """A backbone under bfloat16 autocast, as one would naively write it."""
 
     def __init__(self, inner: nn.Module):
         super().__init__()
@@ -42,14 +42,14 @@ class Autocast(nn.Module):
 
 
 def resnet18() -> tuple[nn.Module, int]:
-    """torchvision's ResNet18 with its 7×7 stem, 11.2 M parameters: the paper's network."""
+    """Make torchvision's ResNet18 with its 7×7 stem, 11.2 M parameters: the paper's network."""
     net = torchvision.models.resnet18(weights=None)
     net.fc = nn.Identity()
     return net, 512
 
 
 def resnet18_cifar() -> tuple[nn.Module, int]:
-    """ResNet18 with a 3×3 stem of stride 1 and no pooling, for images of 32×32."""
+    """Make a ResNet18 with a 3×3 stem of stride 1 and no pooling, for images of 32×32."""
     net, features = resnet18()
     net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     net.maxpool = nn.Identity()
@@ -57,8 +57,10 @@ def resnet18_cifar() -> tuple[nn.Module, int]:
 
 
 def slim() -> tuple[nn.Module, int]:
-    """A ResNet of three blocks with 16, 32 and 64 channels on images of at most 16×16 pixels,
-    77 k parameters, for a CPU."""
+    """Make a ResNet for a CPU: three blocks with 16, 32 and 64 channels, 77 k parameters.
+
+    It shrinks images to at most 16×16 pixels.
+    """
 
     def block(inputs, outputs, stride):
         shortcut = None
@@ -81,10 +83,10 @@ NETWORKS = {"resnet18": resnet18, "resnet18-cifar": resnet18_cifar, "slim": slim
 
 
 def make_model(network: str, momentum: float = 0.1, autocast: bool = False) -> MultiHead:
-    """A fresh MultiHead without heads; `momentum` is that of BatchNorm's running statistics.
+    """Make a MultiHead without heads; `momentum` is that of BatchNorm's running statistics.
 
-    `autocast` runs the backbone in bfloat16, which the optimizer's own step does not: for the
-    ablation, to see what is lost.
+    `autocast` runs the backbone in bfloat16, which BLDOptimizer itself never does. The ablation
+    uses it to show what is lost.
     """
     backbone, features = NETWORKS[network]()
     for module in backbone.modules():

@@ -1,4 +1,4 @@
-"""Tables and pictures from the records of runs."""
+"""Makes tables and figures from the records of runs."""
 
 import io
 from math import sqrt
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 def averages(record: dict) -> float:
-    """Mean over tasks of the accuracy after the last task."""
+    """Return the mean over tasks of the accuracy after the last task, in percent."""
     return mean(record["accuracy"][-1])
 
 
 def forgetting(record: dict) -> float:
-    """Mean over the older tasks of the best accuracy a task ever had minus its last one, in points.
+    """Return the mean over older tasks of a task's best accuracy minus its last one, in points.
 
     Chaudhry et al., "Riemannian Walk for Incremental Learning", ECCV 2018.
     """
@@ -28,12 +28,12 @@ def forgetting(record: dict) -> float:
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Mean and sample standard deviation; one value spreads by nothing."""
+    """Return mean and sample standard deviation, which is 0 for a single value."""
     return {"mean": mean(values), "std": stdev(values) if len(values) > 1 else 0.0}
 
 
 def paired(records: list[dict], method: str, baseline: str) -> dict | None:
-    """The difference of the averages, method - baseline, over the seeds both have, in points."""
+    """Return the mean difference method - baseline over the seeds that both have, in points."""
     by = {(r["method"], r["seed"]): averages(r) for r in records}
     seeds = [s for m, s in by if m == method and (baseline, s) in by]
     if not seeds:
@@ -45,7 +45,7 @@ def paired(records: list[dict], method: str, baseline: str) -> dict | None:
 
 
 def summarise(records: list[dict]) -> dict:
-    """Per method: each task's last accuracy, their average, forgetting, and bytes."""
+    """Return for each method: last accuracy of each task, average, forgetting, bytes, seconds."""
     summary = {}
     for method in dict.fromkeys(r["method"] for r in records):
         own = [r for r in records if r["method"] == method]
@@ -63,7 +63,7 @@ def summarise(records: list[dict]) -> dict:
 
 
 def table(summary: dict) -> str:
-    """The summary as a Markdown table; accuracies in percent, mean ± std over seeds."""
+    """Format the summary as a Markdown table; accuracies in percent, mean ± std over seeds."""
     count = max(len(entry["tasks"]) for entry in summary.values())
     heads = [f"T{j}" for j in range(count)]
     heads = ["method", *heads, "average", "forgetting", "bank", "norms + seed", "gradients"]
@@ -79,7 +79,7 @@ def table(summary: dict) -> str:
 
 
 def markdown(rows: list[list[str]]) -> str:
-    """Columns of one width; the first row is the head, the second its rule."""
+    """Format rows as a Markdown table; the first row is the head, the second its rule."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = (" | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(f"| {line} |" for line in lines)
@@ -94,7 +94,7 @@ def difference_line(difference: dict, method: str, baseline: str) -> str:
 
 
 def figure(records: list[dict], title: str, path: Path) -> None:
-    """Accuracy of each task as the stream goes on: a panel a method, mean and std over seeds."""
+    """Draw each task's accuracy along the stream, a panel a method, mean and std over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -136,7 +136,7 @@ def _save(fig, path: Path, dpi: int) -> None:
 
 
 def estimate_table(found: list["Estimate"], jobs: int) -> str:
-    """What a dry run measured."""
+    """Format what a dry run measured as a Markdown table, with the total time."""
     heads = ["method", "batches", "a batch", "all, one after the other",
              "held beside θ and activations", "views timed"]  # fmt: skip
     on_gpu = any(e.allocated for e in found)
@@ -152,7 +152,7 @@ def estimate_table(found: list["Estimate"], jobs: int) -> str:
 
 
 def run_line(record: dict, printed: list[float] | None) -> str:
-    """What a run came to, as soon as it has."""
+    """Format the result of one run as a line; `printed` are the paper's accuracies."""
     beside = f" (printed {printed[-1]:.1f})" if printed else ""
     parts = [f"{record['method']}, seed {record['seed']}: {averages(record):.1f} %{beside}"]
     if "step_ms" in record:
@@ -163,7 +163,7 @@ def run_line(record: dict, printed: list[float] | None) -> str:
 
 
 def figures(records: list[dict], out: Path) -> None:
-    """matrix.png, factors.png and memory.png."""
+    """Draw matrix.png, factors.png and memory.png."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -175,7 +175,7 @@ def figures(records: list[dict], out: Path) -> None:
 
 
 def _draw_accuracies(own: dict[str, list[dict]], file: Path) -> None:
-    """Of each method, the mean accuracy of every task after every task."""
+    """Draw for each method the mean accuracy of every task after every task."""
     import matplotlib.pyplot as plt
 
     fig, axes = plt.subplots(1, len(own), figsize=(3 * len(own), 3.2), squeeze=False)
@@ -197,7 +197,7 @@ def _draw_accuracies(own: dict[str, list[dict]], file: Path) -> None:
 
 
 def _draw_factors(own: dict[str, list[dict]], file: Path) -> None:
-    """Of each method that balances, the mean factor of every layer in every task."""
+    """Draw for each method that balances the mean factor of every layer in every task."""
     import matplotlib.pyplot as plt
 
     shown = {m: r for m, r in own.items() if any(any(x.values()) for x in r[0]["factors"])}
@@ -220,12 +220,12 @@ def _draw_factors(own: dict[str, list[dict]], file: Path) -> None:
 
 
 def _draw_memory(own: dict[str, list[dict]], file: Path) -> None:
-    """Of each method, accuracy against what it holds beside the network."""
+    """Draw each method's accuracy against the bytes it holds beside the network."""
     import matplotlib.pyplot as plt
 
     fig, ax = plt.subplots(figsize=(5, 3.6))
     for method, records in own.items():
-        # what LwF holds from batch to batch is what it reads within one
+        # "inter" is left out: what LwF holds from batch to batch also counts in "intra"
         held = max(r["columns"]["intra"] + r["columns"]["data"] for r in records)
         accuracy = spread([averages(r) for r in records])
         point = [max(held, 1)], [accuracy["mean"]], [accuracy["std"]]
@@ -250,7 +250,7 @@ def ablation_table(rows: list[tuple]) -> str:
 
 
 def ablation_figure(rows: list[tuple], title: str, path: Path) -> None:
-    """A panel a setting: the average of each value, mean and standard deviation over seeds."""
+    """Draw a panel for each setting: average accuracy at each value, mean and std over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -285,7 +285,7 @@ def summary_writer():
 
 
 def tensorboard(records: list[dict], folder: Path) -> None:
-    """Accuracy of each task and their average as the stream goes on, an event file a run."""
+    """Write accuracies along the stream as TensorBoard events, a folder for each run."""
     for record in records:
         own = folder / f"{record['method']}-{record['seed']}"
         try:

@@ -1,4 +1,4 @@
-"""Datasets as streams of tasks: random disjoint class splits, seen once, in small batches."""
+"""Makes streams of tasks from datasets: random disjoint classes, seen once in small batches."""
 
 import hashlib
 import zipfile
@@ -17,7 +17,7 @@ from benchmarks.paper.checkpoint import one_line
 
 
 class DatasetError(Exception):
-    """A dataset that cannot be had or read; the message says what to do."""
+    """A dataset could not be found, downloaded or read; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Dataset:
 
     @cached_property
     def digest(self) -> str:
-        """Of the images and labels; runs on other ones are other runs."""
+        """A digest of the images and labels, by which a checkpoint recognises its dataset."""
         names = ("x_train", "y_train", "x_test", "y_test")
         return digest({name: getattr(self, name) for name in names})
 
@@ -50,7 +50,7 @@ def digest(tensors: dict[str, Tensor]) -> str:
 class Task:
     """One task of a stream; labels count from 0 within it."""
 
-    classes: tuple[int, ...]  # the dataset's labels, in the order of the task's own
+    classes: tuple[int, ...]  # classes[i] is the dataset's label of the task's class i
     x_train: Tensor
     y_train: Tensor
     x_test: Tensor
@@ -59,10 +59,10 @@ class Task:
     def batches(
         self, size: int, order: Tensor | None = None
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Positions, training images and labels, each once: in order, or in that of `order`.
+        """Yield positions, training images and labels, each image once, in order or by `order`.
 
-        The last batch may be smaller; a single left-over image is left out, since BatchNorm cannot
-        normalise one.
+        The last batch may be smaller. A single image that remains is left out, because BatchNorm
+        cannot normalise it.
         """
         order = torch.arange(len(self.x_train)) if order is None else order
         for where in order.split(size):
@@ -78,9 +78,9 @@ def make_stream(dataset: Dataset, tasks: int, seed: int, limit: int | None = Non
     """Split the classes at random into `tasks` disjoint tasks, and shuffle each task's images.
 
     Args:
-        tasks: how many; classes that do not divide evenly go to the first tasks.
-        seed: decides the split and the order, alike for every method.
-        limit: training images a task, default all.
+        tasks: number of tasks; if the classes do not divide evenly, the first tasks get more.
+        seed: decides the split and the order, so every method sees the same.
+        limit: most training images of a task; default all.
     """
     if not 1 <= tasks <= dataset.classes:
         raise ValueError(
@@ -112,7 +112,7 @@ def _make_task(dataset: Dataset, classes: list[int], rng, limit: int | None) -> 
 
 
 def load_dataset(name: str, root: str | Path = "data", download: bool = True) -> Dataset:
-    """A dataset by name, or a user's own `.npz` by path.
+    """Load a dataset by name, or your own `.npz` by path.
 
     Args:
         name: "digits" (ships with scikit-learn), "mnist", "cifar10", "svhn" (torchvision,
@@ -132,7 +132,7 @@ def load_dataset(name: str, root: str | Path = "data", download: bool = True) ->
 
 
 def _digits(root: Path, download: bool) -> Dataset:
-    """Scikit-learn's 1,797 handwritten digits of 8×8 pixels; 30 % of each class is the test set."""
+    """Load scikit-learn's 1,797 digits of 8×8 pixels; 30 % of each class is the test set."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -148,7 +148,7 @@ def _digits(root: Path, download: bool) -> Dataset:
 def _torchvision(name: str, root: Path, download: bool, make: Callable) -> tuple:
     try:
         return make(True), make(False)
-    except Exception as error:  # torchvision raises many kinds: URLError, RuntimeError, OSError
+    except Exception as error:  # torchvision raises many classes: URLError, RuntimeError, OSError
         raise DatasetError(
             f"dataset {name}: could not be loaded{' or downloaded' if download else ''} "
             f"({one_line(error)}). Without a network, put {SOURCES[name].format(root=root)}, or a "
@@ -182,7 +182,7 @@ def _mnist(root: Path, download: bool) -> Dataset:
 
 
 def _check_idx(file: Path) -> None:
-    """What is unpacked has no md5, and a kill amid unpacking leaves half of it."""
+    """Check an unpacked file: it has no md5, and interrupted unpacking leaves it incomplete."""
     dims = 3 if "images" in file.name else 1
     with file.open("rb") as data:
         head = data.read(4 + 4 * dims)
@@ -190,9 +190,9 @@ def _check_idx(file: Path) -> None:
     expected = len(head) + prod(sizes)
     if head[:4] != bytes([0, 0, 8, dims]) or file.stat().st_size != expected:
         raise DatasetError(
-            f"dataset mnist: {file} is damaged: expected an idx file of bytes, of {dims} "
-            "dimensions and the length that its head tells. Remove it, and it is unpacked or "
-            "downloaded again"
+            f"dataset mnist: {file} is damaged: expected an idx file of bytes with {dims} "
+            "dimensions, as long as its header says. Remove it; it is then unpacked or downloaded "
+            "again"
         )
 
 
@@ -235,7 +235,7 @@ def _from_npz(path: Path, name: str | None = None) -> Dataset:
             arrays = [file[name] for name in wanted]
     except DatasetError:
         raise
-    except Exception as error:  # zipfile raises many kinds for what is damaged
+    except Exception as error:  # zipfile raises many classes of errors for a damaged file
         raise DatasetError(
             f"dataset {path}: not a readable .npz file ({one_line(error)}); write one with np.savez"
         ) from error
@@ -243,7 +243,7 @@ def _from_npz(path: Path, name: str | None = None) -> Dataset:
 
 
 def _dataset(name: str, x_train, y_train, x_test, y_test) -> Dataset:
-    """A checked Dataset from arrays of any of the known layouts."""
+    """Check arrays of any known layout and return them as a Dataset."""
     x_train, x_test = _images(name, "x_train", x_train), _images(name, "x_test", x_test)
     y_train = _labels(name, "y_train", y_train, len(x_train))
     y_test = _labels(name, "y_test", y_test, len(x_test))

@@ -1,4 +1,4 @@
-"""Tables 1 to 5 of the paper: what each needs, what it printed, and ours beside it."""
+"""Tables 1 to 5 of the paper: what each compares, its printed figures, and ours beside them."""
 
 from dataclasses import dataclass
 from statistics import mean
@@ -7,8 +7,8 @@ from benchmarks.paper.report import markdown, paired, summarise
 
 ROWS = ("finetune", "l2", "bld", "lwf", "lwf-offline")
 ABLATION = ("finetune", "l2", "alternated", "no-balancing", "bld")
-# Accuracy of each task, then the average, as printed, by (dataset, tasks); only for L2 on SVHN,
-# where table 4 prints 81.3, it is the mean of the tasks, 83.9.
+# Accuracy of each task, then the average, as printed, by (dataset, tasks). One average is not as
+# printed: for L2 on SVHN table 4 prints 81.3, but the mean of its tasks is 83.9, as below.
 PRINTED = {
     ("mnist", 2): {
         "finetune": [80.8, 99.6, 90.2],
@@ -78,12 +78,14 @@ TABLES = {
 
 
 def printed(dataset: str, tasks: int, method: str) -> list[float] | None:
-    """Accuracy of each task, then their average; None where nothing was printed."""
+    """Return the paper's accuracy of each task and their average, or None if it printed none."""
     return PRINTED.get((dataset, tasks), {}).get(method)
 
 
 def backward_transfer(record: dict) -> float:
-    """Mean over the older tasks of the last accuracy minus that right after learning, in points.
+    """Return the mean over older tasks of the last accuracy minus that right after learning it.
+
+    The difference is in percentage points.
 
     Lopez-Paz and Ranzato, "Gradient Episodic Memory for Continual Learning", NeurIPS 2017.
     """
@@ -93,7 +95,7 @@ def backward_transfer(record: dict) -> float:
 
 
 def size(nbytes: int) -> str:
-    """Bytes in the units of the paper, decimal: 32 kB, 44.8 MB."""
+    """Format bytes in the paper's decimal units: 32 kB, 44.8 MB."""
     if not nbytes:
         return "-"
     if nbytes >= 999_500:
@@ -102,7 +104,7 @@ def size(nbytes: int) -> str:
 
 
 def table(records: list[dict], dataset: str, tasks: int) -> str:
-    """Markdown: mean ± standard deviation over seeds, the printed value in brackets."""
+    """Format as Markdown: mean ± standard deviation over seeds, the printed value in brackets."""
     summary = summarise(records)
     heads = ["method", *(f"T{j}" for j in range(tasks)), "average", "forgetting",
              "backward transfer", "intra-batch", "inter-batch", "data storage"]  # fmt: skip
@@ -122,7 +124,7 @@ def table(records: list[dict], dataset: str, tasks: int) -> str:
 
 
 def differences(records: list[dict]) -> str:
-    """Every method against finetuning, and BLD against every other, over the same seeds."""
+    """Format every method's difference to finetuning, and BLD's to every other, paired by seed."""
     methods = list(dict.fromkeys(r["method"] for r in records))
     pairs = [(m, "finetune") for m in methods if m != "finetune"]
     pairs += [("bld", m) for m in methods if m not in ("bld", "finetune")]

@@ -1,4 +1,4 @@
-"""What the commands do: every method on every seed of every stream, and what is written of it."""
+"""The commands: each runs every method on every seed of every stream, and writes the results."""
 
 import argparse
 import json
@@ -21,7 +21,7 @@ from benchmarks.paper.methods import Settings
 from benchmarks.paper.streams import DatasetError, load_dataset, make_stream
 from benchmarks.paper.tables import TABLES
 
-DRY_RUN_SECONDS = 32  # of measuring, all streams together
+DRY_RUN_SECONDS = 32  # time limit for measuring all streams
 
 
 def facts(device: str) -> dict[str, object]:
@@ -40,7 +40,7 @@ def describe(dataset: str, settings: Settings, seeds: list[int]) -> str:
 
 @dataclass
 class Stream:
-    """A dataset in tasks, how it is learned, and where its results go."""
+    """A dataset, the settings it is learned with, and the folder of its results."""
 
     dataset: str
     settings: Settings
@@ -52,7 +52,7 @@ class Stream:
 
 @dataclass
 class Work:
-    """What a command does: every method on every seed of every stream."""
+    """The work of a command: every method on every seed of every stream."""
 
     args: argparse.Namespace
     methods: list[str]
@@ -68,21 +68,22 @@ class Work:
 
     @property
     def jobs(self) -> int:
-        """Runs at a time."""
+        """The number of runs at a time."""
         cores = max(1, (os.cpu_count() or 1) // self.args.threads)
         jobs = self.args.jobs or (cores if self.args.device == "cpu" else len(self.devices))
         return min(jobs, len(self.seeds) * len(self.methods))
 
     def check(self, stream: Stream) -> int:
-        """Raise what a run would raise; returns the batches of all runs."""
+        """Raise the errors that a run would raise; return the number of batches of all runs."""
         what = (stream.dataset, self.args.data, self.methods, stream.settings, self.seeds)
         return preflight(*what, self.args.device)
 
     def train(
         self, stream: Stream, arrived: Callable[[list[dict]], None] = lambda records: None
     ) -> list[dict]:
-        """All runs of a stream, from where they were left; `arrived` gets what there is of them
-        whenever there is one more.
+        """Train all runs of a stream and return their records; with --resume, go on from earlier.
+
+        Whenever a run ends, `arrived` gets the records of all runs that have ended.
         """
         args, settings = self.args, stream.settings
         batches = self.check(stream)
@@ -106,7 +107,7 @@ class Work:
 
 
 def leave_out_missing(work: Work, do: Callable[[Stream], None]) -> None:
-    """`do` for each stream whose dataset can be had; an error where none can."""
+    """Call `do` for each stream whose dataset can be loaded; raise an error if none can."""
     errors = []
     for stream in work.streams:
         try:
@@ -119,7 +120,7 @@ def leave_out_missing(work: Work, do: Callable[[Stream], None]) -> None:
 
 
 def dry_run(work: Work) -> None:
-    """Only what it would take."""
+    """Print an estimate of what the work would take, without doing it."""
     args, spent = work.args, time.perf_counter() - work.start
     use_device(work.devices[0])
     settings = [stream.settings for stream in work.streams]
@@ -184,7 +185,7 @@ def one_stream(work: Work) -> None:
 
 
 def paper_table(work: Work) -> None:
-    parts: dict[Path, str] = {}  # of each stream, its table
+    parts: dict[Path, str] = {}  # the table of each stream
 
     def learn(stream: Stream) -> None:
         title = stream.title(work.seeds)
@@ -208,7 +209,7 @@ def paper_table(work: Work) -> None:
 
 
 def ablation(work: Work) -> None:
-    """One setting at a time around the preset."""
+    """Change one setting of the preset at a time, and compare the results."""
     for stream in work.streams:
         work.check(stream)
     rows = []
