@@ -107,6 +107,14 @@ class SeededAugment:
         self.dtype = dtype
         self.channels_last = channels_last
 
+    def plain(self, images: Tensor) -> Tensor:
+        """Return the images as the network sees them, without a random change: for evaluation.
+
+        They are in `dtype` and from 0 to 1, or normalised by `mean` and `std`, `[N, C, H, W]`.
+        """
+        policy = Policy(mean=self.policy.mean, std=self.policy.std)
+        return ops.augment(images, policy, 0, 0, [0], None, self.dtype, self.channels_last)
+
     @property
     def needs_unit_range(self) -> bool:
         """Whether images have to lie in 0 to 1, to which changes of colour clamp them."""

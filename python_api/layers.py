@@ -55,7 +55,7 @@ class Layers:
         index = [self.index[p] for p in params]
         return ops.layer_norms([p.grad for p in params], index, len(self.names))
 
-    def balance(
+    def rescale(
         self, grads: dict[Tensor, Tensor], reference_norms: Tensor, balance: float | None
     ) -> tuple[Tensor, Tensor]:
         """Rescale G_d in place, unless `balance` is None; return the factors and ‖G_d‖, `[L]`."""

@@ -38,12 +38,14 @@ def _watched(model: nn.Module, calls: list[Call], masks: bool = True) -> Iterato
     """Record the calls of all modules, inner ones first; with `masks`, dropout is switched off."""
 
     def note(module: nn.Module, inputs: tuple, output: object) -> None:
+        output = output[0] if isinstance(output, tuple) and output else output
         if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
             calls.append((names[module], inputs[0].detach(), output.detach()))
 
     scripted = torch.jit.ScriptModule  # cannot have hooks
     names = {m: name for name, m in model.named_modules() if not isinstance(m, scripted)}
-    dropouts = [m for m in names if masks and isinstance(m, _DropoutNd) and m.training]
+    kinds = (_DropoutNd, nn.MultiheadAttention)  # the latter drops out by itself
+    dropouts = [m for m in names if masks and isinstance(m, kinds) and m.training]
     hooks = [m.register_forward_hook(note) for m in names]
     for dropout in dropouts:
         dropout.training = False

@@ -92,9 +92,9 @@ def shared_pass(
 
 
 def one_graph_pass(
-    views: Views, bank: Tensor, temperature: float, balance: Callable[[], None]
+    views: Views, bank: Tensor, temperature: float, rescale: Callable[[], None]
 ) -> tuple[Tensor, Tensor]:
-    """Add G_d to .grad, call `balance()`, add dL_t/dθ; return L_t and L_d.
+    """Add G_d to .grad, call `rescale()`, add dL_t/dθ; return L_t and L_d.
 
     Everything comes from one forward pass, so all views must be in it.
     """
@@ -102,6 +102,6 @@ def one_graph_pass(
     new, old = ops.joint_loss(logits, labels, bank, views.sizes, temperature)
     with backward_arithmetic(views.precision):
         (old / views.count).backward(retain_graph=True)
-    balance()
+    rescale()
     _backward(new, views, rows, nullcontext())
     return new.detach() / views.count, old.detach() / views.count

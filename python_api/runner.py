@@ -88,7 +88,7 @@ class StepRunner(ModelOptimizer):
         report = StepReport(layers.names)
         views = self._views(images, labels, sizes, self.batches)
         stage = self._stage_of("warm-up", self.warmup_ratio, views, layers, report)
-        with self._stage("pool"):
+        with self._surroundings("pool"):
             loss, bank, norms = algorithm.warm_up(stage, SCHEDULES[self.schedule])
         report.warm_up_loss, report.reference_norms = loss, norms
         report.memory["bank"] = tensor_bytes([bank])
@@ -120,7 +120,7 @@ class StepRunner(ModelOptimizer):
         views = self._views(images, labels, sizes, batch.number)
         stage = self._stage_of("joint", 1.0, views, batch.layers, self.last)
         stage = replace(stage, bank=batch.bank, reference_norms=batch.reference_norms)
-        with self._stage("keep"):
+        with self._surroundings("keep"):
             loss = algorithm.joint(stage, SCHEDULES[self.schedule], losses)
         if "new" in losses:
             self.last.new_loss.append(loss)
@@ -186,7 +186,7 @@ class StepRunner(ModelOptimizer):
         return [m for m in self.model.modules() if isinstance(m, ViewBatchNorm)]
 
     @contextmanager
-    def _stage(self, statistics: str) -> Iterator[None]:
+    def _surroundings(self, statistics: str) -> Iterator[None]:
         """Set exact arithmetic and BatchNorm's mode `statistics`; release gradients on an error."""
         with torch.enable_grad(), exact_float32(), view_statistics(self._norms(), statistics):
             try:
@@ -202,7 +202,7 @@ class StepRunner(ModelOptimizer):
 
         def choose() -> None:
             views = self._views(images, labels, sizes, self.batches)
-            with self._stage("keep"), no_trace(self.model):
+            with self._surroundings("keep"), no_trace(self.model):
                 if not probed:
                     require_repeatable(replace(views, count=1, per_pass=1))
                 self._pass_size.choose(views)

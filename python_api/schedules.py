@@ -49,9 +49,9 @@ class TwoForward:
         return result, norms
 
     def descend_both(self, stage):
-        stage.distil(nullcontext())
-        stage.rescale()
-        loss, _ = self.descend(stage, stage.learn)
+        stage.distil(nullcontext())  # G_d = Σ_v dL_d(v, ŷ_v)/dθ' / V
+        stage.rescale()  # G_d[l] ← λ ‖G_w[l]‖ / ‖G_d[l]‖ · G_d[l]
+        loss, _ = self.descend(stage, stage.learn)  # θ'' = θ' - α_j (G_d + Σ_v dL_t(v)/dθ' / V)
         return loss
 
     def descend_old(self, stage):
@@ -60,7 +60,7 @@ class TwoForward:
             stage.rescale()
             return loss
 
-        loss, _ = TwoForward.descend(self, stage, distil)
+        loss, _ = TwoForward.descend(self, stage, distil)  # rescaling needs the whole G_d
         return loss
 
 

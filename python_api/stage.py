@@ -23,7 +23,7 @@ class Stage:
     layers: Layers
     temperature: float  # τ
     balance: float | Tensor | None  # λ, a device scalar in a captured step; None: no balancing
-    distils: bool  # whether λ is not 0
+    fills_bank: bool  # whether λ is not 0
     report: StepReport
     check_finite: bool
     apply: Callable[[Sequence[Tensor]], None]  # updates parameters, θ ← θ - α G, and releases G
@@ -35,7 +35,7 @@ class Stage:
 
     def fill_bank(self, last: AbstractContextManager) -> tuple[Tensor, Tensor]:
         """Return L_t and the bank; `last` is entered around the last backward pass."""
-        return passes.warm_up_pass(self.views, self.temperature, self.distils, last)
+        return passes.warm_up_pass(self.views, self.temperature, self.fills_bank, last)
 
     def learn(self, last: AbstractContextManager) -> Tensor:
         """Return L_t."""
@@ -65,7 +65,7 @@ class Stage:
         """Balance G_d, given or in .grad: G_d[l] ← λ ‖G_w[l]‖ / ‖G_d[l]‖ · G_d[l] in each layer."""
         if grads is None:
             grads = {p: p.grad for p in self.arrived()}
-        self.note_balance(*self.layers.balance(grads, self.reference_norms, self.balance))
+        self.note_balance(*self.layers.rescale(grads, self.reference_norms, self.balance))
 
     def rescale_and_update(self, old: dict[Tensor, Tensor], rate: float | Tensor) -> None:
         """Balance G_d = `old`, add dL_t/dθ from .grad and update θ ← θ - α G, in one kernel."""

@@ -718,3 +718,12 @@ def test_a_packed_policy_of_another_length_is_refused():
 def test_a_packed_policy_is_the_policy_again(settings):
     policy = SeededAugment(**settings).policy
     assert reference.Policy.unpack(policy.pack()) == policy
+
+
+def test_plain_images_are_scaled_and_normalised_alone():
+    images = make_images(N=3)
+    augment = SeededAugment(**EVERYTHING | {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]})
+    statistics = (torch.tensor(x).view(3, 1, 1) for x in ([0.1, 0.2, 0.3], [0.5, 0.6, 0.7]))
+    mean, std = statistics
+    torch.testing.assert_close(augment.plain(images), (images.float() / 255 - mean) / std)
+    assert torch.equal(SeededAugment(jitter=0.5).plain(images), images.float() / 255)

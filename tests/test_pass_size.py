@@ -84,10 +84,10 @@ def test_passes_are_even(make_model, make_batch):
     optimizer = optimizer_of(make_model(heads=(2,)), views_per_pass="auto")
     optimizer.warm_up(*make_batch(2))
     views = optimizer._views(*make_batch(2), [2], 0)
-    with optimizer._stage("keep"):
+    with optimizer._surroundings("keep"):
         each = pass_size.activation_bytes(replace(views, count=1, per_pass=1))
     size = pass_size.PassSize(f"{7 * each} B")
-    with optimizer._stage("keep"):
+    with optimizer._surroundings("keep"):
         size.fit(replace(views, count=1, per_pass=1), 8, "key")
     assert size.number == 4
 
@@ -259,7 +259,7 @@ def mixing_model(make_model, how):
                 return x + self.attention(x, x, x)[0]
 
         model.backbone.add_module("attending", Attending())
-        return model, "backbone.attending"
+        return model, "backbone.attending.attention"
     model.backbone = Mixing(model.backbone)
     return model, "backbone"
 
@@ -307,6 +307,22 @@ def test_what_does_not_mix_is_not_warned_about_and_left_as_it_is(layer, make_mod
         warnings.simplefilter("error")
         optimizer._choose_pass_size(*make_batch(2), [2])
     assert_same_bits(before, model.state_dict())
+
+
+def test_attention_that_drops_out_by_itself_does_not_mix(make_batch):
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)
+
+        def forward(self, images):
+            tokens = images.flatten(2)[:, :, :8]
+            return self.attention(tokens, tokens, tokens)[0].mean(1)
+
+    model = MultiHead(Attention(), 8)
+    model.add_head(2)
+    with warnings.catch_warnings(action="error"):
+        optimizer_of(model, views_per_pass=2).step(*make_batch(2))
 
 
 MOVING = {
