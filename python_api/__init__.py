@@ -2,7 +2,7 @@
 
 from bld_ext.api.augment import SeededAugment
 from bld_ext.api.batch_norm import ViewBatchNorm
-from bld_ext.api.convert import convert_view_batchnorm
+from bld_ext.api.convert import convert_view_batchnorm, revert_view_batchnorm
 from bld_ext.api.heads import MultiHead
 from bld_ext.api.memory import bank_bytes, tensor_bytes
 from bld_ext.api.optimizer import BLDOptimizer
@@ -16,5 +16,6 @@ __all__ = [
     "ViewBatchNorm",
     "bank_bytes",
     "convert_view_batchnorm",
+    "revert_view_batchnorm",
     "tensor_bytes",
 ]

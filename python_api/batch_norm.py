@@ -27,6 +27,7 @@ class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
     `relu(norm(x))` and `relu(norm(x) + y)`; inside a step they need only one kernel.
     """
 
+    fuses = True  # `residual` and `relu` of `forward` into its kernel
     statistics = "once"
     views = 1
     mode: str | None = None

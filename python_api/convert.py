@@ -5,6 +5,8 @@ BatchNorm then normalises view by view, and one kernel computes it with the ReLU
 
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from bld_ext.api.batch_norm import (
     ViewBatchNorm,
@@ -12,6 +14,7 @@ from bld_ext.api.batch_norm import (
     ViewBatchNorm2d,
     ViewBatchNorm3d,
 )
+from bld_ext.api.own_batch_norm import own_class, view_class
 
 
 def unwatched(*modules: nn.Module) -> bool:
@@ -29,7 +32,7 @@ def unwatched(*modules: nn.Module) -> bool:
 
 def absorbs(norm: nn.Module, relu: nn.Module) -> bool:
     """Return whether this BatchNorm may at present compute the ReLU that follows it, too."""
-    by_view = isinstance(norm, ViewBatchNorm) and norm.by_view()
+    by_view = isinstance(norm, ViewBatchNorm) and norm.fuses and norm.by_view()
     return by_view and type(relu) is nn.ReLU and unwatched(norm, relu)
 
 
@@ -67,18 +70,20 @@ _CONVERTED = {
     nn.BatchNorm2d: ViewBatchNorm2d,
     nn.BatchNorm3d: ViewBatchNorm3d,
 }
-
-
+_LEFT = (ViewBatchNorm, nn.SyncBatchNorm, LazyModuleMixin)
 STATISTICS = ("once", "every_pass")
 
 
 def convert_view_batchnorm(module: nn.Module, statistics: str | None = None) -> nn.Module:
     """Turn every `nn.BatchNorm*d` inside into a `ViewBatchNorm`, in place, and return the module.
 
+    A subclass of BatchNorm keeps its own forward, which is called view by view; a SyncBatchNorm is
+    left as it is. `revert_view_batchnorm` undoes all of it.
+
     Modules, parameters, buffers and hooks stay the same objects, and the state_dict is unchanged.
     Outside a BLD step each module computes what it did before, and it is still an instance of its
-    PyTorch class. Tools that go by a module's exact type, such as torch.jit.script, need a copy
-    made before the conversion.
+    PyTorch class. Tools that go by a module's exact type, such as torch.jit.script, need it
+    reverted.
 
     Inside a step, the BatchNorm's kernel also computes a ReLU that follows it in an
     `nn.Sequential`, and the shortcut and ReLUs of torchvision's residual blocks, unless a hook
@@ -95,8 +100,28 @@ def convert_view_batchnorm(module: nn.Module, statistics: str | None = None) -> 
     for child in module.modules():
         if type(child) in _CONVERTED:
             child.__class__ = _CONVERTED[type(child)]
+        elif isinstance(child, _BatchNorm) and not isinstance(child, _LEFT):
+            child.__class__ = view_class(type(child))
         if statistics and isinstance(child, ViewBatchNorm):
             child.statistics = statistics
     for child in module.modules():
         _fuse(child)
+    return module
+
+
+def revert_view_batchnorm(module: nn.Module) -> nn.Module:
+    """Give every module that `convert_view_batchnorm` changed its own class back, in place.
+
+    Use it before tools that go by a module's exact type: torch.fx and torchvision's feature
+    extraction, torch.jit.script, torch.export. The next step of an optimizer converts again.
+    """
+    for child in module.modules():
+        if isinstance(child, ViewBatchNorm):
+            child.__class__ = own_class(type(child))
+            for name in ("views", "mode", "pooled", "counted"):
+                vars(child).pop(name, None)
+        elif type(child) is FusedSequential:
+            child.__class__ = nn.Sequential
+        elif type(child).__module__ == "bld_ext.api.resnet":
+            child.__class__ = type(child).__base__
     return module

@@ -12,7 +12,13 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from bld_ext import BLDOptimizer, MultiHead, ViewBatchNorm, convert_view_batchnorm
+from bld_ext import (
+    BLDOptimizer,
+    MultiHead,
+    ViewBatchNorm,
+    convert_view_batchnorm,
+    revert_view_batchnorm,
+)
 from bld_ext.api.batch_norm import view_statistics
 from bld_ext.api.memory_format import MemoryFormat
 
@@ -289,6 +295,28 @@ def test_a_policy_of_running_statistics_is_one_of_two(make_model):
     assert [n.statistics for n in convert_view_batchnorm(model).modules() if n in norms] == [
         "every_pass"
     ] * 2
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+def test_a_network_that_was_reverted_is_what_it_was(make_model, make_batch):
+    """For tools that go by a module's exact type."""
+    model = make_model(heads=(2, 2))
+    model.backbone = nn.Sequential(torchvision.models.resnet18(num_classes=6), nn.Sequential())
+    classes = [type(m) for m in model.modules()]
+    optimizer = BLDOptimizer(model, 0.01)
+    batch = [x.repeat(1, 1, 4, 4) if x.dim() == 4 else x for x in make_batch(2)]
+    optimizer.step(*batch)
+    assert [type(m) for m in model.modules()] != classes
+    values = {name: value.clone() for name, value in model.state_dict().items()}
+    assert revert_view_batchnorm(model) is model
+    assert [type(m) for m in model.modules()] == classes
+    assert all(torch.equal(values[name], value) for name, value in model.state_dict().items())
+    backbone = model.backbone.eval()
+    torch.testing.assert_close(torch.jit.script(backbone)(batch[0]), backbone(batch[0]))
+    torch.testing.assert_close(torch.fx.symbolic_trace(backbone)(batch[0]), backbone(batch[0]))
+    model.train()
+    optimizer.step(*batch)
 
 
 # ---- torch.compile ----

@@ -388,17 +388,60 @@ def test_batch_norm_added_later_follows_the_policy_too(make_model, make_batch):
     assert late.num_batches_tracked == 1
 
 
-class OwnBatchNorm(nn.BatchNorm2d):
-    pass
+class BatchNormAct(nn.BatchNorm2d):
+    """With an activation, as timm's BatchNormAct2d."""
+
+    def forward(self, x):
+        return torch.nn.functional.leaky_relu(super().forward(x))
 
 
-def test_batch_norm_of_another_kind_is_refused_or_warned_of(make_model, make_batch):
-    model = make_model(heads=(2, 2))
-    model.backbone[1] = OwnBatchNorm(4)
-    with pytest.raises(ValueError, match="views_per_pass: expected 1, since backbone.1 is a OwnBa"):
+class Apart(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        return torch.nn.functional.leaky_relu(self.norm(x))
+
+
+@pytest.mark.parametrize("views_per_pass", [1, 2, 3])
+@pytest.mark.parametrize("statistics", ["once", "every_pass"])
+def test_a_batch_norm_with_an_activation_is_one_and_an_activation(
+    statistics, views_per_pass, make_model, make_batch
+):
+    states = []
+    for kind in (BatchNormAct, Apart):
+        model = make_model(heads=(2, 2), dtype=torch.float64)
+        model.backbone[1] = kind(4).double()
+        model.backbone[2] = nn.Identity()
+        augment = SeededAugment(crop_padding=1, dtype=torch.float64)
+        optimizer = make_optimizer(
+            model, views_per_pass=views_per_pass, statistics=statistics, augment=augment
+        )
+        with warnings.catch_warnings(action="error"):
+            for number in range(2):
+                optimizer.step(*make_batch(2, number, dtype=torch.float64))
+        states.append([*model.state_dict().values()])
+    torch.testing.assert_close(*states, rtol=1e-9, atol=1e-9)
+
+
+def test_a_batch_norm_of_one_s_own_is_copied_and_saved(make_model, make_batch):
+    model = make_model(heads=(2,))
+    model.backbone[1] = BatchNormAct(4)
+    make_optimizer(model).step(*make_batch(2))
+    saved = io.BytesIO()
+    torch.save(model, saved)
+    saved.seek(0)
+    for other in (copy.deepcopy(model), torch.load(saved, weights_only=False)):
+        assert type(other.backbone[1]) is type(model.backbone[1]) is not BatchNormAct
+        assert_same_network(model, other)
+        make_optimizer(other).step(*make_batch(2))
+
+
+def test_a_synchronised_batch_norm_takes_one_view_a_pass(make_model, make_batch):
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(make_model(heads=(2, 2)))
+    with pytest.raises(ValueError, match="views_per_pass: expected 1, since backbone.1 is a SyncB"):
         learn(make_optimizer(model, views_per_pass=3), make_batch, [0])
-    with pytest.warns(UserWarning, match="backbone.1.*, of OwnBatchNorm, move at"):
-        learn(make_optimizer(model), make_batch, [0])
 
 
 INHERITANCE = """
