@@ -284,6 +284,13 @@ class Policy(NamedTuple):
     interpolation: str = "bilinear"
     padding_mode: str = "zeros"  # what lies outside the image
 
+    def geometry(self) -> tuple:
+        """Return what moves pixels."""
+        return (
+            self.crop_padding, self.resized_crop, self.flip, self.rotation, self.translate,
+            self.scale, self.shear,
+        )  # fmt: skip
+
     def pack(self) -> list[float]:
         """Return 24 numbers, then the mean and the std of each channel."""
         numbers = [

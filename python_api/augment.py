@@ -116,6 +116,11 @@ class SeededAugment:
         return ops.augment(images, policy, 0, 0, [0], None, self.dtype, self.channels_last)
 
     @property
+    def keeps_positions(self) -> bool:
+        """Whether each pixel stays where it is, so that labels of pixels fit the views."""
+        return self.policy.geometry() == Policy().geometry()
+
+    @property
     def needs_unit_range(self) -> bool:
         """Whether images have to lie in 0 to 1, to which changes of colour clamp them."""
         policy = self.policy

@@ -24,8 +24,9 @@ def try_out(base: torch.optim.Optimizer) -> None:
         with torch.enable_grad():
             twin.step()
     except Exception as error:
+        reason = " ".join(str(error).split())
         raise ValueError(
-            f"base: {kind} could not take a step by itself ({type(error).__name__}: {error}). The "
+            f"base: {kind} could not take a step by itself ({type(error).__name__}: {reason}). The "
             "two stages compute the gradients, so there is no closure that it could call again. "
             f"{NO_CLOSURE}"
         ) from error

@@ -211,13 +211,24 @@ def batch(images: Tensor, labels: Tensor, device: torch.device, takes_uint8: boo
         )
     if labels.dtype != torch.int64:
         soft = labels.is_floating_point() and labels.dim() == 2
-        remedy = (
-            "of probabilities or one-hot rows use labels.argmax(1)" if soft else "use labels.long()"
-        )
+        remedy = "for one-hot rows use labels.argmax(1)" if soft else "use labels.long()"
         raise ValueError(f"labels: expected torch.int64, got {labels.dtype}: {remedy}")
     if labels.dim() < 1 or len(labels) != len(images):
         shape = tuple(labels.shape)
         raise ValueError(f"labels: expected one for each of {len(images)} images, got {shape}")
+
+
+def positions(labels: Tensor, augment: object) -> None:
+    """Refuse labels that have positions where the augmentation moves them in the images alone."""
+    if labels.numel() == len(labels) or augment is None:
+        return
+    if not getattr(augment, "keeps_positions", False):
+        raise ValueError(
+            f"labels: expected one for each image, got {list(labels.shape)}, which have positions. "
+            "The augment moves these in the images but not in the labels. Use a SeededAugment of "
+            "brightness, contrast, saturation, hue or erasing alone, or for an augment of your own "
+            "that moves nothing set augment.keeps_positions = True"
+        )
 
 
 def batch_values(images: Tensor, labels: Tensor, classes: int, unit_range: bool) -> None:

@@ -224,6 +224,7 @@ class StepRunner(ModelOptimizer):
         convert_view_batchnorm(self.model)  # converts what was added since the last step
         device = next(self.model.parameters()).device
         checks.batch(images, labels, device, takes_uint8=self.augment is not None)
+        checks.positions(labels, self.augment)
         sizes = checks.heads(self.model.head_sizes)
         checks.dtypes(self.model)
         checks.batch_norms(self.model, self.views_per_pass)

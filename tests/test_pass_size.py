@@ -11,7 +11,7 @@ import torch
 from arrange import arranged
 from torch import nn
 
-from bld_ext import SeededAugment
+from bld_ext import MultiHead, SeededAugment
 from bld_ext.api import pass_size
 
 AUGMENT = SeededAugment(crop_padding=1, rotation=15, jitter=0.2)
