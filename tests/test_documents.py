@@ -129,6 +129,7 @@ def every_block() -> list:
 
 
 @pytest.mark.filterwarnings("ignore:.*keeps state, which carries memory")  # of the guide's momentum
+@pytest.mark.filterwarnings("ignore:.*moves parameters whose gradient is zero")  # of its groups
 @pytest.mark.parametrize("name, number", every_block())
 def test_a_block_runs(readers, name, number):
     readers[name].read_to(number)
