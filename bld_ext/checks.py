@@ -83,6 +83,12 @@ def plain(argument: str, value: Tensor) -> None:
             "differentiation, which the ops do not have; use reverse mode (backward, "
             "torch.autograd.grad)"
         )
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_gradtrackingtensor(value):
+        raise NotImplementedError(
+            f"{argument}: expected a plain tensor, got one inside torch.func.grad or another "
+            "transform of torch.func, which the ops do not have; use backward or "
+            "torch.autograd.grad"
+        )
 
 
 def tensor(argument: str, value: Tensor) -> None:

@@ -210,6 +210,13 @@ def test_forward_mode_raises(name):
         )
 
 
+@each_loss
+def test_functional_gradients_raise(name):
+    logits, labels, bank = make_inputs()
+    with pytest.raises(NotImplementedError, match="^logits: .*torch.func.grad.*use backward or"):
+        torch.func.grad(lambda z: losses(z, labels, bank)[name])(logits.detach())
+
+
 def test_bank_gets_no_gradient():
     logits, labels, bank = make_inputs()
     bank.requires_grad_()
