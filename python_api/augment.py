@@ -118,13 +118,14 @@ class SeededAugment:
     @property
     def keeps_positions(self) -> bool:
         """Whether each pixel stays where it is, so that labels of pixels fit the views."""
-        return self.policy.geometry() == Policy().geometry()
+        return is_seeded(self) and self.policy.geometry() == Policy().geometry()
 
     @property
     def needs_unit_range(self) -> bool:
-        """Whether images have to lie in 0 to 1, to which changes of colour clamp them."""
+        """Whether images have to lie in 0 to 1, since they are clamped to that or normalised."""
         policy = self.policy
-        return any((policy.brightness, policy.contrast, policy.saturation, policy.hue))
+        colours = (policy.brightness, policy.contrast, policy.saturation, policy.hue)
+        return any(colours) or bool(policy.mean)
 
     def __call__(
         self,
@@ -157,3 +158,8 @@ class SeededAugment:
         default = Policy()._asdict() | {"dtype": torch.float32, "channels_last": False}
         shown = (f"{k}={v!r}" for k, v in given.items() if v != default[k])
         return f"SeededAugment({', '.join(shown)})"
+
+
+def is_seeded(augment: object) -> bool:
+    """Return whether its views are SeededAugment's own, and not those of a subclass."""
+    return isinstance(augment, SeededAugment) and type(augment).__call__ is SeededAugment.__call__

@@ -7,7 +7,10 @@ from torch import Tensor
 
 from bld_ext.api.warn import warn
 
-NO_CLOSURE = "Use one whose step() needs no closure, such as torch.optim.SGD"
+NO_CLOSURE = (
+    "The two stages compute the gradients, so there is no closure that it could call again. Use "
+    "one whose step() needs none, such as torch.optim.SGD"
+)
 
 
 def try_out(base: torch.optim.Optimizer) -> None:
@@ -26,9 +29,8 @@ def try_out(base: torch.optim.Optimizer) -> None:
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"base: {kind} could not take a step by itself ({type(error).__name__}: {reason}). The "
-            "two stages compute the gradients, so there is no closure that it could call again. "
-            f"{NO_CLOSURE}"
+            f"base: {kind} could not take a step by itself ({type(error).__name__}: {reason}). "
+            f"{NO_CLOSURE if 'closure' in reason else 'Use other options of it, or another base'}"
         ) from error
     if any(twin.state.values()):
         warn(
@@ -49,9 +51,12 @@ def _twin(base: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer | None, li
     for group in base.param_groups:
         for param in group["params"]:
             small = torch.ones_like(param[(slice(1),) * param.dim()], requires_grad=True)
-            small.grad = torch.zeros_like(small)
+            small.grad = torch.zeros_like(small) if small.numel() else None
             params.append(small)
             memo[id(param)] = small
+            for value in base.state.get(param, {}).values():
+                if isinstance(value, Tensor) and value.shape == param.shape:
+                    memo[id(value)] = value[(slice(1),) * param.dim()].clone()
     twin = object.__new__(type(base))
     try:
         twin.__dict__ = copy.deepcopy(vars(base), memo)

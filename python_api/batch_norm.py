@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from bld_ext import ops
 
+RUNNING = ("running_mean", "running_var", "num_batches_tracked")
+
 
 class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm that normalises each of several views in a batch by its own statistics.

@@ -243,8 +243,8 @@ def batch_values(images: Tensor, labels: Tensor, classes: int, unit_range: bool)
             if low < 0:
                 remedy = "images before they are normalised, and SeededAugment(mean=..., std=...)"
             raise ValueError(
-                f"images: expected values from 0 to 1, which brightness, contrast, saturation and "
-                f"hue of the augment clamp to, got {low:.4g} to {high:.4g}. Give {remedy}"
+                "images: expected values from 0 to 1, which the augment clamps to or normalises, "
+                f"got {low:.4g} to {high:.4g}. Give {remedy}"
             )
     low, high = labels.min().item(), labels.max().item()
     if low < 0 or high >= classes:

@@ -14,7 +14,7 @@ from bld_ext.api.batch_norm import (
     ViewBatchNorm2d,
     ViewBatchNorm3d,
 )
-from bld_ext.api.own_batch_norm import own_class, view_class
+from bld_ext.api.own_batch_norm import TAKEN, own_class, view_class
 
 
 def unwatched(*modules: nn.Module) -> bool:
@@ -101,7 +101,8 @@ def convert_view_batchnorm(module: nn.Module, statistics: str | None = None) -> 
         if type(child) in _CONVERTED:
             child.__class__ = _CONVERTED[type(child)]
         elif isinstance(child, _BatchNorm) and not isinstance(child, _LEFT):
-            child.__class__ = view_class(type(child))
+            if not any(hasattr(child, name) for name in TAKEN):
+                child.__class__ = view_class(type(child))
         if statistics and isinstance(child, ViewBatchNorm):
             child.statistics = statistics
     for child in module.modules():

@@ -11,22 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from bld_ext.api.batch_norm import ViewBatchNorm
+from bld_ext.api.batch_norm import RUNNING, ViewBatchNorm
+from bld_ext.api.buffers import Buffers
 from bld_ext.api.views import Views
 from bld_ext.api.warn import warn
 
 
 @contextmanager
 def no_trace(model: nn.Module) -> Iterator[None]:
-    """Undo what forward passes change in the buffers, such as spectral_norm's iteration."""
-    buffers = [*model.buffers()]
-    before = [b.clone() for b in buffers]
+    """Undo what forward passes change in the buffers, such as the iteration of spectral_norm."""
+    before = Buffers(model)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, value in zip(buffers, before, strict=True):
-                buffer.copy_(value)
+        before.restore()
 
 
 # A call of a module: its name, its first input and its output.
@@ -82,32 +80,29 @@ def is_compiled(model: nn.Module) -> bool:
     )
 
 
-@torch.no_grad()
 def require_repeatable(one: Views) -> None:
     """Make a view twice and run the network on it twice; warn of buffers that move meanwhile.
 
     Raises:
         ValueError: the view or what the network computes is another one the second time.
     """
+    if not _close(*(one.make(range(1)) for _ in range(2)), 1e-5):
+        raise ValueError(
+            "augment: expected the same view from the same seed, step, view and indices, got "
+            "another one the second time. The global generators of torch, NumPy and Python are "
+            "seeded before each call. Draw from one of them, or make a generator in the call from "
+            "its arguments, as numpy.random.default_rng((seed, step, view))"
+        )
     if is_compiled(one.model):
         return  # each of these passes would be compiled
-    buffers = {name: (b, b.clone()) for name, b in one.model.named_buffers()}
-    calls: list[list[Call]] = [[], []]
-    logits = []
+    before, calls, logits = Buffers(one.model), [[], []], []
     for noted in calls:
         with no_trace(one.model), _watched(one.model, noted, masks=False):
             ((_, found, _),) = one
-            moved = [name for name, (b, before) in buffers.items() if not torch.equal(b, before)]
-        logits.append(found)
+            moved = before.moved()
+        logits.append(found.detach())
     for (name, *first), (_, *again) in zip(*calls, strict=False):
         same_input, same_output = (_close(a, b, 1e-5) for a, b in zip(first, again, strict=True))
-        if name == "" and not same_input:
-            raise ValueError(
-                "augment: expected the same view from the same seed, step, view and indices, got "
-                "another one the second time. torch's generator is seeded before each call; those "
-                "of NumPy and Python are not. Draw with torch, or with "
-                "numpy.random.default_rng((seed, step, view))"
-            )
         if same_input and not same_output:
             _refuse(name, one.model)
     if not _close(*logits, 1e-5):  # a model that takes no hooks
@@ -120,14 +115,15 @@ def _refuse(name: str, model: nn.Module) -> None:
     raise ValueError(
         f"model: {name or 'it'}, a {kind}, computed another output when it ran again on the same "
         "view with torch's generators at the same seed. BLD would distil that difference as if "
-        "learning had caused it. Draw its random numbers with torch, and keep nothing from one "
-        "forward pass to the next but buffers"
+        "learning had caused it. Draw random numbers from the global generators of torch, NumPy "
+        "or Python, and keep nothing from one forward pass to the next but buffers"
     )
 
 
 def _warn_of_buffers(model: nn.Module, moved: list[str]) -> None:
-    asked = {name for name, m in model.named_modules() if isinstance(m, ViewBatchNorm)}
-    others = [name for name in moved if name.rpartition(".")[0] not in asked]
+    norms = [name for name, m in model.named_modules() if isinstance(m, ViewBatchNorm)]
+    asked = {f"{name}.{buffer}".lstrip(".") for name in norms for buffer in RUNNING}
+    others = [name for name in moved if name not in asked]
     if others:
         kinds = {type(model.get_submodule(name.rpartition(".")[0])).__name__ for name in others}
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
@@ -139,7 +135,6 @@ def _warn_of_buffers(model: nn.Module, moved: list[str]) -> None:
         )
 
 
-@torch.no_grad()
 def what_mixes(first: Views, second: Views, both: Views) -> str | None:
     """Return the name of the module that computes a view differently when another is beside it.
 
@@ -152,7 +147,7 @@ def what_mixes(first: Views, second: Views, both: Views) -> str | None:
     for views, noted in zip((first, second, both), calls, strict=True):
         with no_trace(first.model), _watched(first.model, noted):
             ((_, found, _),) = views
-        logits.append(found)
+        logits.append(found.detach())
     for (name, *one), (_, *two), (_, *pair) in zip(*calls, strict=False):
         same_input, same_output = (_same((one[i], two[i]), pair[i]) for i in (0, 1))
         if name == "" and not same_input:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from bld_ext import ops
 from bld_ext.api import checks
 from bld_ext.api.base import try_out
+from bld_ext.api.buffers import Buffers
 from bld_ext.api.layers import release_gradients
 from bld_ext.api.setting import Setting
 
@@ -24,7 +25,7 @@ class ModelOptimizer(torch.optim.Optimizer):
 
     def __init__(self, model: nn.Module, base: Callable[..., torch.optim.Optimizer], lr: float):
         self.model = model
-        self.base = base(list(model.parameters()), lr=lr)
+        self.base = base(list(model.parameters()), lr=lr if isinstance(lr, Tensor) else float(lr))
         if not isinstance(self.base, torch.optim.Optimizer):
             kind = type(self.base).__name__
             raise TypeError(f"base: expected it to make a torch.optim.Optimizer, got {kind}")
@@ -63,11 +64,22 @@ class ModelOptimizer(torch.optim.Optimizer):
         It is the group of its namesake, the newest parameter whose name differs in numbers alone,
         as `heads.0.bias` and `heads.1.bias` do; without one, the first group.
         """
-        found = 0
-        for number, group in enumerate(self.param_groups):
-            if any(_without_numbers(name) == _without_numbers(n) for n in group["param_names"]):
-                found = number
-        return found
+        places = {n: i for i, group in enumerate(self.param_groups) for n in group["param_names"]}
+        namesakes = [
+            other
+            for other, _ in self.model.named_parameters()
+            if other in places and _without_numbers(other) == _without_numbers(name)
+        ]
+        return places[namesakes[-1]] if namesakes else 0
+
+    def _checked_group(self, name: str, param: Tensor) -> int:
+        number, count = self.group_for(name, param), len(self.param_groups)
+        if not isinstance(number, int) or not 0 <= number < count:
+            raise ValueError(
+                f"group_for: expected the number of a group, 0 to {count - 1}, for the new "
+                f"parameter {name}, got {number!r}"
+            )
+        return number
 
     def _names(self) -> dict[Tensor, str]:
         return {param: name for name, param in self.model.named_parameters()}
@@ -143,8 +155,8 @@ class ModelOptimizer(torch.optim.Optimizer):
     @contextmanager
     def _undone_on_error(self) -> Iterator[None]:
         """Restore parameters, buffers, the base's state and the batch count if anything raises."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        before = [t.detach().clone() for t in tensors]
+        params, buffers = [*self.model.parameters()], Buffers(self.model)
+        before = [p.detach().clone() for p in params]
         state = {
             p: {k: v.clone() if isinstance(v, Tensor) else v for k, v in entry.items()}
             for p, entry in self.state.items()
@@ -154,8 +166,9 @@ class ModelOptimizer(torch.optim.Optimizer):
             yield
         except BaseException:
             with torch.no_grad():
-                for tensor, saved in zip(tensors, before, strict=True):
-                    tensor.copy_(saved)
+                for param, saved in zip(params, before, strict=True):
+                    param.copy_(saved)
+            buffers.restore()
             self.state.clear()
             self.state.update(state)
             self.batches = batches
@@ -175,7 +188,7 @@ class ModelOptimizer(torch.optim.Optimizer):
         self._name_parameters()
         for param, name in named.items():
             if param not in known:
-                group = self.param_groups[self.group_for(name, param)]
+                group = self.param_groups[self._checked_group(name, param)]
                 group["params"].append(param)
                 group["param_names"].append(name)
 

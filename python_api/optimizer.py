@@ -154,7 +154,7 @@ class BLDOptimizer(StepRunner):
         checks.model(model)
         self.warmup_ratio = checks.rates(lr, warmup_lr)
         self.temperature, self.balance, self.joint_steps = temperature, balance, joint_steps
-        self.views = (50 if augment else 1) if views is None else views
+        self.views = (1 if augment is None else 50) if views is None else views
         self.views_per_pass, self.augment = views_per_pass, augment
         self.layer, self.schedule, self.precision = layer, schedule, precision
         self.capture, self.check_finite = capture, check_finite
@@ -238,6 +238,9 @@ class BLDOptimizer(StepRunner):
             raise RuntimeError("joint: there is no bank; call warm_up(images, labels) first")
         sizes = self._check(images, labels)
         run = partial(self._joint, images, labels, sizes, bank, losses)
+        if self._batch is None:
+            self._choose_pass_size(images, labels, sizes)
+            run = partial(self._format.run, run)
         return self._within_memory(images, run)
 
     @property

@@ -5,7 +5,9 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from bld_ext.api.batch_norm import ViewBatchNorm, recomputing
+from bld_ext.api.batch_norm import RUNNING, ViewBatchNorm, recomputing
+
+TAKEN = ("statistics", "views", "mode", "pooled", "counted", "fuses")  # attributes of ViewBatchNorm
 
 
 class OwnViewBatchNorm(ViewBatchNorm):
@@ -26,29 +28,43 @@ class OwnViewBatchNorm(ViewBatchNorm):
                 f"views_per_pass: expected 1, since a BatchNorm of the model gets {len(input)} "
                 f"images of {self.views} views, which is not as many of each"
             )
-        parts = input.chunk(self.views)
         if not self.track_running_stats:
-            return torch.cat([own_forward(part, *args, **options) for part in parts])
-        names = ("running_mean", "running_var", "num_batches_tracked")
-        held, momentum = [getattr(self, name) for name in names], self.momentum
+            outs = [own_forward(part, *args, **options) for part in input.chunk(self.views)]
+            return outs[0] if self.views == 1 else torch.cat(outs)
+        held, momentum = [getattr(self, name) for name in RUNNING], self.momentum
         outs, found = [], []
         try:
             self.momentum = 1.0
-            for part in parts:
-                for name, buffer in zip(names, held, strict=True):
-                    setattr(self, name, buffer.clone())
+            for part in input.chunk(self.views):
+                aside = [buffer.clone() for buffer in held]
+                for name, buffer in zip(RUNNING, aside, strict=True):
+                    setattr(self, name, buffer)
                 outs.append(own_forward(part, *args, **options))
-                found.append((self.running_mean, self.running_var))
+                found.append((self.running_mean.clone(), self.running_var.clone()))
         finally:
             self.momentum = momentum
-            for name, buffer in zip(names, held, strict=True):
+            for name, buffer in zip(RUNNING, held, strict=True):
                 setattr(self, name, buffer)
-        n = parts[0].numel() // parts[0].shape[1]  # values of a channel in a view
-        mean, variance = (torch.stack(each).double() for each in zip(*found, strict=True))
         if self.mode != "keep" and not recomputing():
-            gather = self._gather if self.mode == "pool" else self._move
-            gather(mean, variance * (n - 1) / n, n)
-        return torch.cat(outs)
+            self._note([torch.stack(each).double() for each in zip(*found, strict=True)], input)
+        return outs[0] if self.views == 1 else torch.cat(outs)
+
+    @torch.no_grad()
+    def _note(self, found: list[Tensor], input: Tensor) -> None:
+        """Gather the statistics of each view, unless the forward moved none, as a frozen one."""
+        mean, variance = found  # [V, C]
+        n = input.numel() // (input.shape[1] * self.views)  # values of a channel in a view
+        before = torch.stack((self.running_mean, self.running_var)).double().unsqueeze(1)
+        moved = (torch.stack((mean, variance)) != before).any(2).any(0)  # [V]
+        variance = variance * (n - 1) / n
+        if self.mode == "pool":
+            weight = moved.double().unsqueeze(1)
+            self.pooled[0] += (mean * weight).sum(0)
+            self.pooled[1] += ((variance + mean * mean) * weight).sum(0)
+            self.counted[0] += weight.sum()
+            self.counted[1] += n * weight.sum()
+        elif moved.any():
+            self._move(mean, variance, n)
 
     def __reduce_ex__(self, protocol):
         return _empty, (own_class(type(self)),), self.__dict__

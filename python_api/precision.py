@@ -1,9 +1,11 @@
 """Arithmetic of a step: exact float32 products, and random numbers that can be replayed."""
 
+import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
+import numpy as np
 import torch
 
 # The switches that let torch compute a float32 product in lower precision: TF32 on a GPU, bfloat16
@@ -120,11 +122,15 @@ def replayable_rng(device: torch.device) -> Iterator[Callable[[int], None]]:
     def reseed(seed: int) -> None:
         for generator in generators:
             generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
 
     with ExitStack() as stack:
         for generator in generators:
             aside = _set_aside(generator.device, generator.get_state, generator.set_state)
             stack.enter_context(aside)
+        stack.enter_context(_set_aside("random", random.getstate, random.setstate))
+        stack.enter_context(_set_aside("numpy", np.random.get_state, np.random.set_state))
         yield reseed
 
 

@@ -42,7 +42,7 @@ class StepRunner(ModelOptimizer):
     _format: MemoryFormat
     _pass_size: PassSize
     _recorder: Recorder
-    _probed_with: object  # the augment that was tried out together with the model
+    _probed_with: object  # the augment, heads and mode in which the model was tried out
 
     def release(self) -> None:
         """End the current batch: release the bank, the norms and the gradients."""
@@ -196,7 +196,8 @@ class StepRunner(ModelOptimizer):
                 raise
 
     def _choose_pass_size(self, images: Tensor, labels: Tensor, sizes: list[int]) -> None:
-        probed = self._probed_with is self.augment
+        situation = (self.augment, len(sizes), self.model.training)
+        probed = self._probed_with == situation
         if probed and self._pass_size.is_chosen(self.model, images, self.views):
             return
 
@@ -206,7 +207,7 @@ class StepRunner(ModelOptimizer):
                 if not probed:
                     require_repeatable(replace(views, count=1, per_pass=1))
                 self._pass_size.choose(views)
-            self._probed_with = self.augment
+            self._probed_with = situation
 
         self._within_memory(images, partial(self._format.run, choose))
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bld_ext.api.augment import SeededAugment
+from bld_ext.api.augment import is_seeded
 from bld_ext.api.batch_norm import ViewBatchNorm
 from bld_ext.api.memory_format import NeedsContiguousError
 from bld_ext.api.precision import no_random_numbers, replayable_rng
@@ -45,7 +45,7 @@ class Views:
             views = range(first, min(first + self.per_pass, self.start + self.count))
             for norm in self.norms:
                 norm.views = len(views)
-            logits = self._run(self._make(views), first)
+            logits = self._run(self.make(views), first)
             labels = self.labels.repeat(len(views), *(1,) * (self.labels.dim() - 1))
             self._check(logits, labels)
             row = (first - self.start) * B
@@ -63,8 +63,8 @@ class Views:
 
     @contextmanager
     def _repeatable(self, first: int, purpose: int) -> Iterator[None]:
-        """Torch's random numbers inside are a function of seed, batch, view and purpose."""
-        if purpose == AUGMENT_RNG and isinstance(self.augment, SeededAugment):
+        """Seed the global generators from seed, batch, view and purpose; put them back after it."""
+        if purpose == AUGMENT_RNG and is_seeded(self.augment):
             yield  # it draws none of them
         elif isinstance(self.number, Tensor):
             with no_random_numbers(self.images.device):
@@ -74,7 +74,7 @@ class Views:
                 reseed(stream_seed(self.seed, self.number, first, purpose))
                 yield
 
-    def _make(self, views: range) -> Tensor:
+    def make(self, views: range) -> Tensor:
         if self.augment is None:
             made = self.images.repeat(len(views), *(1,) * (self.images.dim() - 1))
         else:

@@ -489,7 +489,8 @@ def set_up_failure(optimizer, where, number, error=Failure):
     if where == "base":
         return optimizer.base.register_step_pre_hook(fail)
     optimizer.augment = lambda *args, **options: fail() or AUGMENT(*args, **options)
-    optimizer._probed_with = optimizer.augment  # as if it had been tried out
+    situation = (optimizer.augment, len(optimizer.model.head_sizes), True)
+    optimizer._probed_with = situation  # as if it had been tried out
     return SimpleNamespace(remove=lambda: setattr(optimizer, "augment", AUGMENT))
 
 

@@ -9,7 +9,7 @@ import torch
 from test_bad_input import OPTIONS, assert_same, snapshot
 from torch import nn
 
-from bld_ext import BLDOptimizer, SeededAugment
+from bld_ext import BLDOptimizer, SeededAugment, convert_view_batchnorm
 
 pytestmark = pytest.mark.filterwarnings("ignore:BLDOptimizer. SGD keeps state")
 
@@ -111,18 +111,51 @@ def test_an_augment_may_draw_from_torch(views_per_pass, make_model, make_batch):
     assert torch.equal(torch.rand(3), first)  # torch's own state is as it was
 
 
-@pytest.mark.parametrize("draw", [lambda: np.random.rand(), lambda: random.random()])
-def test_an_augment_that_draws_elsewhere_is_refused(draw, make_model, make_batch):
-    def noisy(images, views, **_):
-        return torch.cat([images * (1 + 0.1 * draw()) for _ in views])
+GLOBAL = {"numpy": lambda: np.random.rand(), "python": lambda: random.random()}
 
+
+@pytest.mark.parametrize("draw", GLOBAL.values(), ids=GLOBAL)
+@pytest.mark.parametrize("where", ["augment", "layer"])
+def test_other_global_generators_are_seeded_too(where, draw, make_model, make_batch):
+    """Events of a small probability as well, which two tries would not show."""
+
+    def flips(images, views, **_):
+        return torch.cat([images.flip(-1) if draw() < 0.3 else images for _ in views])
+
+    class Drops(nn.Module):
+        def forward(self, x):
+            return 0 * x if draw() < 0.1 else x
+
+    model = make_model()
+    if where == "layer":
+        model.backbone.insert(3, Drops())
+    before = np.random.get_state()[1].tolist(), random.getstate()
+    optimizer = learns(model, flips if where == "augment" else None, make_batch)
+    assert max(n.max() for n in optimizer.last.distillation_norms) < 1e-6
+    assert before == (np.random.get_state()[1].tolist(), random.getstate())
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_an_augment_that_draws_elsewhere_is_refused(compiled, make_model, make_batch):
+    generator = np.random.default_rng(0)
+
+    def noisy(images, views, **_):
+        return torch.cat([images * (1 + 0.1 * float(generator.random())) for _ in views])
+
+    model = make_model()
+    if compiled:
+        model.backbone.compile(backend="eager")
     with pytest.raises(ValueError, match="^augment: expected the same view .*default_rng"):
-        learns(make_model(), noisy, make_batch)
+        learns(model, noisy, make_batch)
 
 
 class NumpyNoise(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.generator = np.random.default_rng(0)
+
     def forward(self, x):
-        return x * (1 + 0.1 * np.random.rand()) if self.training else x
+        return x * (1 + 0.1 * float(self.generator.random())) if self.training else x
 
 
 class Counting(nn.Module):
@@ -236,3 +269,128 @@ def test_weight_decay_is_warned_of(make_model):
     with pytest.warns(UserWarning, match="SGD moves parameters whose gradient is zero") as caught:
         BLDOptimizer(make_model((2,)), **OPTIONS | {"base": base})
     assert len(caught) == 1 and caught[0].filename == __file__
+
+
+# ---- what a first reader of the code broke ----
+
+
+class Frozen(nn.BatchNorm2d):
+    """By its statistics alone, though it is in training mode."""
+
+    def forward(self, x):
+        statistics = self.running_mean, self.running_var
+        return nn.functional.batch_norm(x, *statistics, self.weight, self.bias, False, 0.0, 1e-5)
+
+
+@pytest.mark.parametrize("statistics", ["once", "every_pass"])
+def test_a_batch_norm_that_is_frozen_by_its_forward_keeps_its_statistics(
+    statistics, make_model, make_batch
+):
+    model = make_model((2,))
+    model.backbone[1] = norm = Frozen(4)
+    norm.running_var.fill_(2), norm.num_batches_tracked.fill_(100)
+    before = {name: b.clone() for name, b in norm.named_buffers()}
+    convert_view_batchnorm(model, statistics)
+    optimizer = BLDOptimizer(model, 0.01, views=2, augment=SeededAugment(crop_padding=1))
+    for number in range(3):
+        optimizer.step(*make_batch(2, number))
+    assert_same(dict(norm.named_buffers()), before)
+
+
+class Replaces(nn.Module):
+    """A running mean that is a new tensor at each pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x):
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean((0, 2, 3))
+        return x
+
+
+def test_buffers_that_are_replaced_are_named_and_put_back(make_model, make_batch):
+    model = make_model((2,))
+    model.backbone.insert(1, Replaces())
+    options = dict(views=2, augment=SeededAugment(crop_padding=1), check_finite=True)
+    optimizer = BLDOptimizer(model, 0.01, **options)
+    with pytest.warns(UserWarning, match="backbone.1.mean, of Replaces, move at every"):
+        optimizer.step(*make_batch(2))
+    before = model.backbone[1].mean.clone()
+    optimizer.param_groups[0]["lr"] = 1e30
+    with pytest.raises(FloatingPointError):
+        optimizer.step(*make_batch(2))
+    assert torch.equal(model.backbone[1].mean, before)
+
+
+class FurtherBuffer(nn.BatchNorm2d):
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        self.seen += 1
+        return super().forward(x) * (1 + 1e-7 * self.seen)
+
+
+def test_a_further_buffer_of_a_batch_norm_is_named(make_model, make_batch):
+    model = make_model((2,))
+    model.backbone[1] = FurtherBuffer(4)
+    with pytest.warns(UserWarning, match="BLDOptimizer: backbone.1.seen, of "):
+        BLDOptimizer(model, 0.01).step(*make_batch(2))
+
+
+def test_normalisation_expects_images_in_their_range(make_model, make_batch):
+    images, labels = make_batch(2)
+    augment = SeededAugment(mean=[0.5] * 3, std=[0.25] * 3)
+    with pytest.raises(ValueError, match="^images: expected values from 0 to 1"):
+        BLDOptimizer(make_model((2,)), 0.01, views=2, augment=augment).step(images * 255, labels)
+
+
+class OwnCall(SeededAugment):
+    def __call__(self, images, *, views, **options):
+        return super().__call__(images, views=views, **options) + 0.1 * torch.rand(1)
+
+
+def test_a_subclass_of_seeded_augment_is_an_augment_of_one_s_own(make_model, make_batch):
+    optimizer = learns(make_model(), OwnCall(jitter=0.1), make_batch)
+    assert max(n.max() for n in optimizer.last.distillation_norms) < 1e-6
+    images, _ = make_batch(2)
+    with pytest.raises(ValueError, match="^labels: .*have positions"):
+        dense = BLDOptimizer(Dense(), 0.1, views=2, augment=OwnCall(jitter=0.1))
+        dense.step(images, torch.zeros(5, 8, 8, dtype=torch.int64))
+
+
+@pytest.mark.filterwarnings("ignore:BLDOptimizer. .* (keeps state|moves parameters)")
+@pytest.mark.parametrize(
+    "base", [o for o in vars(torch.optim).values() if isinstance(o, type)], ids=lambda o: o.__name__
+)
+def test_every_optimizer_of_torch_is_a_base_or_says_why_not(base, make_model, make_batch):
+    """Muon takes matrices alone, SparseAdam sparse gradients, LBFGS a closure."""
+    if base is torch.optim.Optimizer:
+        return
+    model = make_model((2,))
+    refused = {"LBFGS": "closure", "SparseAdam": "dense gradients", "Muon": "2D"}
+    if reason := refused.get(base.__name__):
+        with pytest.raises((ValueError, RuntimeError), match=reason):
+            BLDOptimizer(model, 0.01, base=base)
+        return
+    BLDOptimizer(model, 0.01, base=base).step(*make_batch(2))
+
+
+def test_a_group_for_that_names_no_group_is_refused(make_model, make_batch):
+    optimizer = BLDOptimizer(make_model((2,)), **OPTIONS)
+    optimizer.group_for = lambda name, param: 5
+    optimizer.model.add_head(2)
+    with pytest.raises(ValueError, match="^group_for: .*0 to 0, .* heads.1.weight, got 5"):
+        optimizer.step(*make_batch(2))
+
+
+def test_the_newest_namesake_counts(make_model, make_batch):
+    """An old head in a group that does not learn keeps the next one out of it."""
+    optimizer = BLDOptimizer(make_model((2, 2)), **OPTIONS)
+    frozen = optimizer.model.heads[0].parameters()
+    optimizer.add_param_group({"params": frozen, "lr": 0.0})
+    optimizer.model.add_head(2)
+    optimizer.step(*make_batch(2))
+    assert "heads.2.weight" in optimizer.param_groups[0]["param_names"]
