@@ -75,7 +75,7 @@ def model():
     made = make_model(NETWORK)
     for _ in range(HEADS):
         made.add_head(2)
-    return made.to(measure.DEVICE)
+    return made.to(measure.DEVICE, memory_format=torch.contiguous_format)
 
 
 def batch():

@@ -106,8 +106,8 @@ class BLDOptimizer(StepRunner):
     go to the network in torch.channels_last on a CPU, where that is faster, and wherever the
     model's weights have that layout.
 
-    Inside a step TF32, reduced-precision products and autocast are off, and torch's random state is
-    replaced; both are restored after it. These settings are global, so steps in two threads at once
+    Inside a step TF32, reduced-precision products and autocast are off, and the random states of
+    torch, NumPy and Python are replaced; all are restored after it. These settings are global, so steps in two threads at once
     disturb each other. `step` drops the gradients it finds and releases its own.
 
     Example:
