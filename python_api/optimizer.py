@@ -107,8 +107,9 @@ class BLDOptimizer(StepRunner):
     model's weights have that layout.
 
     Inside a step TF32, reduced-precision products and autocast are off, and the random states of
-    torch, NumPy and Python are replaced; all are restored after it. These settings are global, so steps in two threads at once
-    disturb each other. `step` drops the gradients it finds and releases its own.
+    torch, NumPy and Python are replaced; all are restored after it. These settings are global, so
+    steps in two threads at once disturb each other. `step` drops the gradients it finds and
+    releases its own.
 
     Example:
         optimizer = BLDOptimizer(model, lr=1e-4, views=50, augment=SeededAugment(crop_padding=4))
