@@ -5,16 +5,21 @@ reversed order. The command prints the largest difference between the two, and f
 """
 
 import argparse
+import io
 import sys
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import torch
+from matplotlib.figure import Figure
+from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
-from torchvision.transforms.v2.functional import center_crop, resize
+from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize
 
+from benchmarks.paper.checkpoint import one_line
+from benchmarks.terminal import lenient
 from bld_ext import SeededAugment
 
 STEP = 0
@@ -31,14 +36,31 @@ def folder(path: Path, count: int, size: int) -> Tensor:  # [N, 3, size, size], 
     for file in sorted(path.iterdir()) if path.is_dir() else ():
         if len(found) < count and file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
             try:
-                image = decode_image(str(file), ImageReadMode.RGB)
-            except RuntimeError as error:
-                print(f"{file} is left out: {str(error).splitlines()[0]}", file=sys.stderr)
+                image, transparent = decode(file)
+            except Exception as error:  # Pillow raises many classes of errors for a damaged file
+                print(f"{file} is left out: {one_line(error)}", file=sys.stderr)
                 continue
+            if transparent:
+                print(f"{file}: its transparency is left out", file=sys.stderr)
             found.append(center_crop(resize(image, [size]), [size, size]))
     if not found:
-        sys.exit(f"--dataset: expected 'digits' or a folder with .png or .jpg images, got {path}")
+        raise ValueError(
+            f"--dataset: expected 'digits' or a folder with .png, .jpg or .webp images, got {path}"
+        )
     return torch.stack(found)
+
+
+def decode(file: Path) -> tuple[Tensor, bool]:
+    """Return an image upright as [3, H, W] uint8, and whether it had transparency, now left out."""
+    with Image.open(file) as opened:
+        image = ImageOps.exif_transpose(opened)
+        transparent = "A" in image.getbands() or "transparency" in image.info
+        if image.mode.startswith("I"):  # gray of 16 bits, which convert() would clip to 8
+            gray = np.rint(np.asarray(image) * (255 / 65535)).astype(np.uint8)
+            return torch.from_numpy(gray).expand(3, -1, -1), transparent
+        if transparent:
+            image = image.convert("RGBA")
+        return pil_to_tensor(image.convert("RGB")), transparent
 
 
 def views_twice(augment, images: Tensor, seed: int, views: int) -> tuple[Tensor, Tensor]:
@@ -76,6 +98,20 @@ def draw(images: Tensor, made: Tensor, again: Tensor, difference: float, path: P
     plt.close(figure)
 
 
+def check_output(path: Path) -> None:
+    """Raise ValueError unless a figure can be written as a file of this name."""
+    if path.is_dir():
+        raise ValueError(f"--out: {path} is a folder; give the name of a file such as views.png")
+    try:
+        Figure().savefig(io.BytesIO(), format=path.suffix[1:] or "none")
+    except Exception as error:  # some formats need programs that may be missing
+        raise ValueError(
+            f"--out: expected a name that ends in .png, .pdf or another format of matplotlib, got "
+            f"{path} ({one_line(error)}); give another --out"
+        ) from error
+
+
+@lenient
 def main(arguments: list[str] | None = None, augment=AUGMENT) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", default="digits", help="digits, or a folder of images")
@@ -90,6 +126,15 @@ def main(arguments: list[str] | None = None, augment=AUGMENT) -> int:
             parser.error(f"--{name}: expected at least 1, got {getattr(options, name)}")
     if options.seed < 0:
         parser.error(f"--seed: expected at least 0, got {options.seed}")
+    try:
+        return make_sheet(options, augment)
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def make_sheet(options: argparse.Namespace, augment) -> int:
+    check_output(options.out)
     if options.dataset == "digits":
         images = digits(options.images, options.size)
     else:

@@ -2,6 +2,7 @@
 
 import copy
 import ctypes
+import errno
 import gzip
 import json
 import os
@@ -9,9 +10,11 @@ import pickle
 import random
 import resource
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from urllib.error import URLError
@@ -36,6 +39,7 @@ from benchmarks.paper.checkpoint import (
 from benchmarks.paper.experiment import conditions, run
 from benchmarks.paper.methods import PRESETS, Settings
 from benchmarks.paper.streams import DatasetError, load_dataset
+from benchmarks.terminal import Lenient
 from bld_ext import BLDOptimizer, SeededAugment, ops
 from bld_ext.api.out_of_memory import is_out_of_memory
 
@@ -329,6 +333,30 @@ def test_an_npz_larger_than_memory_is_refused(tmp_path):
     assert huge != data
     (tmp_path / "own.npz").write_bytes(huge)
     with pytest.raises(DatasetError, match="own.npz: not a readable .npz file"):
+        load_dataset(str(tmp_path / "own.npz"))
+
+
+def test_an_npz_that_memory_cannot_hold_is_not_taken_for_a_damaged_one(tmp_path):
+    np.savez(tmp_path / "own.npz", **labels_and_images())
+    header = files.io.BytesIO()
+    described = {"descr": "|u1", "fortran_order": False, "shape": (2**20, 2**14, 2**14)}
+    np.lib.format.write_array_header_1_0(header, described)
+    with zipfile.ZipFile(tmp_path / "huge.npz", "w") as huge:
+        for array in labels_and_images():
+            member = zipfile.ZipFile(tmp_path / "own.npz").read(f"{array}.npy")
+            huge.writestr(f"{array}.npy", header.getvalue() if array == "x_train" else member)
+    with pytest.raises(DatasetError, match="does not fit into memory .*256. TiB.*fewer or smaller"):
+        load_dataset(str(tmp_path / "huge.npz"))
+
+
+def test_an_npz_that_may_not_be_read_is_not_taken_for_a_damaged_one(tmp_path, monkeypatch):
+    np.savez(tmp_path / "own.npz", **labels_and_images())
+
+    def refuse(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)  # the tests may run as root, whom no mode stops
+    with pytest.raises(DatasetError, match="own.npz: could not be opened .*denied.*make it reada"):
         load_dataset(str(tmp_path / "own.npz"))
 
 
@@ -702,6 +730,124 @@ def test_a_disk_that_fails_at_any_call_leaves_the_checkpoint(call, saved, writte
     assert saved.path.read_bytes() == written
     saved.save({"model": torch.ones(3)})
     assert torch.equal(saved.load("cpu")["model"], torch.ones(3))
+
+
+# ---- terminals and pipes ----
+
+
+class FailingStream(files.io.StringIO):
+    """A stream that fails at its first write, or at its first flush."""
+
+    def __init__(self, number, at):
+        super().__init__()
+        self.number, self.at, self.calls = number, at, 0
+
+    def fail(self):
+        self.calls += 1
+        raise OSError(self.number, os.strerror(self.number))
+
+    def write(self, text):
+        return self.fail() if self.at == "write" else len(text)
+
+    def flush(self):
+        if self.at == "flush":
+            self.fail()
+
+
+def assert_whole(out):
+    assert len(json.loads((out / "results.json").read_text())["runs"]) == 2
+    assert (out / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("at", ["write", "flush"])
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC])
+def test_results_do_not_depend_on_where_is_printed_to(
+    number, stream, at, finished, tmp_path, monkeypatch, capsys
+):
+    failing = FailingStream(number, at)
+    monkeypatch.setattr(sys, stream, failing)
+    code = finished(tmp_path)
+    assert sys.stdout is failing or sys.stderr is failing
+    assert_whole(tmp_path)
+    lost = stream == "stdout" and number != errno.EPIPE
+    assert code == 2 * lost
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert len(lines) == lost
+    assert not lost or os.strerror(number) in lines[0] and "print to where there is" in lines[0]
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_results_do_not_depend_on_an_open_terminal(stream, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, stream, None)  # as Python has it where the descriptor is closed
+    assert finished(tmp_path / "none") == 0
+    assert_whole(tmp_path / "none")
+    closed = files.io.StringIO()
+    closed.close()
+    monkeypatch.setattr(sys, stream, closed)
+    assert finished(tmp_path / "closed") == 2 * (stream == "stdout")
+    assert_whole(tmp_path / "closed")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_results_do_not_depend_on_an_encoding(encoding, finished, tmp_path, monkeypatch):
+    written = files.io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", files.io.TextIOWrapper(written, encoding=encoding))
+    assert finished(tmp_path) == 0
+    sys.stdout.flush()
+    assert_whole(tmp_path)
+    sign = "?" if encoding == "ascii" else "±"
+    assert f" {sign} " in written.getvalue().decode(encoding)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_help_does_not_depend_on_an_encoding(encoding, monkeypatch):
+    written = files.io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", files.io.TextIOWrapper(written, encoding=encoding))
+    with pytest.raises(SystemExit) as end:
+        command.main(["--help"])
+    sys.stdout.flush()
+    assert end.value.code == 0
+    assert b"?, weight of the distillation gradient" in written.getvalue()
+    assert b"mine.npz" in written.getvalue()
+
+
+def test_the_streams_are_there_again_after_a_command(monkeypatch):
+    before = sys.stdout, sys.stderr
+    with pytest.raises(SystemExit):
+        command.main(["--views", "0"])
+    assert (sys.stdout, sys.stderr) == before
+
+
+def test_nothing_is_written_to_a_closed_pipe_again(capfd):
+    """The descriptor then leads nowhere, or Python would fail as it flushes at its exit."""
+    ours, theirs = os.pipe()
+    os.close(ours)
+    pipe = os.fdopen(theirs, "w")
+    stream = Lenient(pipe)
+    stream.write("a" * 100)
+    stream.flush()
+    assert isinstance(stream.error, BrokenPipeError)
+    pipe.write("b")
+    pipe.close()
+
+
+@pytest.mark.parametrize("both", [True, False], ids=["2>&1 | head -1", "> /dev/full"])
+def test_the_command_goes_on_where_its_output_ends(both, tmp_path):
+    """A run each of two methods, in the process of a user, whose pipe closes at its first line."""
+    tiny = "--tasks 2 --seeds 0 --jobs 1 --views 1 --limit 4 --methods finetune,bld"
+    run = f"{sys.executable} -W ignore -m benchmarks.paper {tiny} --out {tmp_path}"
+    shell = f"{run} 2>&1 | head -1; exit ${{PIPESTATUS[0]}}" if both else f"{run} > /dev/full"
+    done = subprocess.run(
+        ["bash", "-c", shell], cwd=Path(__file__).parents[1], capture_output=True, text=True
+    )
+    assert done.returncode == (0 if both else 2), done.stderr
+    assert_whole(tmp_path)
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+    if both:
+        assert len(done.stdout.splitlines()) == 1 and not done.stderr
+    else:
+        assert done.stderr.splitlines()[-1].startswith("error: stdout: not all could be printed")
 
 
 def last_line(capsys):

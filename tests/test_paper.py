@@ -17,6 +17,7 @@ from statistics import mean, stdev
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from kill import without_time
 
 from benchmarks.paper import estimate as estimate_module
@@ -27,9 +28,10 @@ from benchmarks.paper.estimate import Estimator
 from benchmarks.paper.experiment import batch_statistics, conditions, evaluate, run
 from benchmarks.paper.job import devices_of, use_device
 from benchmarks.paper.methods import METHODS, PRESETS, Settings
-from benchmarks.paper.networks import NETWORKS, make_model
-from benchmarks.paper.streams import load_dataset, make_stream
-from bld_ext import bank_bytes
+from benchmarks.paper.networks import NETWORKS, Shrink, make_model
+from benchmarks.paper.streams import Dataset, load_dataset, make_stream
+from benchmarks.paper.work import describe
+from bld_ext import SeededAugment, bank_bytes
 
 ROOT = Path(__file__).parents[1]
 SMALL = Settings("slim", 3e-3, 2, {"crop_padding": 1}, tasks=3, limit=40)
@@ -144,6 +146,53 @@ def test_networks_take_gray_and_colour(network, channels):
     assert momenta == {0.05}
 
 
+SIDES = [(8, 200), (200, 8), (1, 40), (40, 1), (3, 5), (1, 1), (17, 33)]
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("sides", SIDES, ids=str)
+def test_networks_take_images_of_any_sides(network, sides):
+    model = make_model(network).eval()
+    model.add_head(2)
+    assert model(torch.rand(2, 1, *sides)).isfinite().all()
+
+
+def test_images_shrink_side_by_side():
+    square = torch.rand(2, 3, 64, 64)
+    halved = F.avg_pool2d(F.avg_pool2d(square, 2), 2)
+    assert torch.equal(Shrink(16)(square), halved)
+    wide = torch.rand(2, 3, 8, 200)
+    assert Shrink(16)(wide).shape == (2, 3, 8, 12)
+    columns = wide[..., :192].unflatten(-1, (12, 16)).mean(-1)
+    torch.testing.assert_close(Shrink(16)(wide), columns)
+    torch.testing.assert_close(Shrink(16)(wide.mT), columns.mT)
+
+
+@pytest.mark.parametrize("sides", [(8, 200), (200, 8)], ids=str)
+def test_wide_and_tall_images_are_learned(sides):
+    images = torch.randint(256, (16, 1, *sides), dtype=torch.uint8)
+    labels = torch.arange(16) % 4
+    settings = replace(SMALL, tasks=2, views=1)
+    record = run(Dataset("wide", images, labels, images, labels), "bld", settings, seed=0)
+    assert [len(row) for row in record["accuracy"]] == [1, 2]
+
+
+@pytest.mark.parametrize("tests", [1, 3])
+def test_a_test_batch_of_a_single_small_image_is_evaluated(tests):
+    """Its feature map has one position, and BatchNorm has no statistics of a single value."""
+    images = torch.randint(256, (16, 1, 4, 4), dtype=torch.uint8)
+    labels = torch.arange(16) % 4
+    task = make_stream(Dataset("few", images, labels, images, labels), 1, seed=0)[0]
+    task = replace(task, x_test=task.x_test[:tests], y_test=task.y_test[:tests])
+    model = make_model("slim")
+    model.add_head(4)
+    with batch_statistics(model):
+        assert 0 <= evaluate(model, task, 0, batch=2) <= 100
+    one, *_ = model.predict(SeededAugment()(task.x_test, seed=0, step=0, views=[0]), 0)
+    share = evaluate(model, replace(task, x_test=task.x_test[:1], y_test=task.y_test[:1]), 0)
+    assert share == 100 * (one == task.y_test[0])
+
+
 def test_resnet18_is_the_paper_s():
     """44.8 MB in the tables, its heads included."""
     model = make_model("resnet18")
@@ -169,6 +218,84 @@ def test_a_user_s_own_npz_runs(tmp_path):
     assert main(["--dataset", str(path), *options, "--out", str(tmp_path / "out")]) == 0
     result = json.loads((tmp_path / "out" / "results.json").read_text())
     assert len(result["runs"]) == 1 and result["bld_minus"] == {}
+
+
+@pytest.fixture
+def own_npz(tmp_path):
+    """own_npz(shape): a file of the user's own with four classes, and options of a tiny run."""
+
+    def make(*shape):
+        rng = np.random.default_rng(0)
+        x, y = rng.integers(0, 256, (24, *shape), dtype=np.uint8), np.arange(24) % 4
+        np.savez(tmp_path / "mine.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+        options = "--tasks 2 --views 1 --seeds 3,4 --methods bld --jobs 1 --limit 4".split()
+        return [*options, "--dataset", str(tmp_path / "mine.npz"), "--out", str(tmp_path / "out")]
+
+    return make
+
+
+def notes_in(capsys):
+    return [x for x in capsys.readouterr().err.splitlines() if x.startswith("dataset ")]
+
+
+def test_a_user_s_own_npz_has_the_paper_s_learning_rate_and_is_told_so(own_npz, tmp_path, capsys):
+    options = own_npz(8, 8)
+    assert main(options) == 0
+    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert result["settings"]["lr"] == 1e-4 != PRESETS["digits"].lr
+    (note,) = notes_in(capsys)
+    assert "mine.npz: the learning rate is 0.0001, that of the preset 'paper', " in note
+    assert "tune it with --lr" in note
+
+
+def test_a_learning_rate_that_was_given_is_not_spoken_of(own_npz, tmp_path, capsys):
+    assert main([*own_npz(8, 8), "--lr", "0.002", "--dry-run"]) == 0
+    assert notes_in(capsys) == []
+    assert main(["--tasks", "2", *TINY, "--dry-run", "--out", str(tmp_path / "digits")]) == 0
+    assert notes_in(capsys) == []
+
+
+def test_every_preset_says_its_learning_rate_once(own_npz, capsys):
+    options = [*own_npz(8, 8), "--preset", "cpu"]
+    assert main(["ablation", "--vary", "temperature=1,2", *options, "--seeds", "3"]) == 0
+    (note,) = notes_in(capsys)
+    assert "the learning rate is 0.001, that of the preset 'cpu', " in note
+
+
+def test_alpha_is_dropped_with_a_word(own_npz, tmp_path, capsys):
+    assert main([*own_npz(8, 8, 4), "--lr", "0.001"]) == 0
+    (note,) = notes_in(capsys)
+    assert "mine.npz: the fourth channel of the images, alpha, is left out" in note
+    assert len(json.loads((tmp_path / "out" / "results.json").read_text())["runs"]) == 2
+
+
+@pytest.mark.parametrize("name", ["$a_$.npz", "\udcff.npz"], ids=["mathtext", "no-unicode"])
+def test_the_name_of_a_dataset_is_drawn_as_it_is(name, job, tmp_path):
+    title = describe(name, SMALL, [0])
+    records = job[1]["runs"]
+    report.figure(records, title, tmp_path / "accuracy.png")
+    rows = [("lr", 1, m, e) for m, e in report.summarise(records).items()]
+    report.ablation_figure(rows, title, tmp_path / "ablation.png")
+    for picture in ("accuracy", "ablation"):
+        assert (tmp_path / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--vary", "temperature=1"], "vary: only `ablation` varies settings, got it with `run`"),
+        (["table2", "--vary", "views=1"], "only `ablation` varies settings, got it with `table2`"),
+        (["table2", "--dataset", "a.npz"], "dataset: table2 has .* of its own, got 'a.npz'; leave"),
+        (["table1", "--dataset", "digits"], "dataset: table1 has datasets"),
+        (["table3", "--tasks", "3"], "tasks: table3 has .* of its own, got 3; leave --tasks out"),
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
+)
+def test_an_option_that_would_be_passed_over_is_refused(options, message, tmp_path, capsys):
+    assert main([*options, "--out", str(tmp_path / "o")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(f"^error: .*{message}", line)
+    assert not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize(

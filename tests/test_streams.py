@@ -13,17 +13,39 @@ BAD = {  # what is wrong with the file: the arrays that make it so, and what the
     "label-matrix": ({"y_test": np.zeros((6, 1), int)}, "y_test must hold one label"),
     "no-images": (
         {"x_train": np.zeros((0, 8, 8), np.uint8), "y_train": np.zeros(0, int)},
-        "y_train",
+        r"x_train holds no images, its shape is \(0, 8, 8\); give at least one image",
     ),
-    "no-floats": ({"x_train": np.zeros((0, 8, 8)), "y_train": np.zeros(0, int)}, "train"),
+    "no-floats": (
+        {"x_train": np.zeros((0, 8, 8)), "y_train": np.zeros(0, int)},
+        "x_train holds no images",
+    ),
+    "no-tests": (
+        {"x_test": np.zeros((0, 8, 8, 3), np.uint8), "y_test": np.zeros(0, int)},
+        "x_test holds no images",
+    ),
+    "no-pixels": ({"x_train": np.zeros((6, 0, 8), np.uint8)}, "x_train holds no images"),
+    "empty-list": ({"x_train": np.zeros(0)}, "x_train holds no images"),
+    "no-labels": ({"y_train": np.zeros(0, int)}, "y_train must hold one label for each of 6"),
+    "one-label": ({"y_train": np.array(1)}, r"y_train must hold one label .* got shape \(\)"),
     "other-size": ({"x_test": np.zeros((6, 9, 8), np.uint8)}, "x_train is .* but x_test"),
     "other-dtype": ({"x_test": np.zeros((6, 8, 8), np.float32)}, "x_train is .* but x_test"),
     "two-dims": ({"x_train": np.zeros((6, 8), np.uint8)}, r"x_train must be \[N, H, W\]"),
-    "two-channels": ({"x_train": np.zeros((6, 8, 8, 2), np.uint8)}, "x_train must have 1 or 3"),
+    "five-dims": ({"x_train": np.zeros((6, 1, 1, 8, 8), np.uint8)}, r"got shape \(6, 1, 1, 8, 8\)"),
+    "two-channels": (
+        {"x_train": np.zeros((6, 8, 8, 2), np.uint8)},
+        r"x_train must have 1 or 3 .*got shape \(6, 8, 8, 2\); keep only",
+    ),
     "int-images": ({"x_train": np.zeros((6, 8, 8), int)}, "x_train must be uint8 or float"),
-    "above-1": ({"x_train": np.full((6, 8, 8), 1.5)}, r"x_train must lie in \[0, 1\]"),
+    "above-1": (
+        {"x_train": np.linspace(0, 255, 384).reshape(6, 8, 8)},
+        r"x_train must lie in \[0, 1\] .*got 0 to 255; divide by",
+    ),
     "below-0": ({"x_test": np.full((6, 8, 8), -0.1)}, r"x_test must lie in \[0, 1\]"),
     "nan": ({"x_train": np.full((6, 8, 8), np.nan)}, "x_train must .* no nan"),
+    "16-bit": ({"x_train": np.zeros((6, 8, 8), np.uint16)}, "float, got uint16; give 0 to 255 as"),
+    "many-labels": ({"y_train": np.arange(6) * 100, "y_test": np.arange(6)}, "unique.*numbers"),
+    "long-complex": ({"y_train": np.zeros(6, np.clongdouble)}, "y_train must be integers, got"),
+    "long-labels": ({"y_train": np.zeros(6, np.longdouble)}, "y_train must be integers, got"),
     "label-gap": ({"y_train": np.array([0, 3, 2] * 2)}, "labels must be 0 to K-1"),
     "negative": ({"y_train": np.array([-1, 0, 1] * 2)}, "labels must be 0 to K-1"),
     "untested": ({"y_test": np.array([0, 1] * 3)}, "both"),
@@ -180,6 +202,93 @@ def test_npz_layouts(tmp_path, layout, dtype):
     assert len(make_stream(dataset, 3, 0)) == 3
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+def test_npz_with_alpha_is_read_without_it(tmp_path, layout, dtype):
+    chw = np.random.default_rng(0).integers(0, 2, (6, 4, 8, 9)).astype(dtype)
+    stored = chw.transpose(0, 2, 3, 1) if layout == "NHWC" else chw
+    np.savez(tmp_path / "own.npz", **arrays(x_train=stored, x_test=stored))
+    dataset = load_dataset(str(tmp_path / "own.npz"))
+    assert torch.equal(dataset.x_train, torch.from_numpy(chw[:, :3]))
+    assert torch.equal(dataset.x_test, dataset.x_train)
+    (note,) = dataset.notes
+    assert "own.npz: the fourth channel of the images, alpha, is left out" in note
+
+
+def test_npz_without_alpha_has_no_note(tmp_path, digits):
+    images = np.zeros((6, 3, 4, 4), np.uint8)  # four pixels wide, which is no alpha channel
+    np.savez(tmp_path / "own.npz", **arrays(x_train=images, x_test=images))
+    dataset = load_dataset(str(tmp_path / "own.npz"))
+    assert dataset.x_train.shape == (6, 3, 4, 4)
+    assert dataset.notes == digits.notes == ()
+
+
+TWO_WAYS = {
+    "three-high": (6, 3, 8, 3),
+    "three-wide-gray": (6, 1, 8, 3),
+    "one-high": (6, 1, 8, 1),
+    "one-high-colour": (6, 3, 8, 1),
+    "four-and-four": (6, 4, 8, 4),
+    "flat-colour": (6, 3, 64),
+    "flat-colour-last": (6, 64, 3),
+    "flat-gray": (6, 1, 64),
+    "flat-gray-last": (6, 64, 1),
+}
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+@pytest.mark.parametrize("shape", TWO_WAYS.values(), ids=TWO_WAYS)
+def test_npz_of_a_layout_that_can_be_read_two_ways(tmp_path, shape, dtype):
+    images = np.zeros(shape, dtype)
+    np.savez(tmp_path / "own.npz", **arrays(x_train=images, x_test=images))
+    with pytest.raises(DatasetError) as refused:
+        load_dataset(str(tmp_path / "own.npz"))
+    message = str(refused.value)
+    assert f"own.npz: x_train of shape {shape} may be " in message and "\n" not in message
+    assert ("give it four dimensions" if len(shape) == 3 else "pad the images") in message
+
+
+@pytest.mark.parametrize("shape", [(6, 1, 3, 64), (6, 1, 1, 64), (6, 3, 1, 8), (6, 3, 3, 8)])
+def test_npz_of_flat_or_low_images_in_four_dimensions(tmp_path, shape):
+    images = np.zeros(shape, np.uint8)
+    np.savez(tmp_path / "own.npz", **arrays(x_train=images, x_test=images))
+    assert load_dataset(str(tmp_path / "own.npz")).x_train.shape == shape
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.longdouble])
+def test_npz_of_floats_that_torch_lacks_or_widens(tmp_path, dtype):
+    images = (np.arange(6 * 8 * 8) % 251 / 256).reshape(6, 8, 8)
+    np.savez(tmp_path / "own.npz", **arrays(x_train=images.astype(dtype), x_test=images))
+    dataset = load_dataset(str(tmp_path / "own.npz"))
+    assert dataset.x_train.dtype == torch.float32
+    assert torch.equal(dataset.x_train, dataset.x_test)  # exact in all three
+
+
+def test_a_range_is_checked_before_it_is_rounded(tmp_path):
+    images = np.full((6, 8, 8), 1 + 1e-12)
+    np.savez(tmp_path / "own.npz", **arrays(x_test=images))
+    with pytest.raises(DatasetError, match="float x_test must lie in"):
+        load_dataset(str(tmp_path / "own.npz"))
+
+
+@pytest.mark.parametrize("name", ["own.NPZ", "own.Npz"])
+def test_npz_by_a_name_in_upper_case(tmp_path, name):
+    with (tmp_path / name).open("wb") as file:
+        np.savez(file, **arrays())
+    assert len(load_dataset(str(tmp_path / name)).x_train) == 6
+    with pytest.raises(DatasetError, match="no file .*other.NPZ"):
+        load_dataset(str(tmp_path / "other.NPZ"))
+
+
+def test_labels_that_do_not_fit_are_shown_in_part(tmp_path):
+    labels = np.arange(5000) * 2
+    images = np.zeros((5000, 2, 2), np.uint8)
+    np.savez(tmp_path / "own.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    with pytest.raises(DatasetError, match=r"\[0, 2, .*, 18, ... \(5000 in all\)\]") as refused:
+        load_dataset(str(tmp_path / "own.npz"))
+    assert len(str(refused.value)) < 500
+
+
 def test_npz_of_the_other_byte_order(tmp_path):
     images = np.linspace(0, 1, 6 * 8 * 8).reshape(6, 8, 8).astype(">f4")
     np.savez(tmp_path / "own.npz", **arrays(x_train=images, x_test=images))
@@ -203,7 +312,7 @@ def test_npz_with_bad_arrays(tmp_path, wrong):
 
 def test_npz_without_arrays(tmp_path):
     np.savez(tmp_path / "own.npz", x_train=np.zeros(1), images=np.zeros(1))
-    message = "own.npz: no array y_train, x_test, y_test; it has x_train, images"
+    message = "own.npz: no array y_train, x_test, y_test; it has x_train, images. Give np.savez "
     with pytest.raises(DatasetError, match=message):
         load_dataset(str(tmp_path / "own.npz"))
 
@@ -221,12 +330,27 @@ class Bomb:
 def test_npz_with_objects_is_not_unpickled(tmp_path):
     fuse = tmp_path / "created"
     np.savez(tmp_path / "own.npz", **arrays(y_train=np.array([Bomb(str(fuse))], dtype=object)))
-    with pytest.raises(DatasetError, match="own.npz: .*[Oo]bject"):
+    message = (
+        r"y_train holds Python objects, .* expected numbers; give .*\(y_train.tolist\(\).*int64"
+    )
+    with pytest.raises(DatasetError, match=message):
         load_dataset(str(tmp_path / "own.npz"))
     assert not fuse.exists()
     with np.load(tmp_path / "own.npz", allow_pickle=True) as file:
         file["y_train"]
     assert fuse.exists()  # so the bomb was live
+
+
+@pytest.mark.parametrize("array", ["x_train", "y_test"])
+def test_the_remedy_for_objects_is_one(tmp_path, array):
+    objects = arrays() | {array: arrays()[array].astype(object)}
+    np.savez(tmp_path / "own.npz", **objects)
+    with pytest.raises(DatasetError) as refused:
+        load_dataset(str(tmp_path / "own.npz"))
+    assert f"{array} holds" in str(refused.value) and "write one with" not in str(refused.value)
+    plain = np.array(objects[array].tolist(), np.uint8 if array == "x_train" else np.int64)
+    np.savez(tmp_path / "own.npz", **objects | {array: plain})
+    assert len(load_dataset(str(tmp_path / "own.npz")).x_train) == 6
 
 
 @pytest.mark.parametrize("damage", ["half", "empty", "text", "npy", "flipped-byte"])

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import terminal
 from benchmarks.paper.checkpoint import CheckpointError, one_line
 from benchmarks.paper.job import locked
 from benchmarks.paper.methods import (
     CPU,
     CPU_IMAGES,
     METHODS,
-    PAPER_VIEWS,
+    OWN,
     PRECISIONS,
     PRESETS,
 )
@@ -50,8 +51,8 @@ examples:
       one setting at a time, on digits
   python -m benchmarks.paper --dataset mnist --network slim --views 8 --limit 300 --seeds 0-4
       MNIST with the slim network and 300 images a task
-  python -m benchmarks.paper --dataset mine.npz --tasks 3 --network resnet18-cifar
-      your own images: x_train, y_train, x_test, y_test
+  python -m benchmarks.paper --dataset mine.npz --tasks 3 --network resnet18-cifar --lr 3e-4
+      your own images: x_train, y_train, x_test, y_test; tune --lr for them
 """
 NO_MEMORY = (torch.OutOfMemoryError, MemoryError)
 VARIED = {
@@ -142,7 +143,7 @@ def make_parser() -> argparse.ArgumentParser:
     what = "one dataset (run, the default), a table of the paper, or one setting at a time"
     add("what", nargs="?", default="run", choices=["run", *TABLES, "ablation"], help=what)
     datasets = f"{', '.join(LOADERS)}, or the path of an .npz"
-    add("--dataset", default="digits", help=f"{datasets} (default: digits)")
+    add("--dataset", help=f"{datasets} (default: digits)")
     add("--tasks", type=positive, help="tasks the classes are split into (default: 5)")
     add("--preset", choices=["paper", "cpu"], default="paper",
         help="the paper's setting, or a small one for a CPU; digits has its own")  # fmt: skip
@@ -187,14 +188,28 @@ def make_settings(args: argparse.Namespace, dataset: str, tasks: int | None = No
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if tasks is not None:
         given["tasks"] = tasks
-    preset = PRESETS.get(dataset)
-    if preset is None:
-        preset = replace(PRESETS["digits"], augment=PAPER_VIEWS)
+    preset = PRESETS.get(dataset, OWN)
     if args.preset == "cpu" and dataset != "digits":
         preset = replace(preset, **CPU, limit=CPU_IMAGES // given.get("tasks", preset.tasks))
     elif dataset in PRESETS and args.device.startswith("cuda"):
         preset = replace(preset, capture=given.get("schedule") != "in_backward")
     return replace(preset, **given)
+
+
+def misplaced(args: argparse.Namespace) -> str | None:
+    """Return what is wrong with an option that the command would pass over."""
+    if args.vary is not None and args.what != "ablation":
+        return (
+            f"vary: only `ablation` varies settings, got it with `{args.what}`; give `ablation "
+            "--vary ...`, or leave --vary out"
+        )
+    for name in ("dataset", "tasks"):
+        if args.what in TABLES and (value := getattr(args, name)) is not None:
+            return (
+                f"{name}: {args.what} has datasets and tasks of its own, got {value!r}; leave "
+                f"--{name} out, or give `run` instead of `{args.what}`"
+            )
+    return None
 
 
 def plan(args: argparse.Namespace, out: Path) -> tuple[Callable[[Work], None], Work]:
@@ -222,9 +237,14 @@ def plan(args: argparse.Namespace, out: Path) -> tuple[Callable[[Work], None], W
     return ablation, work(["bld"], list(range(5)), streams)
 
 
+@terminal.lenient
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv
+    if wrong := misplaced(args):
+        print(f"error: {wrong}", file=sys.stderr)
+        return 2
+    args.dataset = "digits" if args.dataset is None else args.dataset
     name = Path(args.dataset).stem if args.what == "run" else args.what
     out = args.out or Path("runs") / name
     made = not os.path.exists(out)  # Path.exists() raises if a name is too long

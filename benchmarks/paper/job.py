@@ -107,8 +107,12 @@ def count_batches(learner: Method, stream: list[Task]) -> int:
 
 def preflight(
     dataset: str, root: str, methods: list[str], settings: Settings, seeds: list[int], device: str
-) -> int:
-    """Raise the errors of a run before any work starts; return how many batches all runs have."""
+) -> tuple[int, tuple[str, ...]]:
+    """Raise the errors of a run before any work starts.
+
+    Returns:
+        The number of batches of all runs, and what the user should know of the dataset.
+    """
     try:
         if torch.device(device).type not in ("cpu", "cuda"):
             raise RuntimeError("expected cpu or cuda")
@@ -123,7 +127,7 @@ def preflight(
     batches = [count_batches(learner, stream) for stream in streams for learner in learners]
     if not all(batches):
         raise ValueError("a task has fewer than 2 training images; give more, or fewer --tasks")
-    return sum(batches)
+    return sum(batches), loaded.notes
 
 
 def run_all(

@@ -17,15 +17,18 @@ class Gray(nn.Module):
 
 
 class Shrink(nn.Module):
-    """Halves images by averaging until they are at most `size` pixels wide."""
+    """Halves the sides of images by averaging until each has at most `size` pixels.
+
+    Each side is halved as often as it needs, so that a wide image keeps its few rows.
+    """
 
     def __init__(self, size: int):
         super().__init__()
         self.size = size
 
     def forward(self, images: Tensor) -> Tensor:
-        while images.shape[-1] > self.size:
-            images = F.avg_pool2d(images, 2)
+        while max(images.shape[-2:]) > self.size:
+            images = F.avg_pool2d(images, [1 + (side > self.size) for side in images.shape[-2:]])
         return images
 
 

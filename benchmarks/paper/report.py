@@ -121,7 +121,7 @@ def figure(records: list[dict], title: str, path: Path) -> None:
         ax.grid(alpha=0.3)
     axes[0][0].set_ylabel("test accuracy, %")
     axes[0][-1].legend(title="task", fontsize=8)
-    fig.suptitle(title, fontsize=10)
+    fig.suptitle(title, fontsize=10, parse_math=False)
     fig.tight_layout()
     _save(fig, path, 130)
 
@@ -271,7 +271,7 @@ def ablation_figure(rows: list[tuple], title: str, path: Path) -> None:
         ax.grid(alpha=0.3)
     axes[0][0].set_ylabel("average accuracy, %")
     axes[0][0].legend(fontsize=8)
-    fig.suptitle(title, fontsize=9)
+    fig.suptitle(title, fontsize=9, parse_math=False)
     fig.tight_layout()
     _save(fig, path, 110)
 

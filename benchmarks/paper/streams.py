@@ -27,6 +27,7 @@ class Dataset:
     y_train: Tensor  # [N] int64
     x_test: Tensor
     y_test: Tensor
+    notes: tuple[str, ...] = ()  # what the user should know of how it was read
 
     @property
     def classes(self) -> int:
@@ -118,9 +119,10 @@ def load_dataset(name: str, root: str | Path = "data", download: bool = True) ->
         name: "digits" (ships with scikit-learn), "mnist", "cifar10", "svhn" (torchvision,
             downloaded to `root` and verified by md5), or a path ending in .npz that holds x_train,
             y_train, x_test, y_test; images uint8, or float in [0, 1], as [N, H, W], [N, H, W, C] or
-            [N, C, H, W]. A file NAME.npz in `root` stands for the dataset of that name.
+            [N, C, H, W], where a fourth channel, alpha, is left out. A file NAME.npz in `root`
+            stands for the dataset of that name.
     """
-    if name.endswith(".npz"):
+    if name.lower().endswith(".npz"):
         return _from_npz(Path(name))
     if name not in LOADERS:
         raise DatasetError(
@@ -223,18 +225,31 @@ def _from_npz(path: Path, name: str | None = None) -> Dataset:
     wanted = ("x_train", "y_train", "x_test", "y_test")
     if not path.is_file():
         raise DatasetError(f"dataset: no file {path}; give the path of an .npz that exists")
-    if not zipfile.is_zipfile(path):
+    try:
+        with path.open("rb") as opened:
+            is_zip = zipfile.is_zipfile(opened)
+    except OSError as error:
+        raise DatasetError(
+            f"dataset {path}: could not be opened ({one_line(error)}); make it readable"
+        ) from error
+    if not is_zip:
         raise DatasetError(f"dataset {path}: not a readable .npz file; write one with np.savez")
     try:
         with np.load(path, allow_pickle=False) as file:
             missing = [name for name in wanted if name not in file.files]
             if missing:
                 raise DatasetError(
-                    f"dataset {path}: no array {', '.join(missing)}; it has {', '.join(file.files)}"
+                    f"dataset {path}: no array {', '.join(missing)}; it has "
+                    f"{', '.join(file.files)}. Give np.savez {', '.join(wanted)} by these names"
                 )
-            arrays = [file[name] for name in wanted]
+            arrays = [_read(path, file, name) for name in wanted]
     except DatasetError:
         raise
+    except MemoryError as error:
+        raise DatasetError(
+            f"dataset {path}: not a readable .npz file, or one that does not fit into memory "
+            f"({one_line(error)}); give fewer or smaller images"
+        ) from error
     except Exception as error:  # zipfile raises many classes of errors for a damaged file
         raise DatasetError(
             f"dataset {path}: not a readable .npz file ({one_line(error)}); write one with np.savez"
@@ -242,65 +257,114 @@ def _from_npz(path: Path, name: str | None = None) -> Dataset:
     return _dataset(name or str(path), *arrays)
 
 
+def _read(path: Path, file, array: str) -> np.ndarray:
+    try:
+        return file[array]
+    except ValueError as error:
+        if "allow_pickle" not in str(error):
+            raise
+        expected = "uint8 or float32" if array.startswith("x") else "int64"
+        raise DatasetError(
+            f"dataset {path}: {array} holds Python objects, which are never unpickled, expected "
+            f"numbers; give np.savez np.array({array}.tolist(), dtype) with the dtype {expected}"
+        ) from error
+
+
 def _dataset(name: str, x_train, y_train, x_test, y_test) -> Dataset:
     """Check arrays of any known layout and return them as a Dataset."""
-    x_train, x_test = _images(name, "x_train", x_train), _images(name, "x_test", x_test)
+    x_train, alpha = _images(name, "x_train", x_train)
+    x_test, alpha_of_test = _images(name, "x_test", x_test)
     y_train = _labels(name, "y_train", y_train, len(x_train))
     y_test = _labels(name, "y_test", y_test, len(x_test))
     if x_train.shape[1:] != x_test.shape[1:] or x_train.dtype != x_test.dtype:
         raise DatasetError(
             f"dataset {name}: x_train is {tuple(x_train.shape[1:])} {x_train.dtype} an image, but "
-            f"x_test {tuple(x_test.shape[1:])} {x_test.dtype}"
+            f"x_test {tuple(x_test.shape[1:])} {x_test.dtype}; give both one size and one dtype"
         )
     seen, tested = set(y_train.unique().tolist()), set(y_test.unique().tolist())
     if seen != tested or seen != set(range(len(seen))):
         raise DatasetError(
             f"dataset {name}: labels must be 0 to K-1, each in both y_train and y_test; got "
-            f"{sorted(seen)} and {sorted(tested)}"
+            f"{_few(seen)} and {_few(tested)}. np.unique(labels, return_inverse=True)[1] numbers "
+            "the labels of both parts together"
         )
-    return Dataset(name, x_train, y_train, x_test, y_test)
+    dropped = f"dataset {name}: the fourth channel of the images, alpha, is left out"
+    notes = (dropped,) if alpha or alpha_of_test else ()
+    return Dataset(name, x_train, y_train, x_test, y_test, notes)
 
 
-def _tensor(name: str, array: str, values, expected: str) -> Tensor:
+def _few(labels: set[int], most: int = 10) -> str:
+    shown = [str(label) for label in sorted(labels)]
+    more = [f"... ({len(shown)} in all)"] if len(shown) > most else []
+    return f"[{', '.join(shown[:most] + more)}]"
+
+
+def _images(name: str, array: str, values) -> tuple[Tensor, bool]:
+    """Return images as [N, C, H, W], and whether they had an alpha channel, which is left out."""
     values = np.asarray(values)
-    if values.dtype.kind not in "buifc":
-        raise DatasetError(f"dataset {name}: {array} must be {expected}, got {values.dtype}")
-    return torch.as_tensor(values.astype(values.dtype.newbyteorder("="), copy=False))
+    if values.size == 0:
+        raise DatasetError(
+            f"dataset {name}: {array} holds no images, its shape is {values.shape}; give at least "
+            "one image of each class"
+        )
+    if values.dtype != np.uint8 and values.dtype.kind != "f":
+        raise DatasetError(
+            f"dataset {name}: {array} must be uint8 or float, got {values.dtype}; give 0 to 255 as "
+            "uint8, or 0 to 1 as float32"
+        )
+    values, alpha = _channels_first(f"dataset {name}: {array}", values)
+    if values.dtype == np.uint8:
+        return torch.from_numpy(np.ascontiguousarray(values)), alpha
+    lowest, highest = float(values.min()), float(values.max())
+    if not (lowest >= 0 and highest <= 1):  # nor does nan
+        raise DatasetError(
+            f"dataset {name}: float {array} must lie in [0, 1] and hold no nan, got {lowest:g} to "
+            f"{highest:g}; divide by the largest value that a pixel can have"
+        )
+    return torch.from_numpy(np.ascontiguousarray(values, np.float32)), alpha
 
 
-def _images(name: str, array: str, values) -> Tensor:
-    images = _tensor(name, array, values, "uint8 or float")
-    if images.dim() == 3:
-        images = images.unsqueeze(1)
-    if images.dim() != 4:
+def _channels_first(what: str, values: np.ndarray) -> tuple[np.ndarray, bool]:
+    """Return images of a layout that can be read in one way only as [N, C, H, W] without alpha."""
+    shape = values.shape
+    if values.ndim == 3:
+        if {shape[1], shape[2]} & {1, 3}:
+            raise DatasetError(
+                f"{what} of shape {shape} may be gray images [N, H, W], or images of 1 or 3 "
+                "channels with all their pixels in a row; give it four dimensions, [N, C, H, W] or "
+                "[N, H, W, C]"
+            )
+        return values[:, None], False
+    if values.ndim != 4:
         raise DatasetError(
-            f"dataset {name}: {array} must be [N, H, W], [N, H, W, C] or [N, C, H, W], got "
-            f"{tuple(images.shape)}"
+            f"{what} must be [N, H, W], [N, H, W, C] or [N, C, H, W], got shape {shape}; give "
+            "images that are flat their sides with reshape"
         )
-    if images.shape[1] not in (1, 3) and images.shape[3] in (1, 3):
-        images = images.permute(0, 3, 1, 2).contiguous()
-    if images.shape[1] not in (1, 3):
-        raise DatasetError(
-            f"dataset {name}: {array} must have 1 or 3 channels, got {images.shape[1]}"
-        )
-    if images.dtype == torch.uint8:
-        return images
-    if not images.is_floating_point():
-        raise DatasetError(f"dataset {name}: {array} must be uint8 or float, got {images.dtype}")
-    if images.numel() == 0:
-        raise DatasetError(f"dataset {name}: {array} holds no images")
-    if not (images.isfinite().all() and images.min() >= 0 and images.max() <= 1):
-        raise DatasetError(f"dataset {name}: float {array} must lie in [0, 1] and hold no nan")
-    return images.float()
+    for channels in ((1, 3), (4,)):  # 4 only where nothing else fits
+        found = [axis for axis in (1, 3) if shape[axis] in channels]
+        if len(found) == 2:
+            raise DatasetError(
+                f"{what} of shape {shape} may be [N, C, H, W] or [N, H, W, C]; pad the images with "
+                "np.pad until their sides differ from a number of channels"
+            )
+        if found:
+            return np.moveaxis(values, found[0], 1)[:, :3], channels == (4,)
+    raise DatasetError(
+        f"{what} must have 1 or 3 channels, or 4 with alpha, in its second or last dimension, got "
+        f"shape {shape}; keep only these channels"
+    )
 
 
 def _labels(name: str, array: str, values, count: int) -> Tensor:
-    labels = _tensor(name, array, values, "integers")
-    if labels.dim() != 1 or len(labels) != count or count == 0:
+    values = np.asarray(values)
+    if values.dtype.kind not in "iu":
+        raise DatasetError(
+            f"dataset {name}: {array} must be integers, got {values.dtype}; number the classes "
+            "from 0"
+        )
+    if values.shape != (count,):
         raise DatasetError(
             f"dataset {name}: {array} must hold one label for each of {count} images, got shape "
-            f"{tuple(labels.shape)}"
+            f"{values.shape}; give the number of its class for each image"
         )
-    if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
-        raise DatasetError(f"dataset {name}: {array} must be integers, got {labels.dtype}")
-    return labels.long()
+    return torch.from_numpy(values.astype(np.int64))

@@ -7,7 +7,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from benchmarks.paper import report, tables
 from benchmarks.paper.checkpoint import one_line, write_whole
 from benchmarks.paper.estimate import Estimator
 from benchmarks.paper.job import devices_of, preflight, run_all, use_device
-from benchmarks.paper.methods import Settings
+from benchmarks.paper.methods import PRESETS, Settings
 from benchmarks.paper.streams import DatasetError, load_dataset, make_stream
 from benchmarks.paper.tables import TABLES
 
@@ -32,9 +32,18 @@ def facts(device: str) -> dict[str, object]:
 
 def describe(dataset: str, settings: Settings, seeds: list[int]) -> str:
     limit = f", {settings.limit:,} images a task" if settings.limit else ""
+    name = Path(dataset).stem.encode(errors="replace").decode()  # a file's may be no Unicode
     return (
-        f"{Path(dataset).stem}, {settings.tasks} tasks{limit}, {settings.network}, "
+        f"{name}, {settings.tasks} tasks{limit}, {settings.network}, "
         f"{settings.views} views, lr {settings.lr:g}, {len(seeds)} seeds"
+    )
+
+
+def untuned(dataset: str, lr: float, preset: str) -> str:
+    return (
+        f"dataset {dataset}: the learning rate is {lr:g}, that of the preset {preset!r}, which was "
+        "not tuned for these images; tune it with --lr, because the accuracy of BLD and its gain "
+        "over finetuning depend on it"
     )
 
 
@@ -61,6 +70,7 @@ class Work:
     out: Path
     start: float
     title: str  # the dataset and settings that all streams share
+    told: set[str] = field(default_factory=set)  # notes that have been printed
 
     @property
     def devices(self) -> list[str]:
@@ -74,9 +84,19 @@ class Work:
         return min(jobs, len(self.seeds) * len(self.methods))
 
     def check(self, stream: Stream) -> int:
-        """Raise the errors that a run would raise; return the number of batches of all runs."""
+        """Raise the errors that a run would raise; return the number of batches of all runs.
+
+        What the user should know of the dataset and its settings is printed once.
+        """
         what = (stream.dataset, self.args.data, self.methods, stream.settings, self.seeds)
-        return preflight(*what, self.args.device)
+        batches, notes = preflight(*what, self.args.device)
+        if stream.dataset not in PRESETS and self.args.lr is None:
+            notes += (untuned(stream.dataset, stream.settings.lr, self.args.preset),)
+        for note in notes:
+            if note not in self.told:
+                print(note, file=sys.stderr)
+        self.told.update(notes)
+        return batches
 
     def train(
         self, stream: Stream, arrived: Callable[[list[dict]], None] = lambda records: None
