@@ -68,6 +68,7 @@ def test_auto_stays_below_the_budget_and_uses_it(make_model, make_batch):
         twin = copy.deepcopy(model)
         optimizer = optimizer_of(twin, views=views, views_per_pass=views, joint_steps=0)
         optimizer._pass_size.looked_for_mixing = True
+        optimizer._probed_with = (optimizer.augment, 2, True)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
             optimizer.step(*batch)
         return sum(saved.values())

@@ -132,7 +132,7 @@ def test_the_bank_of_the_paper_s_last_task_is_32_kilobytes():
 
 def test_the_bank_of_a_dense_prediction_counts_its_positions(make_batch):
     model = DenseHeads([2, 3, 2])
-    optimizer = make_optimizer(model)
+    optimizer = make_optimizer(model, augment=SeededAugment(jitter=0.2))
     images, _ = make_batch(2)
     optimizer.step(images, torch.randint(2, (5, 8, 8)))
     assert optimizer.last.memory["bank"] == bank_bytes(5, 4, [2, 3], (8, 8))
