@@ -42,11 +42,7 @@ class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
             out = out if residual is None else out + residual
             return out.relu() if relu else out
         self._check_input_dim(input)  # [views·B, C, *]
-        if len(input) % self.views:
-            raise ValueError(
-                f"views_per_pass: expected 1, since a BatchNorm of the model gets {len(input)} "
-                f"images of {self.views} views, which is not as many of each"
-            )
+        self._require_whole_views(input)
         elements = input.numel() // (input.shape[1] * self.views)  # values of a channel in a view
         if elements == 1:
             raise ValueError(
@@ -60,6 +56,13 @@ class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
             gather = self._gather if self.mode == "pool" else self._move
             gather(mean.double(), variance.double(), elements)
         return out
+
+    def _require_whole_views(self, input: Tensor) -> None:
+        if len(input) % self.views:
+            raise ValueError(
+                f"views_per_pass: expected 1, since a BatchNorm of the model gets {len(input)} "
+                f"images of {self.views} views, which is not as many of each"
+            )
 
     def by_view(self) -> bool:
         """Return whether it normalises view by view: in a step, unless by running statistics."""

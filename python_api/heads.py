@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bld_ext.api import checks
 from bld_ext.api.convert import unwatched
 from bld_ext.api.outputs import find_features
 
@@ -59,7 +60,7 @@ class MultiHead(nn.Module):
                     f"backbone, a {type(backbone).__name__}, has no num_features"
                 )
         self.backbone = backbone
-        self.in_features = _whole("in_features", in_features)
+        self.in_features = checks.at_least("in_features", in_features, 1)
         self.heads = nn.ModuleList()
         self._make_head, self._choose = head, features
 
@@ -70,7 +71,7 @@ class MultiHead(nn.Module):
 
     def add_head(self, num_classes: int) -> nn.Module:
         """Add the classifier of a new task, initialised as its module does, and return it."""
-        num_classes = _whole("num_classes", num_classes)
+        num_classes = checks.at_least("num_classes", num_classes, 1)
         like = next(self.parameters(), torch.empty(0))
         head = self._make_head(self.in_features, num_classes)
         if not isinstance(head, nn.Module):
@@ -149,17 +150,6 @@ class MultiHead(nn.Module):
         while (key := f"{prefix}heads.{len(self.heads)}.weight") in state_dict:
             self.add_head(state_dict[key].shape[0])
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-def _whole(name: str, value: object) -> int:
-    """Return a whole number of at least 1; an integer of NumPy or a 0-d tensor is one."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = 0
-    if number < 1 or isinstance(value, bool):
-        raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
-    return number
 
 
 def _classes_of(head: nn.Module, name: str) -> int:

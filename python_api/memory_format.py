@@ -19,9 +19,10 @@ class MemoryFormat:
         self.possible = True  # until the model was seen to need contiguous activations
 
     def channels_last(self, model: nn.Module) -> bool:
-        first, *others = model.parameters()
-        wanted = first.device.type == "cpu" or any(map(_is_channels_last, (first, *others)))
-        return self.possible and wanted
+        return self.possible and (
+            next(model.parameters()).device.type == "cpu"
+            or any(map(_is_channels_last, model.parameters()))
+        )
 
     def run(self, call: Callable[[], Tensor | None]) -> Tensor | None:
         """Call it; where the model cannot run in channels_last, again with contiguous images."""

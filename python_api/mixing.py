@@ -18,11 +18,11 @@ from bld_ext.api.warn import warn
 
 
 @contextmanager
-def no_trace(model: nn.Module) -> Iterator[None]:
+def no_trace(model: nn.Module) -> Iterator[Buffers]:
     """Undo what forward passes change in the buffers, such as the iteration of spectral_norm."""
     before = Buffers(model)
     try:
-        yield
+        yield before
     finally:
         before.restore()
 
@@ -95,9 +95,9 @@ def require_repeatable(one: Views) -> None:
         )
     if is_compiled(one.model):
         return  # each of these passes would be compiled
-    before, calls, logits = Buffers(one.model), [[], []], []
+    calls, logits = [[], []], []
     for noted in calls:
-        with no_trace(one.model), _watched(one.model, noted, masks=False):
+        with no_trace(one.model) as before, _watched(one.model, noted, masks=False):
             ((_, found, _),) = one
             moved = before.moved()
         logits.append(found.detach())

@@ -40,7 +40,7 @@ class ModelOptimizer(torch.optim.Optimizer):
         params = param_group["params"]
         params = [params] if isinstance(params, Tensor) else list(params)
         params = [p[1] if isinstance(p, tuple) else p for p in params]
-        names = self._names()
+        names = self._names()  # a parameter that was replaced has none, and leaves before a step
         if foreign := [tuple(p.shape) for p in params if p not in names]:
             raise ValueError(
                 f"params: expected parameters of the model, got others of the shapes {foreign}, "
@@ -51,7 +51,7 @@ class ModelOptimizer(torch.optim.Optimizer):
         for other in self.param_groups:
             other["params"] = [p for p in other["params"] if p not in {*params}]
         try:
-            self._name_parameters()
+            self._name_parameters(names)
             super().add_param_group({**param_group, "params": named})
         except BaseException:
             for other, its_params, its_names in before:
@@ -84,8 +84,7 @@ class ModelOptimizer(torch.optim.Optimizer):
     def _names(self) -> dict[Tensor, str]:
         return {param: name for name, param in self.model.named_parameters()}
 
-    def _name_parameters(self) -> None:
-        names = self._names()  # a parameter that was replaced has none, and leaves before a step
+    def _name_parameters(self, names: dict[Tensor, str]) -> None:
         for group in self.param_groups:
             group["param_names"] = [names.get(p, "") for p in group["params"]]
 
@@ -185,7 +184,7 @@ class ModelOptimizer(torch.optim.Optimizer):
             self.state.pop(param, None)
         for group in self.param_groups:
             group["params"] = [p for p in group["params"] if p in named]
-        self._name_parameters()
+        self._name_parameters(named)
         for param, name in named.items():
             if param not in known:
                 group = self.param_groups[self._checked_group(name, param)]

@@ -23,11 +23,7 @@ class OwnViewBatchNorm(ViewBatchNorm):
         own_forward = super(ViewBatchNorm, self).forward
         if not self.by_view():
             return own_forward(input, *args, **options)
-        if len(input) % self.views:
-            raise ValueError(
-                f"views_per_pass: expected 1, since a BatchNorm of the model gets {len(input)} "
-                f"images of {self.views} views, which is not as many of each"
-            )
+        self._require_whole_views(input)
         if not self.track_running_stats:
             outs = [own_forward(part, *args, **options) for part in input.chunk(self.views)]
             return outs[0] if self.views == 1 else torch.cat(outs)

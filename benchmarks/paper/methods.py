@@ -240,11 +240,11 @@ class LwF(Method):
             self.targets = None
             return
         like, parts = next(self.model.parameters()), []
-        plain = SeededAugment(dtype=like.dtype)
+        plain = SeededAugment(dtype=like.dtype).plain
         modes = {module: module.training for module in self.model.modules()}
         self.model.eval()
         for images in task.x_train.split(500):
-            logits = self.model(plain(images.to(like.device), seed=0, step=0, views=[0]))
+            logits = self.model(plain(images.to(like.device)))
             sizes, tau = list(self.model.head_sizes), self.settings.temperature
             parts.append(ops.head_softmax(logits, sizes, tau))
         for module, training in modes.items():
