@@ -5,10 +5,12 @@ divided by that of `ours` in the same group: above 1, ours is faster.
 """
 
 import argparse
+import sys
 from collections import defaultdict
 from pathlib import Path
 
 from benchmarks.rows import newest, read
+from benchmarks.terminal import lenient
 
 MORE = {
     "operators": "ops",
@@ -88,6 +90,7 @@ def table(measured: list[dict]) -> str:
     return "\n".join(lines)
 
 
+@lenient
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path, help="written by --rows or --benchmark-json")
@@ -101,4 +104,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

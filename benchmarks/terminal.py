@@ -46,8 +46,8 @@ class Lenient:
             os.close(nowhere)
 
 
-def lenient(command: Callable[..., int]) -> Callable[..., int]:
-    """Make a command, which returns its exit code, independent of where it prints to.
+def lenient(command: Callable[..., int | None]) -> Callable[..., int]:
+    """Make a command, which returns its exit code or None, independent of where it prints to.
 
     A reader that closes its pipe, such as `head -1`, has seen enough: the code remains. If stdout
     is lost for another reason, stderr says so and the code is 2.
@@ -57,9 +57,11 @@ def lenient(command: Callable[..., int]) -> Callable[..., int]:
     def run(*arguments, **options) -> int:
         before = sys.stdout, sys.stderr
         sys.stdout, sys.stderr = out, errors = Lenient(before[0]), Lenient(before[1])
-        lost = False
+        lost, ended = False, None
         try:
             code = command(*arguments, **options)
+        except SystemExit as error:  # --help, or a wrong option
+            code, ended = error.code, error
         finally:
             out.flush()
             lost = out.error is not None and not isinstance(out.error, BrokenPipeError)
@@ -71,6 +73,9 @@ def lenient(command: Callable[..., int]) -> Callable[..., int]:
                 )
             errors.flush()
             sys.stdout, sys.stderr = before
-        return code or 2 * lost
+        code = code or 2 * lost
+        if ended is not None:
+            raise SystemExit(code)
+        return code
 
     return run

@@ -191,7 +191,11 @@ def key_of(
     kept = [*o.model.buffers(), *(v for v in values if isinstance(v, Tensor))]
     places = [t.data_ptr() for t in kept]
     options = [
-        {k: v for k, v in group.items() if k not in ("lr", "initial_lr", "params")}
+        {
+            k: v
+            for k, v in group.items()
+            if k not in ("lr", "initial_lr", "params", "seed", "batches")
+        }
         for group in o.param_groups
     ]
     return (*settings, *batch, *sizes, *params, *modules, *base, *places, repr(options))

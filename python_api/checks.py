@@ -1,8 +1,9 @@
 """Checks that BLDOptimizer makes before anything changes; errors name argument and remedy."""
 
+import inspect
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -113,12 +114,32 @@ def balance(name: str, value: float | None) -> float | None:
 
 
 def augment(name: str, value: object) -> object:
-    if value is not None and not callable(value):
+    if value is None:
+        return None
+    if not callable(value):
         raise TypeError(
             f"{name}: expected a SeededAugment, a callable of your own or None, got "
             f"{type(value).__name__}"
         )
+    parameters = parameters_of(value)
+    called_with = {"seed": 0, "step": 0, "views": range(1), "indices": None}
+    try:
+        parameters is None or parameters.bind(None, **called_with)
+    except TypeError as error:
+        raise TypeError(
+            f"{name}: expected a callable augment(images, seed=, step=, views=, indices=), got "
+            f"{type(value).__name__}{parameters} ({error}). Call a transform of torchvision from a "
+            "function that takes these and returns the views one after the other"
+        ) from None
     return value
+
+
+def parameters_of(call: Callable) -> inspect.Signature | None:
+    """Return what it takes, or None where that cannot be known."""
+    try:
+        return inspect.signature(call.forward if isinstance(call, nn.Module) else call)
+    except (TypeError, ValueError):  # as of a callable written in C
+        return None
 
 
 def removed(given: dict[str, object], known: dict[str, str]) -> None:
@@ -133,6 +154,19 @@ def rates(lr: float, warmup_lr: float | None) -> float:
     """Return the ratio of the warm-up's learning rate to that of the joint updates."""
     rate = number("lr", lr, positive=warmup_lr is not None)
     return 0.01 if warmup_lr is None else number("warmup_lr", warmup_lr) / rate
+
+
+def rate(name: str, value: float | Tensor) -> float | Tensor:
+    """Keep a learning rate as it is; a tensor on a GPU is not read."""
+    if not isinstance(value, Tensor) or value.device.type == "cpu":
+        number(name, value)
+    return value
+
+
+def learning_rates(groups: Iterable[dict]) -> None:
+    """Check the rates that a scheduler or the user may have set; those on a GPU are not read."""
+    for i, group in enumerate(groups):
+        rate(f"param_groups[{i}]['lr']", group["lr"])
 
 
 def model(value: nn.Module) -> None:

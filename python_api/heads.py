@@ -78,6 +78,11 @@ class MultiHead(nn.Module):
             raise TypeError(f"head: expected it to make a module, got {type(head).__name__}")
         if (found := _classes_of(head, "head")) != num_classes:
             raise ValueError(f"head: expected one of {num_classes} classes, got one of {found}")
+        if {*head.parameters()} & {*self.parameters()}:
+            raise ValueError(
+                "head: expected a new module for each task, got one that shares parameters with "
+                "the backbone or an earlier head; make it inside the function that is given"
+            )
         self.heads.append(head.to(like.device, like.dtype))
         return head
 
@@ -146,9 +151,13 @@ class MultiHead(nn.Module):
             del self.heads[before:]
             raise
 
+    @staticmethod
+    def _saved_head(state_dict, prefix: str) -> list[Tensor]:
+        return [x for key, x in state_dict.items() if key.startswith(prefix) and x.dim()]
+
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        while (key := f"{prefix}heads.{len(self.heads)}.weight") in state_dict:
-            self.add_head(state_dict[key].shape[0])
+        while own := self._saved_head(state_dict, f"{prefix}heads.{len(self.heads)}."):
+            self.add_head(own[-1].shape[0])  # of its last parameter, as the bias of a deep head
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,17 +12,20 @@ from bld_ext.api import checks
 from bld_ext.api.base import try_out
 from bld_ext.api.buffers import Buffers
 from bld_ext.api.layers import release_gradients
-from bld_ext.api.setting import Setting
+from bld_ext.api.setting import GroupSetting
 
 
 class ModelOptimizer(torch.optim.Optimizer):
     """Holds the present parameters of a growing model, and a base optimizer that updates them.
 
     It shares groups and state with the base, so schedulers, hooks and state_dict see one optimizer.
-    `seed` and `batches`, the number of batches learned, tell where it is in a stream.
+    `seed` and `batches`, the number of batches learned, tell where it is in a stream; both are in
+    the groups, as the learning rate is.
     """
 
-    seed = Setting(checks.seed)
+    lr = GroupSetting(checks.rate)
+    seed = GroupSetting(checks.seed)  # for views and forward passes
+    batches = GroupSetting(partial(checks.at_least, least=0))  # the step word of the views' numbers
 
     def __init__(self, model: nn.Module, base: Callable[..., torch.optim.Optimizer], lr: float):
         self.model = model
@@ -31,8 +35,7 @@ class ModelOptimizer(torch.optim.Optimizer):
             raise TypeError(f"base: expected it to make a torch.optim.Optimizer, got {kind}")
         try_out(self.base)
         super().__init__(self.base.param_groups, self.base.defaults)
-        self.seed = torch.initial_seed() % 2**63  # for views and forward passes
-        self.batches = 0  # the step word of the views' random numbers
+        self.seed, self.batches = torch.initial_seed() % 2**63, 0
         self._share_with_base()
 
     def add_param_group(self, param_group: dict) -> None:
@@ -52,11 +55,16 @@ class ModelOptimizer(torch.optim.Optimizer):
             other["params"] = [p for p in other["params"] if p not in {*params}]
         try:
             self._name_parameters(names)
-            super().add_param_group({**param_group, "params": named})
+            super().add_param_group({**param_group, "params": named, **self._place()})
         except BaseException:
             for other, its_params, its_names in before:
                 other["params"], other["param_names"] = its_params, its_names
             raise
+
+    def _place(self) -> dict[str, int]:
+        """What all groups have alike; empty while the constructor adds the base's groups."""
+        first = self.param_groups[0] if self.param_groups else {}
+        return {name: first[name] for name in ("seed", "batches") if name in first}
 
     def group_for(self, name: str, param: Tensor) -> int:
         """The number of the group that a new parameter joins; assign another rule to change it.
@@ -205,9 +213,9 @@ class ModelOptimizer(torch.optim.Optimizer):
         self.state, self.param_groups = self.base.state, self.base.param_groups
 
     def state_dict(self) -> dict:
-        """Return torch's state and, under "bld", the seed, batches learned and parameter shapes."""
+        """Return torch's state and, under "bld", the base's class and the parameters' shapes."""
         self._follow_model()
-        ours = {"seed": self.seed, "batches": self.batches, "shapes": self._shapes()}
+        ours = {"base": type(self.base).__name__, "shapes": self._shapes()}
         return super().state_dict() | {"bld": ours}
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -218,19 +226,9 @@ class ModelOptimizer(torch.optim.Optimizer):
 
         The model must already have the heads it had when the state was saved.
         """
-        if not {"bld", "state", "param_groups"} <= set(state_dict):
-            keys = sorted(state_dict)
-            raise ValueError(
-                f"state_dict: expected one of a {type(self).__name__}, got the keys {keys}"
-            )
         self._follow_model()
+        self._check_saved(state_dict)
         params = dict(self.model.named_parameters())
-        shapes = state_dict["bld"]["shapes"].items()
-        if apart := sorted({name for name, _ in shapes ^ self._shapes().items()}):
-            raise ValueError(
-                f"state_dict: its parameters differ from the model's by {apart}. Load the model's "
-                "state_dict, or add its heads, before the optimizer's"
-            )
         before = [(group, group["params"]) for group in self.param_groups]
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
             group["params"] = [params[name] for name in saved.get("param_names", [])]
@@ -240,7 +238,27 @@ class ModelOptimizer(torch.optim.Optimizer):
             for group, its_params in before:
                 group["params"] = its_params
             raise
-        self.seed, self.batches = state_dict["bld"]["seed"], state_dict["bld"]["batches"]
+
+    def _check_saved(self, state_dict: dict) -> None:
+        groups = state_dict.get("param_groups", [])
+        if "state" not in state_dict or not groups or any("batches" not in g for g in groups):
+            keys = sorted({*state_dict, *(key for group in groups for key in group)})
+            raise ValueError(
+                f"state_dict: expected one of a {type(self).__name__}, got the keys {keys}"
+            )
+        saved = state_dict.get("bld")  # what saves groups and states alone leaves it out
+        if saved is None:
+            return
+        if apart := sorted({name for name, _ in saved["shapes"].items() ^ self._shapes().items()}):
+            raise ValueError(
+                f"state_dict: its parameters differ from the model's by {apart}. Load the model's "
+                "state_dict, or add its heads, before the optimizer's"
+            )
+        if saved["base"] != type(self.base).__name__:
+            raise ValueError(
+                f"state_dict: expected one of base {type(self.base).__name__}, got one of "
+                f"{saved['base']}; construct the optimizer with the base that was saved"
+            )
 
     def __getstate__(self) -> dict:
         # a scheduler sets a `step` on the instance, bound to this very object; hooks are left out,

@@ -245,6 +245,15 @@ class BLDOptimizer(StepRunner):
         return self._within_memory(images, run)
 
     @property
+    def warmup_lr(self) -> float:
+        """α_w, the learning rate of the warm-up; it changes with `lr`."""
+        return self.lr * self.warmup_ratio
+
+    @warmup_lr.setter
+    def warmup_lr(self, value: float) -> None:
+        self.warmup_ratio = checks.rates(self.lr, value)
+
+    @property
     def views_per_pass(self) -> int | str:
         """The setting as it was given: a number, "auto", or a size such as "512 MiB"."""
         return self._pass_size.wanted
@@ -271,6 +280,5 @@ class BLDOptimizer(StepRunner):
 
     def __repr__(self) -> str:
         options = ("lr", "temperature", "balance", "joint_steps", "views", "views_per_pass")
-        lr = self.param_groups[0]["lr"]
-        shown = ", ".join(f"{n}={lr if n == 'lr' else getattr(self, n)}" for n in options)
+        shown = ", ".join(f"{name}={getattr(self, name)}" for name in options)
         return f"BLDOptimizer({shown}, base={type(self.base).__name__})"

@@ -49,7 +49,7 @@ class OwnViewBatchNorm(ViewBatchNorm):
     def _note(self, found: list[Tensor], input: Tensor) -> None:
         """Gather the statistics of each view, unless the forward moved none, as a frozen one."""
         mean, variance = found  # [V, C]
-        n = input.numel() // (input.shape[1] * self.views)  # values of a channel in a view
+        n = input.numel() // (self.num_features * self.views)  # values of a channel in a view
         before = torch.stack((self.running_mean, self.running_var)).double().unsqueeze(1)
         moved = (torch.stack((mean, variance)) != before).any(2).any(0)  # [V]
         variance = variance * (n - 1) / n

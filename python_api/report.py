@@ -46,3 +46,4 @@ class Batch:
     reference_norms: Tensor  # [L]
     number: int  # position of the batch in the stream
     shape: tuple[int, ...]
+    settings: dict[str, object]  # of the warm-up, which make its views and its bank

@@ -93,9 +93,8 @@ class StepRunner(ModelOptimizer):
         report.warm_up_loss, report.reference_norms = loss, norms
         report.memory["bank"] = tensor_bytes([bank])
         report.memory["layer_norms"] = tensor_bytes([norms]) if self.balance else 0
-        self._batch = Batch(bank, layers, norms, self.batches, tuple(images.shape))
+        self._begin_batch(bank, layers, norms, images)
         self.last = report
-        self.batches += 1
         return loss
 
     def _joint(
@@ -137,9 +136,17 @@ class StepRunner(ModelOptimizer):
             params = [p for p in layers.index if p.requires_grad]
             self.last = StepReport(layers.names, reference_norms=norms)
             self.last.memory |= {"layer_norms": 0, "gradients": tensor_bytes(params)}
-            self._batch = Batch(bank, layers, norms, self.batches, tuple(images.shape))
-            self.batches += 1
+            self._begin_batch(bank, layers, norms, images)
         self.last.memory["bank"] = tensor_bytes([bank])
+
+    def _begin_batch(self, bank: Tensor, layers: Layers, norms: Tensor, images: Tensor) -> None:
+        shape, settings = tuple(images.shape), self._settings_of_views()
+        self._batch = Batch(bank, layers, norms, self.batches, shape, settings)
+        self.batches += 1
+
+    def _settings_of_views(self) -> dict[str, object]:
+        names = ("views", "temperature", "augment", "seed", "layer")
+        return {name: getattr(self, name) for name in names}
 
     def _require_same_batch(self, images: Tensor, sizes: list[int], distil: bool) -> None:
         batch = self._batch
@@ -150,6 +157,12 @@ class StepRunner(ModelOptimizer):
                 f"{batch.bank.shape[1]} old classes, got {tuple(images.shape)} with {old_classes}; "
                 "call warm_up(images, labels) first"
             )
+        for name, value in self._settings_of_views().items():
+            if value != batch.settings[name]:
+                raise ValueError(
+                    f"{name}: expected {batch.settings[name]!r}, as in the last warm_up, got "
+                    f"{value!r}; change settings between two batches"
+                )
 
     # ---- what a stage consists of, and what surrounds it ----
 
@@ -230,6 +243,7 @@ class StepRunner(ModelOptimizer):
         checks.dtypes(self.model)
         checks.batch_norms(self.model, self.views_per_pass)
         checks.trainable(self.model)
+        checks.learning_rates(self.param_groups)
         if device.type == "cpu" or self.check_finite:
             unit_range = getattr(self.augment, "needs_unit_range", False)
             checks.batch_values(images, labels, sizes[-1], unit_range)

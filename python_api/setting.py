@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 
 class Setting:
     """An attribute whose new value goes through `check(name, value)`, which returns what is kept.
@@ -32,3 +34,24 @@ class Setting:
         value = self.check(self.name, value)
         self.together({**vars(instance), self.name: value})
         vars(instance)[self.name] = value
+
+
+class GroupSetting:
+    """A value that all parameter groups of an optimizer have; setting it goes through a check.
+
+    Everything that saves an optimizer keeps what is in its groups.
+    """
+
+    def __init__(self, check: Callable[[str, Any], Any]):
+        self.check = check
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: torch.optim.Optimizer | None, owner: type | None = None) -> Any:
+        return self if instance is None else instance.param_groups[0][self.name]
+
+    def __set__(self, instance: torch.optim.Optimizer, value: Any) -> None:
+        value = self.check(self.name, value)
+        for group in instance.param_groups:
+            group[self.name] = value

@@ -202,7 +202,7 @@ BAD_STEPS = {
     "load-more-heads": (load_other((2, 3, 2)), ValueError, "state_dict: .*heads.2.bias"),
     "load-other-sizes": (load_other((2, 4)), ValueError, "state_dict: .*heads.1"),
     "load-another-optimizer": (
-        lambda o, x, y: o.load_state_dict(o.base.state_dict()),
+        lambda o, x, y: o.load_state_dict(torch.optim.SGD(o.model.parameters()).state_dict()),
         ValueError,
         "state_dict: .*BLDOptimizer",
     ),

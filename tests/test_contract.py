@@ -568,7 +568,7 @@ def test_no_reference_to_the_batch_is_kept(how, call, schedule):
     optimizer, error = make(schedule=schedule, check_finite=True), FAILURES[how]
     learn(optimizer, [0])
     if how == "not-finite":
-        optimizer.param_groups[0]["lr"] = torch.inf
+        optimizer.param_groups[0]["lr"] = 3e40
     elif how != "none":
         set_up_failure(optimizer, how.replace("out-of-memory", "forward"), 0, error)
     before, errors = world(optimizer), (Failure, torch.OutOfMemoryError, FloatingPointError)

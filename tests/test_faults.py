@@ -4,6 +4,7 @@ import copy
 import ctypes
 import errno
 import gzip
+import importlib
 import json
 import os
 import pickle
@@ -848,6 +849,20 @@ def test_the_command_goes_on_where_its_output_ends(both, tmp_path):
         assert len(done.stdout.splitlines()) == 1 and not done.stderr
     else:
         assert done.stderr.splitlines()[-1].startswith("error: stdout: not all could be printed")
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["paper.__main__", "views", "table", "schedules", "precision", "profile_step", "gpu.__main__"],
+)
+def test_help_that_could_not_be_printed_is_an_error(command, monkeypatch, capsys):
+    module = importlib.import_module(f"benchmarks.{command}")
+    monkeypatch.setattr(sys, "argv", [command, "--help"])
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(SystemExit) as ended:
+            module.main()
+    assert ended.value.code == 2 and "not all could be printed" in capsys.readouterr().err
 
 
 def last_line(capsys):

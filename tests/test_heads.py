@@ -378,3 +378,15 @@ def test_without_a_task_the_one_head_predicts(make_model, images):
     model.add_head(2)
     with pytest.raises(ValueError, match="^task: expected the number of a head, 0 to 1, got None"):
         model.predict(images)
+
+
+def test_a_checkpoint_adds_deep_heads_and_adapters_too():
+    def deep(features, classes):
+        return nn.Sequential(nn.Linear(features, 3), nn.ReLU(), nn.Linear(3, classes, bias=False))
+
+    model, twin = (MultiHead(nn.Flatten(), 4, head=deep) for _ in "ab")
+    for size in (2, 5):
+        model.add_head(size)
+    twin.load_state_dict(model.state_dict())
+    x = torch.rand(3, 4)
+    assert twin.head_sizes == (2, 5) and torch.equal(model(x), twin(x))

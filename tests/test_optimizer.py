@@ -294,7 +294,7 @@ def test_the_seed_is_that_of_torch(seed, make_model, make_batch):
     torch.rand(3)  # the seed stays, however much has been drawn
     optimizer = make_optimizer(model)
     learn(optimizer, make_batch, [0])
-    assert optimizer.seed == seed % 2**63 == optimizer.state_dict()["bld"]["seed"]
+    assert optimizer.seed == seed % 2**63 == optimizer.state_dict()["param_groups"][0]["seed"]
 
 
 def test_the_first_task_has_nothing_to_distil(make_model, make_batch):

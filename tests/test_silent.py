@@ -9,7 +9,7 @@ import torch
 from test_bad_input import OPTIONS, assert_same, snapshot
 from torch import nn
 
-from bld_ext import BLDOptimizer, SeededAugment, convert_view_batchnorm
+from bld_ext import BLDOptimizer, MultiHead, SeededAugment, convert_view_batchnorm
 
 pytestmark = pytest.mark.filterwarnings("ignore:BLDOptimizer. SGD keeps state")
 
@@ -394,3 +394,103 @@ def test_the_newest_namesake_counts(make_model, make_batch):
     optimizer.model.add_head(2)
     optimizer.step(*make_batch(2))
     assert "heads.2.weight" in optimizer.param_groups[0]["param_names"]
+
+
+# ---- what is set, changed or shared later ----
+
+
+def test_a_learning_rate_that_is_set_reaches_every_group(make_model, make_batch):
+    optimizer = BLDOptimizer(make_model([2]), 0.1)
+    head = optimizer.model.heads[0].parameters()
+    optimizer.add_param_group({"params": head, "lr": 1.0})
+    optimizer.lr = 0.5
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]
+    assert optimizer.warmup_lr == 0.005
+    optimizer.warmup_lr = 0.25
+    assert optimizer.warmup_ratio == 0.5
+    optimizer.lr = 1.0
+    assert optimizer.warmup_lr == 0.5
+
+
+@pytest.mark.parametrize("lr", [float("nan"), -0.1, torch.tensor(float("inf"))])
+def test_a_learning_rate_that_a_scheduler_may_set_is_checked(lr, make_model, make_batch):
+    model = make_model([2])
+    optimizer, before = BLDOptimizer(model, 0.1), snapshot(model)
+    optimizer.param_groups[0]["lr"] = lr
+    with pytest.raises(ValueError, match=r"^param_groups\[0\]\['lr'\]: expected a finite number"):
+        optimizer.step(*make_batch(2))
+    with pytest.raises(ValueError, match="^lr: expected a finite number"):
+        optimizer.lr = lr
+    assert_same(snapshot(model), before)
+
+
+CHANGES = {"temperature": 4.0, "views": 1, "augment": SeededAugment(), "seed": 1, "layer": "tensor"}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_makes_the_views_stays_until_the_batch_ends(name, make_model, make_batch):
+    model, batch = make_model([2, 3]), make_batch(3)
+    optimizer = BLDOptimizer(model, 0.1, views=2, augment=SeededAugment(jitter=0.1))
+    optimizer.seed = 0
+    optimizer.warm_up(*batch)
+    setattr(optimizer, name, CHANGES[name])
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=f"^{name}: expected .*, as in the last warm_up, got"):
+        optimizer.joint(*batch)
+    assert_same(snapshot(model), before)
+    optimizer.warm_up(*batch)
+    optimizer.joint(*batch)
+
+
+def test_heads_that_share_parameters_are_refused():
+    one = nn.Linear(4, 2)
+    model = MultiHead(nn.Flatten(), 4, head=lambda *_: one)
+    model.add_head(2)
+    with pytest.raises(ValueError, match="^head: expected a new module for each task"):
+        model.add_head(2)
+    assert len(model.heads) == 1
+
+
+class Torchvisions(nn.Module):
+    def forward(self, *images):
+        return images
+
+
+def only_images(images):
+    return images
+
+
+@pytest.mark.parametrize("augment", [Torchvisions(), only_images, lambda x, seed: x])
+def test_an_augment_that_takes_other_arguments_is_refused_at_once(augment, make_model):
+    with pytest.raises(TypeError, match="^augment: expected a callable .*Call a transform"):
+        BLDOptimizer(make_model([2]), 0.1, augment=augment)
+
+
+def test_a_state_of_another_base_is_refused(make_model, make_batch):
+    model, batch = make_model([2]), make_batch(2)
+    saved = BLDOptimizer(model, 0.1).state_dict()
+    adam = BLDOptimizer(model, 0.1, base=torch.optim.Adam)
+    with pytest.raises(ValueError, match="^state_dict: expected one of base Adam, got one of SGD"):
+        adam.load_state_dict(saved)
+    adam.step(*batch)
+
+
+class Tokens(nn.BatchNorm1d):
+    """Of [N, L, C]: the channels come last."""
+
+    def forward(self, x):
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+def test_a_batch_norm_of_tokens_counts_its_values_by_its_own_channels(make_model):
+    images, labels = torch.rand(5, 4, 3), torch.tensor([0, 1, 0, 1, 1])
+    found = []
+    for norm in (Tokens(3), nn.BatchNorm1d(3)):
+        plain = type(norm) is nn.BatchNorm1d
+        x = images.transpose(1, 2).contiguous() if plain else images
+        torch.manual_seed(0)
+        model = MultiHead(nn.Sequential(norm, nn.Flatten()), 12)
+        model.add_head(2)
+        BLDOptimizer(model, 0.1, views=2, views_per_pass=2).step(x, labels)
+        found.append(torch.stack((norm.running_mean, norm.running_var)))
+    torch.testing.assert_close(*found)

@@ -16,6 +16,7 @@ from benchmarks.gpu.parts import PARTS, PYTHON, Command, Part, Place, environmen
 from benchmarks.gpu.process import run
 from benchmarks.paper.checkpoint import CheckpointError, one_line
 from benchmarks.provenance import ROOT
+from benchmarks.terminal import lenient
 
 EXAMPLES = """\
 examples:
@@ -224,6 +225,7 @@ def make_place(args: argparse.Namespace, commit: str) -> Place:
     return Place(out, scratch, data, args.rehearse)
 
 
+@lenient
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     commit = provenance.commit()

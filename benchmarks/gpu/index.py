@@ -15,6 +15,7 @@ from benchmarks import rows, table
 from benchmarks.paper import report, tables
 from benchmarks.paper.checkpoint import write_whole
 from benchmarks.provenance import ROOT
+from benchmarks.terminal import lenient
 
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
 
@@ -160,6 +161,7 @@ def add(folder: Path) -> Path:
     return into
 
 
+@lenient
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="of a session, or of a card's results")
