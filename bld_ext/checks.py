@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from bld_ext.reference import INTERPOLATIONS, PADDING_MODES, Policy, compute_dtype
+from bld_ext.reference import IGNORED, INTERPOLATIONS, PADDING_MODES, Policy, compute_dtype
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -153,14 +153,28 @@ def labels(labels: Tensor, logits: Tensor, classes: int, check_inputs: bool) -> 
     require(tuple(labels.shape) == shape, "labels", f"shape {shape}", tuple(labels.shape))
     require(labels.dtype == torch.int64, "labels", "torch.int64", labels.dtype)
     require(labels.device == logits.device, "labels", f"device {logits.device}", labels.device)
-    if labels.numel() and may_look(labels, check_inputs):
-        low, high = labels.min().item(), labels.max().item()
+    if may_look(labels, check_inputs) and (outside := outside_classes(labels, classes)):
+        low, high = outside
         require(
-            low >= 0 and high < classes,
+            False,
             "labels",
-            f"class indices of the newest head, 0 to {classes - 1}",
+            f"class indices of the newest head, 0 to {classes - 1}, or {IGNORED}",
             f"{low} to {high}. Number each task's classes from 0",
         )
+
+
+def outside_classes(labels: Tensor, classes: int, ignored: int = IGNORED) -> tuple[int, int] | None:
+    """Return the lowest and the highest label if some are neither classes nor `ignored`, else None.
+
+    On an accelerator this waits for the device.
+    """
+    for given in (labels, labels[labels != ignored]):  # without a copy where none is ignored
+        if not given.numel():
+            return None
+        low, high = (x.item() for x in given.aminmax())
+        if low >= 0 and high < classes:
+            return None
+    return low, high
 
 
 # ---- lists of tensors that belong to layers ----

@@ -122,7 +122,7 @@ def warm_up_loss(
 
     Args:
         logits: `[N, C, *]`, float16, bfloat16, float32 or float64.
-        labels: `[N, *]`, int64, classes of the newest head counted from 0.
+        labels: `[N, *]`, int64, classes of the newest head counted from 0; -100 has no loss.
         head_sizes: number of classes of each head, oldest first; their sum is C.
         temperature: τ > 0, for the bank.
         check_inputs: whether to check values on a GPU; see the module's docstring.
@@ -159,7 +159,7 @@ def joint_loss(
 
     Args:
         logits: `[N, C, *]`, float16, bfloat16, float32 or float64.
-        labels: `[N, *]`, int64, classes of the newest head counted from 0.
+        labels: `[N, *]`, int64, classes of the newest head counted from 0; -100 has no loss.
         bank: `[N, C_old, *]` from `warm_up_loss`.
         head_sizes: number of classes of each head, oldest first; their sum is C.
         temperature: τ > 0, the one with which the bank was made.

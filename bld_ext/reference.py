@@ -60,19 +60,24 @@ def distillation_loss(
     return -torch.where(bank == 0, 0, bank * log_p).sum(), grad
 
 
+IGNORED = -100  # the label of an image or position without a class, as in F.cross_entropy
+
+
 def new_task_loss(logits: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     """Return L_t = -Σ log softmax(z)_y over the last `classes` logits (eq. 1), and dL_t/dz.
 
-    A label that is not a class makes the loss, and the gradient of its image, nan.
+    The label IGNORED has no loss and no gradient. Another one that is not a class makes the loss,
+    and the gradient of its image, nan.
     """
     z = logits[:, -classes:].to(compute_dtype(logits.dtype))
     labels = labels.unsqueeze(1)
+    ignored = labels == IGNORED
     poison = torch.where((labels >= 0) & (labels < classes), 0, torch.nan)
     labels = labels.clamp(0, classes - 1)
-    loss = (poison - z.log_softmax(1).gather(1, labels)).sum()
+    loss = (poison - z.log_softmax(1).gather(1, labels)).masked_fill(ignored, 0).sum()
     one_hot = torch.zeros_like(z).scatter_(1, labels, 1)
     grad = logits.new_zeros(logits.shape, dtype=z.dtype)
-    grad[:, -classes:] = z.softmax(1) - one_hot + poison
+    grad[:, -classes:] = (z.softmax(1) - one_hot + poison).masked_fill(ignored, 0)
     return loss, grad
 
 
@@ -289,6 +294,13 @@ class Policy(NamedTuple):
         return (
             self.crop_padding, self.resized_crop, self.flip, self.rotation, self.translate,
             self.scale, self.shear,
+        )  # fmt: skip
+
+    def geometry_alone(self) -> "Policy":
+        """Return the policy that moves labels of pixels as this one moves the pixels."""
+        return self._replace(
+            brightness=0, contrast=0, saturation=0, hue=0, mean=(), std=(), erase=0,
+            interpolation="nearest",
         )  # fmt: skip
 
     def pack(self) -> list[float]:

@@ -1,13 +1,14 @@
 """SeededAugment: random views that are regenerated instead of stored."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bld_ext import checks, ops
-from bld_ext.reference import Policy, ViewParameters
+from bld_ext.reference import IGNORED, Policy, ViewParameters
 
 
 def _plain(setting: object) -> object:
@@ -104,6 +105,7 @@ class SeededAugment:
         )  # fmt: skip
         self.policy = Policy(*map(_plain, settings))
         checks.policy(self.policy, prefix="")
+        self._geometry = self.policy.geometry_alone()
         self.dtype = dtype
         self.channels_last = channels_last
 
@@ -135,11 +137,36 @@ class SeededAugment:
         step: int | Tensor,
         views: Sequence[int],
         indices: Tensor | None = None,
-    ) -> Tensor:
-        """Return views of `images`, `[V·N, C, H, W]`, view by view; see `bld_ext.ops.augment`."""
-        return ops.augment(
+        masks: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return views of `images`, `[V·N, C, H, W]`, view by view; see `bld_ext.ops.augment`.
+
+        With `masks`, `[N, H, W]` int64, the labels of the images' pixels, also return those of the
+        views' pixels, `[V·N, H, W]`. They are moved as the images are, each pixel taking the label
+        nearest to its centre. Pixels from outside the image have the label -100, which losses
+        ignore, unless `padding_mode` fills them. Erasing leaves labels as they are.
+        """
+        made = ops.augment(
             images, self.policy, seed, step, views, indices, self.dtype, self.channels_last
         )
+        if masks is None:
+            return made
+        return made, self._moved(masks, images, seed, step, views, indices)
+
+    def _moved(self, masks: Tensor, images: Tensor, *where) -> Tensor:
+        """The masks go through the same geometry as float32 images, where 0 is what is outside."""
+        size = [len(images), *images.shape[2:]]
+        if not isinstance(masks, Tensor) or masks.dtype != torch.int64:
+            got = masks.dtype if isinstance(masks, Tensor) else type(masks).__name__
+            raise ValueError(f"masks: expected torch.int64, got {got}; use masks.long()")
+        if list(masks.shape) != size:
+            raise ValueError(
+                f"masks: expected {size}, a label for each pixel of the images, got "
+                f"{list(masks.shape)}"
+            )
+        moved = ops.augment((masks + 1).unsqueeze(1).float(), self._geometry, *where)
+        moved = moved.squeeze(1).long() - 1
+        return moved.masked_fill(moved == -1, IGNORED)
 
     def parameters(
         self,
@@ -163,3 +190,11 @@ class SeededAugment:
 def is_seeded(augment: object) -> bool:
     """Return whether its views are SeededAugment's own, and not those of a subclass."""
     return isinstance(augment, SeededAugment) and type(augment).__call__ is SeededAugment.__call__
+
+
+def parameters_of(augment: Callable) -> inspect.Signature | None:
+    """Return what an augmentation takes, or None where that cannot be known."""
+    try:
+        return inspect.signature(augment.forward if isinstance(augment, nn.Module) else augment)
+    except (TypeError, ValueError):  # as of a callable written in C
+        return None

@@ -31,6 +31,7 @@ class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     fuses = True  # `residual` and `relu` of `forward` into its kernel
     statistics = "once"
+    keeps = False  # its running statistics whatever the stage, as only old heads depend on it
     views = 1
     mode: str | None = None
     pooled: Tensor | None = None  # [2, C], Σ mean and Σ E[x²] over the views
@@ -71,6 +72,8 @@ class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
     def begin(self, mode: str) -> None:
         """Normalise view by view from now on, and gather statistics as `mode` says."""
         self.mode = mode if self.statistics == "once" else self.statistics
+        if self.keeps:
+            self.mode = "keep"
         if self.mode == "pool" and self.track_running_stats:
             like = dict(dtype=torch.float64, device=self.running_mean.device)
             self.pooled = torch.zeros(2, self.num_features, **like)

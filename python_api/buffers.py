@@ -20,7 +20,8 @@ class Buffers:
     def restore(self) -> None:
         """Give every buffer its tensor and its values back."""
         for _, module, key, buffer, before in self._places:
-            buffer.copy_(before)
+            if not _equal(buffer, before):  # others may refuse to be written to
+                buffer.copy_(before)
             if module._buffers.get(key) is not buffer:
                 module._buffers[key] = buffer
 

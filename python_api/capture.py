@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from bld_ext.api.model_optimizer import EVERY_STEP
+
 if TYPE_CHECKING:
     from bld_ext.api.optimizer import BLDOptimizer
 
@@ -166,7 +168,7 @@ def key_of(
     o = optimizer
     settings = [o.temperature, o.joint_steps, o.views, o.views_in_pass, o.layer, o.schedule]
     settings += [o.precision, o.balance is None, o.balance == 0, o.warmup_ratio]
-    settings += [o._format.channels_last(o.model), o.augment, repr(o.augment)]
+    settings += [o._format.channels_last(o.model), o.augment, repr(o.augment), o.ignore_index]
     batch = [(tuple(t.shape), t.stride(), t.dtype, t.device) for t in (images, labels)]
     # hooks are identified by the ids of their handles, which are unique
     params = [
@@ -190,12 +192,5 @@ def key_of(
     values = [v for entry in o.state.values() for v in entry.values()]
     kept = [*o.model.buffers(), *(v for v in values if isinstance(v, Tensor))]
     places = [t.data_ptr() for t in kept]
-    options = [
-        {
-            k: v
-            for k, v in group.items()
-            if k not in ("lr", "initial_lr", "params", "seed", "batches")
-        }
-        for group in o.param_groups
-    ]
+    options = [{k: v for k, v in group.items() if k not in EVERY_STEP} for group in o.param_groups]
     return (*settings, *batch, *sizes, *params, *modules, *base, *places, repr(options))

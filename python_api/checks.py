@@ -1,19 +1,17 @@
 """Checks that BLDOptimizer makes before anything changes; errors name argument and remedy."""
 
-import inspect
 import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bld_ext.api.augment import parameters_of
 from bld_ext.api.batch_norm import ViewBatchNorm
 from bld_ext.api.pass_size import parse_bytes
 from bld_ext.api.precision import PRECISIONS, REFUSED
-
-MARGIN = 0.1  # outside of 0 to 1, as resizing with a bicubic filter overshoots
 
 
 def choice(name: str, value: str, choices: Iterable[str]) -> str:
@@ -68,6 +66,13 @@ def at_least(name: str, value: int, least: int) -> int:
     if isinstance(value, bool) or whole < least:
         raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
     return whole
+
+
+def label(name: str, value: int) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}: expected a whole number, got {value!r}") from None
 
 
 def seed(name: str, value: int) -> int:
@@ -134,14 +139,6 @@ def augment(name: str, value: object) -> object:
     return value
 
 
-def parameters_of(call: Callable) -> inspect.Signature | None:
-    """Return what it takes, or None where that cannot be known."""
-    try:
-        return inspect.signature(call.forward if isinstance(call, nn.Module) else call)
-    except (TypeError, ValueError):  # as of a callable written in C
-        return None
-
-
 def removed(given: dict[str, object], known: dict[str, str]) -> None:
     """Refuse removed options, naming what replaces each, and unknown ones."""
     for name in given:
@@ -184,11 +181,6 @@ def model(value: nn.Module) -> None:
             "its own and let heads that are added later drift apart. Give the network inside, its "
             ".module; a step runs in one process"
         )
-    if not hasattr(value, "head_sizes"):
-        raise ValueError(
-            f"model: {type(value).__name__} has no head_sizes. Wrap the backbone in MultiHead, or "
-            "give the model a head_sizes: classes of each head, oldest first"
-        )
     if next(value.parameters(), None) is None:
         raise ValueError("model: it has no parameter yet; call add_head(num_classes) first")
     dtypes(value)
@@ -201,7 +193,8 @@ def trainable(value: nn.Module) -> None:
 
 def dtypes(value: nn.Module) -> None:
     for name, param in value.named_parameters():
-        if param.dtype not in (torch.float32, torch.float64):
+        frozen_integers = not param.is_floating_point() and not param.requires_grad
+        if param.dtype not in (torch.float32, torch.float64) and not frozen_integers:
             raise ValueError(
                 f"model: parameter {name} is {param.dtype}; expected torch.float32 or float64. In "
                 "reduced precision the distillation gradient is rounding noise: call model.float()"
@@ -226,63 +219,9 @@ def heads(sizes: Iterable[int]) -> list[int]:
     return sizes
 
 
-def batch(images: Tensor, labels: Tensor, device: torch.device, takes_uint8: bool) -> None:
-    """Check types, devices and shapes, none of which waits for the device."""
+def tensors(images: object, labels: object) -> None:
     if torch.is_inference_mode_enabled():
         raise RuntimeError("step: it computes gradients; call it outside torch.inference_mode()")
     if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
         kinds = f"{type(images).__name__} and {type(labels).__name__}"
         raise TypeError(f"images, labels: expected two tensors, step(images, labels), got {kinds}")
-    for name, tensor in (("images", images), ("labels", labels)):
-        if tensor.device != device:
-            raise ValueError(f"{name}: expected the model's device, {device}, got {tensor.device}")
-    if images.dim() < 2 or len(images) == 0:
-        raise ValueError(f"images: expected [B, ...] with B ≥ 1, got {tuple(images.shape)}")
-    if not takes_uint8 and not images.is_floating_point():
-        raise ValueError(
-            f"images: expected a float dtype where there is no augment, got {images.dtype}. Use "
-            "SeededAugment(), which takes uint8, or images.float() / 255"
-        )
-    if labels.dtype != torch.int64:
-        soft = labels.is_floating_point() and labels.dim() == 2
-        remedy = "for one-hot rows use labels.argmax(1)" if soft else "use labels.long()"
-        raise ValueError(f"labels: expected torch.int64, got {labels.dtype}: {remedy}")
-    if labels.dim() < 1 or len(labels) != len(images):
-        shape = tuple(labels.shape)
-        raise ValueError(f"labels: expected one for each of {len(images)} images, got {shape}")
-
-
-def positions(labels: Tensor, augment: object) -> None:
-    """Refuse labels that have positions where the augmentation moves them in the images alone."""
-    if labels.numel() == len(labels) or augment is None:
-        return
-    if not getattr(augment, "keeps_positions", False):
-        raise ValueError(
-            f"labels: expected one for each image, got {list(labels.shape)}, which have positions. "
-            "The augment moves these in the images but not in the labels. Use a SeededAugment of "
-            "brightness, contrast, saturation, hue or erasing alone, or for an augment of your own "
-            "that moves nothing set augment.keeps_positions = True"
-        )
-
-
-def batch_values(images: Tensor, labels: Tensor, classes: int, unit_range: bool) -> None:
-    """Check the values of images and labels; on an accelerator this waits for the device."""
-    if images.is_floating_point() and not images.isfinite().all():
-        bad = (~images.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
-        raise ValueError(f"images: expected finite values, got nan or inf in images {bad}")
-    if unit_range and images.is_floating_point():
-        low, high = (x.item() for x in images.aminmax())
-        if low < -MARGIN or high > 1 + MARGIN:
-            remedy = "images / 255, or images as uint8"
-            if low < 0:
-                remedy = "images before they are normalised, and SeededAugment(mean=..., std=...)"
-            raise ValueError(
-                "images: expected values from 0 to 1, which the augment clamps to or normalises, "
-                f"got {low:.4g} to {high:.4g}. Give {remedy}"
-            )
-    low, high = labels.min().item(), labels.max().item()
-    if low < 0 or high >= classes:
-        raise ValueError(
-            f"labels: expected classes of the newest head, 0 to {classes - 1}, got {low} to {high}."
-            " Number each task's classes from 0, and add the head before its first batch"
-        )

@@ -19,7 +19,10 @@ from bld_ext.api.own_batch_norm import TAKEN, own_class, view_class
 
 def unwatched(*modules: nn.Module) -> bool:
     """Return whether no hook and no overridden forward would miss a call if these are fused."""
-    watchers = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
+    watchers = (
+        torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks,
+        torch_module._global_backward_hooks, torch_module._global_backward_pre_hooks,
+    )  # fmt: skip
     return not any(watchers) and not any(
         m._forward_hooks
         or m._forward_pre_hooks
@@ -119,7 +122,7 @@ def revert_view_batchnorm(module: nn.Module) -> nn.Module:
     for child in module.modules():
         if isinstance(child, ViewBatchNorm):
             child.__class__ = own_class(type(child))
-            for name in ("views", "mode", "pooled", "counted"):
+            for name in ("keeps", "views", "mode", "pooled", "counted"):
                 vars(child).pop(name, None)
         elif type(child) is FusedSequential:
             child.__class__ = nn.Sequential

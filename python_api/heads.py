@@ -1,6 +1,7 @@
 """MultiHead: a shared backbone with one classifier a task."""
 
 import operator
+import re
 from collections.abc import Callable
 
 import torch
@@ -23,7 +24,7 @@ class MultiHead(nn.Module):
         backbone: maps images `[N, ...]` to features `[N, in_features]`, or to a tuple, a dict or an
             object with attributes in which one tensor has that shape.
         in_features: length of a feature vector. Default: `backbone.num_features`, as models of timm
-            have it.
+            have it. For a network with its classifier still on, see `replacing`.
         head: makes the classifier of a task, called as `head(in_features, num_classes)`. For
             features `[N, in_features, H, W]` and one prediction a pixel it is
             `partial(nn.Conv2d, kernel_size=1)`.
@@ -57,12 +58,43 @@ class MultiHead(nn.Module):
             if in_features is None:
                 raise ValueError(
                     "in_features: expected the length of a feature vector, got None, and the "
-                    f"backbone, a {type(backbone).__name__}, has no num_features"
+                    f"backbone, a {type(backbone).__name__}, has no num_features. If it still has "
+                    f"its classifier, use MultiHead.replacing(model, {_classifier(backbone)!r})"
                 )
         self.backbone = backbone
         self.in_features = checks.at_least("in_features", in_features, 1)
         self.heads = nn.ModuleList()
         self._make_head, self._choose = head, features
+        self.replaced: str | None = None
+
+    @classmethod
+    def replacing(cls, model: nn.Module, name: str, **options) -> "MultiHead":
+        """Put heads in the place of a network's classifier, the module called `name`.
+
+        That module becomes an `nn.Identity`, in place; `replaced` tells what it was. `in_features`
+        are those of its first linear layer. `options` are those of the constructor.
+
+        Example:
+            model = MultiHead.replacing(torchvision.models.resnet18(weights="DEFAULT"), "fc")
+        """
+        modules = dict(model.named_modules())
+        found = modules.get(name) if name else None
+        linear = None if found is None else _first_linear(found)
+        if linear is None:
+            got = f"{name!r}" + ("" if found is None else f", a {type(found).__name__}")
+            raise ValueError(
+                "name: expected a module of the model with a linear layer in it, such as "
+                f"{_classifier(model)!r}, got {got}"
+            )
+        options.setdefault("in_features", linear.in_features)
+        multi = cls(model, **options)
+        parent, _, last = name.rpartition(".")
+        setattr(modules[parent], last, nn.Identity())
+        multi.replaced = f"{name}, {found}"
+        return multi
+
+    def extra_repr(self) -> str:
+        return "" if self.replaced is None else f"replaced: {self.replaced}"
 
     @property
     def head_sizes(self) -> tuple[int, ...]:
@@ -72,7 +104,7 @@ class MultiHead(nn.Module):
     def add_head(self, num_classes: int) -> nn.Module:
         """Add the classifier of a new task, initialised as its module does, and return it."""
         num_classes = checks.at_least("num_classes", num_classes, 1)
-        like = next(self.parameters(), torch.empty(0))
+        like = next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
         head = self._make_head(self.in_features, num_classes)
         if not isinstance(head, nn.Module):
             raise TypeError(f"head: expected it to make a module, got {type(head).__name__}")
@@ -152,12 +184,20 @@ class MultiHead(nn.Module):
             raise
 
     @staticmethod
-    def _saved_head(state_dict, prefix: str) -> list[Tensor]:
-        return [x for key, x in state_dict.items() if key.startswith(prefix) and x.dim()]
+    def _saved_size(state_dict, prefix: str) -> int | None:
+        """The classes of a saved head: the length of its last matrix or bias."""
+        aside = re.compile(r"parametrizations\.\w+\.\d+\.")  # what a parametrization remembers
+        own = {key: x for key, x in state_dict.items() if key.startswith(prefix) and x.dim()}
+        likely = [
+            x
+            for key, x in own.items()
+            if (x.dim() > 1 or key.endswith("bias")) and not aside.search(key)
+        ]
+        return [*own.values(), *likely][-1].shape[0] if own else None
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        while own := self._saved_head(state_dict, f"{prefix}heads.{len(self.heads)}."):
-            self.add_head(own[-1].shape[0])  # of its last parameter, as the bias of a deep head
+        while size := self._saved_size(state_dict, f"{prefix}heads.{len(self.heads)}."):
+            self.add_head(size)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
@@ -171,3 +211,13 @@ def _classes_of(head: nn.Module, name: str) -> int:
         f"{name}: expected a module with out_features, its number of classes, got a "
         f"{type(head).__name__} without; set head.out_features"
     )
+
+
+def _first_linear(module: nn.Module) -> nn.Linear | None:
+    return next((m for m in module.modules() if isinstance(m, nn.Linear)), None)
+
+
+def _classifier(model: nn.Module) -> str:
+    """Return the name of the child with the last linear layer, as that of most classifiers."""
+    names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    return names[-1].partition(".")[0] if names else "fc"

@@ -57,7 +57,7 @@ def complete_layers(
             raise RuntimeError(
                 f"model: a parameter of shape {tuple(param.shape)} got a second gradient after its "
                 "layer was complete, as reentrant checkpointing does; use "
-                "schedule='two_forward' or 'shared_forward', or checkpoint(use_reentrant=False)"
+                "schedule='two_forward', or checkpoint(use_reentrant=False)"
             )
         missing[l].discard(param)
         if not missing[l]:

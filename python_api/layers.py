@@ -52,6 +52,12 @@ class Layers:
         """Return the norm of these parameters' gradients in each layer, `[L]`."""
         params = list(params)
         require_gradient(params)
+        for param in params:
+            if param.grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"model: {self.names[self.index[param]]} has a sparse gradient, which cannot "
+                    "be balanced; construct it with sparse=False"
+                )
         index = [self.index[p] for p in params]
         return ops.layer_norms([p.grad for p in params], index, len(self.names))
 

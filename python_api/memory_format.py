@@ -10,6 +10,11 @@ class NeedsContiguousError(RuntimeError):
     """The model cannot run on images in torch.channels_last."""
 
 
+def needs_contiguous(error: RuntimeError) -> bool:
+    """Return whether an error of a forward pass is about the strides of what it got."""
+    return any(word in str(error) for word in ("view size is not compatible", "contiguous"))
+
+
 class MemoryFormat:
     """Whether images go to the network in channels_last: on a CPU, where convolutions are faster
     so, and where a weight of the model lies so. The weights are left as they are.

@@ -5,7 +5,8 @@ Otherwise the distillation gradient is noise, which balancing scales to full siz
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -42,16 +43,28 @@ def _watched(model: nn.Module, calls: list[Call], masks: bool = True) -> Iterato
 
     scripted = torch.jit.ScriptModule  # cannot have hooks
     names = {m: name for name, m in model.named_modules() if not isinstance(m, scripted)}
-    kinds = (_DropoutNd, nn.MultiheadAttention)  # the latter drops out by itself
-    dropouts = [m for m in names if masks and isinstance(m, kinds) and m.training]
     hooks = [m.register_forward_hook(note) for m in names]
+    try:
+        with _without_dropout(model) if masks else nullcontext():
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _dropouts(model: nn.Module) -> list[nn.Module]:
+    kinds = (_DropoutNd, nn.MultiheadAttention)  # the latter drops out by itself
+    return [m for m in model.modules() if isinstance(m, kinds) and m.training]
+
+
+@contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    dropouts = _dropouts(model)
     for dropout in dropouts:
         dropout.training = False
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
         for dropout in dropouts:
             dropout.training = True
 
@@ -80,13 +93,20 @@ def is_compiled(model: nn.Module) -> bool:
     )
 
 
-def require_repeatable(one: Views) -> None:
-    """Make a view twice and run the network on it twice; warn of buffers that move meanwhile.
+def require_repeatable(one: Views) -> bool:
+    """Make a view twice and run the network on it twice.
+
+    Warns of buffers that move meanwhile and of modules that compute in reduced precision. Sets
+    which BatchNorms keep their statistics, because only old heads depend on them.
+
+    Returns:
+        Whether the network computes the same from contiguous images; if not, images must be so.
 
     Raises:
         ValueError: the view or what the network computes is another one the second time.
     """
-    if not _close(*(one.make(range(1)) for _ in range(2)), 1e-5):
+    made = [one.make(range(1)) for _ in range(2)]
+    if not all(_close(a, b, 1e-5) for a, b in zip(*made, strict=True)):
         raise ValueError(
             "augment: expected the same view from the same seed, step, view and indices, got "
             "another one the second time. The global generators of torch, NumPy and Python are "
@@ -94,8 +114,8 @@ def require_repeatable(one: Views) -> None:
             "its arguments, as numpy.random.default_rng((seed, step, view))"
         )
     if is_compiled(one.model):
-        return  # each of these passes would be compiled
-    calls, logits = [[], []], []
+        return True  # each of these passes would be compiled
+    calls, logits, dropouts = [[], []], [], _dropouts(one.model)
     for noted in calls:
         with no_trace(one.model) as before, _watched(one.model, noted, masks=False):
             ((_, found, _),) = one
@@ -108,6 +128,68 @@ def require_repeatable(one: Views) -> None:
     if not _close(*logits, 1e-5):  # a model that takes no hooks
         _refuse("", one.model)
     _warn_of_buffers(one.model, moved)
+    _warn_of_reduced_precision(one.model, calls[0])
+    if not one.channels_last and len(one.sizes) == 1:
+        return True
+    with _without_dropout(one.model):  # whose masks are drawn in the order of memory
+        contiguous = _find_norms_of_old_heads(replace(one, channels_last=False))
+        if one.channels_last and dropouts:
+            with no_trace(one.model):
+                ((_, found, _),) = one
+    return not one.channels_last or _close(found, contiguous, 1e-4)
+
+
+def _find_norms_of_old_heads(one: Views) -> Tensor:
+    """Set `keeps` of each ViewBatchNorm on which the newest head's logits do not depend.
+
+    Returns the logits of all heads.
+    """
+    outputs: dict[ViewBatchNorm, list[Tensor]] = {norm: [] for norm in one.norms}
+
+    def note(norm: ViewBatchNorm, _, output: Tensor) -> None:
+        if output.requires_grad:
+            outputs[norm].append(output)
+
+    hooks = [norm.register_forward_hook(note) for norm in one.norms]
+    try:
+        with no_trace(one.model):
+            ((_, logits, _),) = one
+    finally:
+        for hook in hooks:
+            hook.remove()
+    newest = logits[:, sum(one.sizes[:-1]) :]
+    # not a plain sum, to which what precedes another BatchNorm would not contribute
+    newest = (newest * torch.arange(newest.numel()).to(newest).sin().view_as(newest)).sum()
+    for norm, found in outputs.items():
+        norm.keeps = False
+        if found and newest.requires_grad:
+            grads = torch.autograd.grad(newest, found, retain_graph=True, allow_unused=True)
+            norm.keeps = all(grad is None or not grad.any() for grad in grads)
+    return logits.detach()
+
+
+def _warn_of_reduced_precision(model: nn.Module, calls: list[Call]) -> None:
+    reduced = (torch.bfloat16, torch.float16)
+    found = {name: output.dtype for name, _, output in calls if output.dtype in reduced}
+    if found:
+        name, dtype = next(iter(found.items()))
+        warn(
+            f"{name or 'the model'} computes in {dtype}, as inside an autocast of its own. Its "
+            "rounding drowns the distillation gradient, and balancing scales it to full size. "
+            "Leave the autocast out; precision='mixed' reduces the backward passes alone",
+        )
+
+
+def warn_of_eval_mode(model: nn.Module) -> None:
+    """Warn of a whole model in eval mode; single modules may be in it on purpose."""
+    differs = (nn.modules.batchnorm._NormBase, _DropoutNd)
+    kinds = sorted({type(m).__name__ for m in model.modules() if isinstance(m, differs)})
+    if kinds and not model.training:
+        warn(
+            f"the model is in eval mode, in which {', '.join(kinds)} compute something else than "
+            "in training: BatchNorm takes running statistics, which no step then updates. Call "
+            "model.train(). To freeze single modules, put these alone into eval mode",
+        )
 
 
 def _refuse(name: str, model: nn.Module) -> None:

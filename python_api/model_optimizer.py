@@ -1,11 +1,13 @@
 """ModelOptimizer: a torch optimizer around another one, for a model that grows."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.optim import optimizer as torch_optimizer
 
 from bld_ext import ops
 from bld_ext.api import checks
@@ -13,6 +15,9 @@ from bld_ext.api.base import try_out
 from bld_ext.api.buffers import Buffers
 from bld_ext.api.layers import release_gradients
 from bld_ext.api.setting import GroupSetting
+
+# what is in a group and no option of the base
+EVERY_STEP = ("params", "param_names", "lr", "initial_lr", "seed", "batches")
 
 
 class ModelOptimizer(torch.optim.Optimizer):
@@ -33,10 +38,33 @@ class ModelOptimizer(torch.optim.Optimizer):
         if not isinstance(self.base, torch.optim.Optimizer):
             kind = type(self.base).__name__
             raise TypeError(f"base: expected it to make a torch.optim.Optimizer, got {kind}")
-        try_out(self.base)
+        self._require_all_parameters()
+        self._tried_with, self._warned = None, set()
+        self._try_out_base()
         super().__init__(self.base.param_groups, self.base.defaults)
         self.seed, self.batches = torch.initial_seed() % 2**63, 0
         self._share_with_base()
+
+    def _require_all_parameters(self) -> None:
+        known = {p for group in self.base.param_groups for p in group["params"]}
+        left = [n for p, n in self._names().items() if p.requires_grad and p not in known]
+        if left:
+            more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+            raise ValueError(
+                f"base: expected it to take all parameters it is given, but it left out "
+                f"{', '.join(left[:3])}{more}. To freeze these call requires_grad_(False) on them; "
+                "for a rate of their own make a group"
+            )
+
+    def _try_out_base(self) -> None:
+        """Try the base out again when another of its options is used, such as momentum."""
+        used = [
+            {name for name, v in group.items() if name not in EVERY_STEP and _is_used(v)}
+            for group in self.base.param_groups
+        ]
+        if used != self._tried_with:
+            self._warned |= try_out(self.base, self._warned)
+            self._tried_with = used
 
     def add_param_group(self, param_group: dict) -> None:
         """As every torch optimizer's, at any time: parameters leave the group they were in."""
@@ -69,16 +97,20 @@ class ModelOptimizer(torch.optim.Optimizer):
     def group_for(self, name: str, param: Tensor) -> int:
         """The number of the group that a new parameter joins; assign another rule to change it.
 
-        It is the group of its namesake, the newest parameter whose name differs in numbers alone,
-        as `heads.0.bias` and `heads.1.bias` do; without one, the first group.
+        It is the group of the parameter that it replaces under this name. Otherwise it is that of
+        its namesake, the newest parameter whose name differs in numbers alone, as `heads.0.bias`
+        and `heads.1.bias` do; without one, that of the parameter whose path is longest the same, as
+        the weight of which it is a parametrization.
         """
         places = {n: i for i, group in enumerate(self.param_groups) for n in group["param_names"]}
-        namesakes = [
-            other
-            for other, _ in self.model.named_parameters()
-            if other in places and _without_numbers(other) == _without_numbers(name)
-        ]
-        return places[namesakes[-1]] if namesakes else 0
+        if name in places:
+            return places[name]
+        present = [other for other in self._names().values() if other in places]
+        gone = [other for other in places if other not in present]
+        namesakes = [o for o in gone + present if _without_numbers(o) == _without_numbers(name)]
+        near = max(gone + present, key=lambda other: _shared_path(other, name), default=None)
+        chosen = namesakes[-1] if namesakes else near
+        return 0 if chosen is None else places[chosen]
 
     def _checked_group(self, name: str, param: Tensor) -> int:
         number, count = self.group_for(name, param), len(self.param_groups)
@@ -90,7 +122,9 @@ class ModelOptimizer(torch.optim.Optimizer):
         return number
 
     def _names(self) -> dict[Tensor, str]:
-        return {param: name for name, param in self.model.named_parameters()}
+        """Names without what torch.compile puts in front of a compiled module's."""
+        named = self.model.named_parameters()
+        return {param: name.replace("_orig_mod.", "") for name, param in named}
 
     def _name_parameters(self, names: dict[Tensor, str]) -> None:
         for group in self.param_groups:
@@ -101,7 +135,12 @@ class ModelOptimizer(torch.optim.Optimizer):
 
     def _is_plain_sgd(self) -> bool:
         """Return whether the base only computes θ - lr · G, for which there is a kernel."""
-        hooked = self.base._optimizer_step_pre_hooks or self.base._optimizer_step_post_hooks
+        hooks = (
+            self.base._optimizer_step_pre_hooks, self.base._optimizer_step_post_hooks,
+            torch_optimizer._global_optimizer_pre_hooks,
+            torch_optimizer._global_optimizer_post_hooks,
+        )  # fmt: skip
+        hooked = any(hooks)
         options = ("momentum", "weight_decay", "maximize", "differentiable")
         other = any(group.get(name) for group in self.param_groups for name in options)
         return type(self.base) is torch.optim.SGD and not hooked and not other
@@ -146,6 +185,22 @@ class ModelOptimizer(torch.optim.Optimizer):
             none = grads[0].new_zeros(len(params))
             ops.balanced_sgd_(params, grads, grads, layers, none, 0.0, group["lr"])
 
+    @torch.no_grad()
+    def _base_step(self) -> None:
+        """Let the base make a step at gradients of zero, which creates its state.
+
+        Raises:
+            RuntimeError: there are other gradients; a step along them would not distil.
+        """
+        params = self._parameters()
+        if any(p.grad is not None and p.grad.any() for p in params):
+            raise RuntimeError(
+                "step: expected step(images, labels), got no argument, and gradients of a "
+                "backward() of yours, along which a step would not distil. A step computes the "
+                "losses and gradients itself"
+            )
+        self.base.step()
+
     def _start_momentum(self) -> None:
         """Start the momentum of new parameters, which torch's fused SGD omits beside old ones.
 
@@ -188,16 +243,16 @@ class ModelOptimizer(torch.optim.Optimizer):
         """
         named = self._names()
         known = {param for group in self.param_groups for param in group["params"]}
+        for param, name in named.items():
+            if param not in known:  # while the groups still have what it may replace
+                group = self.param_groups[self._checked_group(name, param)]
+                group["params"].append(param)
+                group["param_names"].append(name)
         for param in known - {*named}:
             self.state.pop(param, None)
         for group in self.param_groups:
             group["params"] = [p for p in group["params"] if p in named]
         self._name_parameters(named)
-        for param, name in named.items():
-            if param not in known:
-                group = self.param_groups[self._checked_group(name, param)]
-                group["params"].append(param)
-                group["param_names"].append(name)
 
     def _follow_layout(self) -> None:
         """Give the state its parameters' strides: torch's fused kernels pair both by address."""
@@ -209,7 +264,13 @@ class ModelOptimizer(torch.optim.Optimizer):
 
     def _share_with_base(self) -> None:
         """Share one list of groups and one state with the base, so that both always agree."""
-        self.base.__setstate__({"state": self.state, "param_groups": self.param_groups})
+        groups = self.param_groups
+        self.base.__setstate__({"state": self.state, "param_groups": groups})
+        if self.base.param_groups is not groups:
+            raise ValueError(
+                f"base: expected an optimizer with param_groups of its own, got a "
+                f"{type(self.base).__name__}, which keeps those of another one"
+            )
         self.state, self.param_groups = self.base.state, self.base.param_groups
 
     def state_dict(self) -> dict:
@@ -219,7 +280,7 @@ class ModelOptimizer(torch.optim.Optimizer):
         return super().state_dict() | {"bld": ours}
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(p.shape) for name, p in self.model.named_parameters()}
+        return {name: tuple(p.shape) for p, name in self._names().items()}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Restore a saved state; training continues bit for bit as it would have then.
@@ -228,7 +289,7 @@ class ModelOptimizer(torch.optim.Optimizer):
         """
         self._follow_model()
         self._check_saved(state_dict)
-        params = dict(self.model.named_parameters())
+        params = {name: p for p, name in self._names().items()}
         before = [(group, group["params"]) for group in self.param_groups]
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
             group["params"] = [params[name] for name in saved.get("param_names", [])]
@@ -269,6 +330,16 @@ class ModelOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self._share_with_base()
+
+
+def _is_used(option: object) -> bool:
+    return isinstance(option, (bool, int, float)) and option != 0
+
+
+def _shared_path(name: str, other: str) -> int:
+    """Return how many parts of two dotted names are the same, from the first one on."""
+    parts = zip(name.split("."), other.split("."), strict=False)
+    return len([*itertools.takewhile(lambda pair: pair[0] == pair[1], parts)])
 
 
 def _without_numbers(name: str) -> str:

@@ -72,7 +72,10 @@ class BLDOptimizer(StepRunner):
             memory on a GPU.
         augment: a `SeededAugment` or your own `augment(images, seed=, step=, views=, indices=)`. It
             returns the views one after the other, `[len(views)·B, ...]`, and the same values
-            whenever its arguments are the same.
+            whenever its arguments are the same. Labels that have positions move with the views, if
+            it takes an argument `masks=` as `SeededAugment` does.
+        ignore_index: the label of images or positions without a class. They have no loss and no
+            gradient of L_t; the old heads are distilled there too.
         layer: what is balanced together: "module" (weight and bias of a module), "tensor" (each
             parameter alone) or "network" (all parameters).
         schedule: "two_forward" holds one gradient and runs two forward passes a view in each joint
@@ -125,6 +128,7 @@ class BLDOptimizer(StepRunner):
     joint_steps = Setting(partial(checks.at_least, least=0))
     views = Setting(partial(checks.at_least, least=1))
     augment = Setting(checks.augment)
+    ignore_index = Setting(checks.label)
     layer = Setting(partial(checks.choice, choices=KINDS))
     schedule = Setting(partial(checks.choice, choices=SCHEDULES), checks.together)
     precision = Setting(checks.precision)
@@ -143,6 +147,7 @@ class BLDOptimizer(StepRunner):
         views: int | None = None,
         views_per_pass: int | str = 1,
         augment: Callable[..., Tensor] | None = None,
+        ignore_index: int = -100,
         layer: str = "module",
         schedule: str = "two_forward",
         precision: str = "fp32",
@@ -157,6 +162,7 @@ class BLDOptimizer(StepRunner):
         self.temperature, self.balance, self.joint_steps = temperature, balance, joint_steps
         self.views = (1 if augment is None else 50) if views is None else views
         self.views_per_pass, self.augment = views_per_pass, augment
+        self.ignore_index = ignore_index
         self.layer, self.schedule, self.precision = layer, schedule, precision
         self.capture, self.check_finite = capture, check_finite
         self.last: StepReport | None = None
@@ -164,18 +170,29 @@ class BLDOptimizer(StepRunner):
         self._format = MemoryFormat()
         self._recorder = Recorder()
         self._probed_with: object = NEVER
+        self._sizes_found = NEVER, []
         super().__init__(model, base, lr)
         convert_view_batchnorm(model)
 
     # ---- what a training loop calls ----
 
-    def step(self, images: Tensor, labels: Tensor) -> Tensor:
+    def step(
+        self,
+        images: Tensor | Callable[[], tuple[Tensor, Tensor]] | None = None,
+        labels: Tensor | None = None,
+        *,
+        closure: Callable[[], tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor | None:
         """Learn one incoming batch: the warm-up, then the joint repetitions.
 
         Args:
             images: `[B, ...]`, on the model's device; the views are made from it.
             labels: `[B]` int64 (`[B, *spatial]` for dense logits), the classes of the newest head
-                counted from 0.
+                counted from 0, or `ignore_index`.
+            closure: in place of both, a function that returns `(images, labels)`, for frameworks
+                that call `optimizer.step(closure)`; it may also come as the only argument. Without
+                any argument and with gradients of zero, the base makes its step, with which some
+                tools create its state.
 
         Returns:
             L_t of the batch before it was learned: a device scalar, summed over the images and
@@ -188,6 +205,11 @@ class BLDOptimizer(StepRunner):
             FloatingPointError: with `check_finite`, a value is not finite. The network is as it was
                 before the step.
         """
+        if labels is None:
+            batch = self._batch_from(images if closure is None else closure)
+            if batch is None:
+                return self._base_step()
+            images, labels = batch
         sizes = self._check(images, labels)
         self._choose_pass_size(images, labels, sizes)
         run = self._captured_step if self.capture else self._step
@@ -205,6 +227,29 @@ class BLDOptimizer(StepRunner):
             else:
                 self._pass_size.on_trial = False
                 return loss
+
+    @staticmethod
+    def _batch_from(closure: object) -> tuple[Tensor, Tensor] | None:
+        batch = closure() if callable(closure) else closure
+        if batch is None and closure is None:
+            return None
+        if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+            what = f"a closure that returned a {type(batch).__name__}"
+            if not callable(closure):
+                what = f"a {type(closure).__name__} alone"
+            raise TypeError(
+                "step: expected step(images, labels), or step(closure) with a closure that returns "
+                f"(images, labels), got {what}. A step computes the losses and gradients itself, "
+                "so call no backward()"
+            )
+        return batch[0], batch[1]
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        raise TypeError(
+            "BLDOptimizer: expected to be stepped by itself, got a GradScaler. Gradients need no "
+            "scaling, since a step runs in float32: call optimizer.step(images, labels)"
+        )
 
     def warm_up(self, images: Tensor, labels: Tensor) -> Tensor:
         """Run Algorithm 1: keep the bank and ‖G_w‖ of each layer, update θ' = θ - α_w G_w.

@@ -1,8 +1,50 @@
-"""What a module returned, read as the one tensor that is meant."""
+"""What a module returned, read as the tensors that are meant."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import torch
 from torch import Tensor
+
+# the entries of an output that are the logits, where it has others beside them: of transformers,
+# of torchvision's segmentation networks
+LOGITS = ("logits", "out")
+
+
+def side_by_side(output: object) -> Tensor:
+    """Return the logits of all heads, `[N, ΣC, *]`, oldest head first, in what a model returned.
+
+    A tensor is taken as it is, and so is an entry or attribute named "logits" or "out". Otherwise
+    each tensor of a list, a tuple or a dict is a head.
+
+    Raises:
+        ValueError: the output is none of these.
+    """
+    one = _single(output)
+    return torch.cat(_heads(output), 1) if one is None else one
+
+
+def head_sizes(output: object) -> list[int] | None:
+    """Return the classes of each head; None if one tensor holds the logits of all."""
+    return None if _single(output) is not None else [x.shape[1] for x in _heads(output)]
+
+
+def _single(output: object) -> Tensor | None:
+    named = dict(_tensors(output))
+    return next((named[name] for name in ("", *LOGITS) if name in named), None)
+
+
+def _heads(output: object) -> list[Tensor]:
+    named = dict(_tensors(output))
+    found = [*named.values()]
+    several = isinstance(output, (Mapping, Sequence)) and len(found) == len(output)
+    matrices = several and all(x.dim() > 1 for x in found)
+    if matrices and len({(len(x), *x.shape[2:]) for x in found}) == 1:
+        return found
+    shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in named.items())
+    raise ValueError(
+        "model: expected logits [N, ΣC, *], or a list or dict with the logits of each head, got a "
+        f"{type(output).__name__}{' of ' * bool(shapes)}{shapes}. Return the logits alone"
+    )
 
 
 def find_features(

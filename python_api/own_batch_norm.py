@@ -7,7 +7,15 @@ from torch import Tensor, nn
 
 from bld_ext.api.batch_norm import RUNNING, ViewBatchNorm, recomputing
 
-TAKEN = ("statistics", "views", "mode", "pooled", "counted", "fuses")  # attributes of ViewBatchNorm
+TAKEN = (
+    "statistics",
+    "keeps",
+    "views",
+    "mode",
+    "pooled",
+    "counted",
+    "fuses",
+)  # attributes of ViewBatchNorm
 
 
 class OwnViewBatchNorm(ViewBatchNorm):

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 
 import numpy as np
 import torch
+from torch import nn
 
 # The switches that let torch compute a float32 product in lower precision: TF32 on a GPU, bfloat16
 # on a CPU. A switch that was never set follows its parent. Parents therefore come first, and only a
@@ -99,6 +100,12 @@ REFUSED = ("tf32", "bf16", "bfloat16", "fp16", "float16", "autocast", "amp")
 def backward_arithmetic(precision: str) -> AbstractContextManager:
     """Return the context manager for a backward pass inside `exact_float32`."""
     return _reduced() if precision == "mixed" else nullcontext()
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """Return the dtype in which a network computes; frozen integers are beside the point."""
+    kinds = (p.dtype for p in model.parameters() if p.is_floating_point())
+    return next(kinds, torch.get_default_dtype())
 
 
 @contextmanager

@@ -15,17 +15,19 @@ import torch
 from torch import Tensor
 
 from bld_ext.api import algorithm, checks
+from bld_ext.api import images as inputs
+from bld_ext.api import labels as targets
 from bld_ext.api.batch_norm import ViewBatchNorm, view_statistics
 from bld_ext.api.capture import Recorder, key_of
 from bld_ext.api.convert import convert_view_batchnorm
 from bld_ext.api.layers import Layers, release_gradients
 from bld_ext.api.memory import tensor_bytes
 from bld_ext.api.memory_format import MemoryFormat
-from bld_ext.api.mixing import no_trace, require_repeatable
+from bld_ext.api.mixing import no_trace, require_repeatable, warn_of_eval_mode
 from bld_ext.api.model_optimizer import ModelOptimizer
 from bld_ext.api.out_of_memory import too_much, within_memory
 from bld_ext.api.pass_size import PassSize
-from bld_ext.api.precision import exact_float32
+from bld_ext.api.precision import dtype_of, exact_float32
 from bld_ext.api.report import Batch, StepReport
 from bld_ext.api.schedules import SCHEDULES
 from bld_ext.api.stage import Stage
@@ -43,6 +45,7 @@ class StepRunner(ModelOptimizer):
     _pass_size: PassSize
     _recorder: Recorder
     _probed_with: object  # the augment, heads and mode in which the model was tried out
+    _sizes_found: tuple[object, list[int]]  # of a model without head_sizes, and its parameters then
 
     def release(self) -> None:
         """End the current batch: release the bank, the norms and the gradients."""
@@ -106,8 +109,7 @@ class StepRunner(ModelOptimizer):
         losses: Sequence[str] = algorithm.LOSSES,
     ) -> Tensor:
         if bank is not None:
-            dtype = next(self.model.parameters()).dtype
-            checks.bank(bank, labels, self.views, sum(sizes[:-1]), dtype)
+            checks.bank(bank, labels, self.views, sum(sizes[:-1]), dtype_of(self.model))
             self._replace_bank(images, bank)
         batch, distils = self._batch, len(sizes) > 1 and self.balance != 0
         wanted = algorithm.LOSSES if distils else ("new",)
@@ -189,8 +191,10 @@ class StepRunner(ModelOptimizer):
         seed, scalars = self.seed, self._recorder.scalars
         if scalars is not None:
             seed, number = scalars.seed, scalars.number
+        images, labels = (x.as_subclass(Tensor) for x in (images, labels))  # ops take no others
         return Views(
-            self.model, self._norms(), images, labels, sizes, number, self.views,
+            self.model, self._norms(), images, targets.read(labels, self.ignore_index), sizes,
+            number, self.views,
             self._pass_size.number, self.augment, seed, self.precision,
             self._format.channels_last(self.model),
         )  # fmt: skip
@@ -218,7 +222,9 @@ class StepRunner(ModelOptimizer):
             views = self._views(images, labels, sizes, self.batches)
             with self._surroundings("keep"), no_trace(self.model):
                 if not probed:
-                    require_repeatable(replace(views, count=1, per_pass=1))
+                    warn_of_eval_mode(self.model)
+                    if not require_repeatable(replace(views, count=1, per_pass=1)):
+                        self._format.possible = False
                 self._pass_size.choose(views)
             self._probed_with = situation
 
@@ -237,15 +243,31 @@ class StepRunner(ModelOptimizer):
         """Make every check that is possible before anything changes; return the head sizes."""
         convert_view_batchnorm(self.model)  # converts what was added since the last step
         device = next(self.model.parameters()).device
-        checks.batch(images, labels, device, takes_uint8=self.augment is not None)
-        checks.positions(labels, self.augment)
-        sizes = checks.heads(self.model.head_sizes)
+        checks.tensors(images, labels)
+        inputs.check(images, device, self.augment)
+        targets.check(labels, images, self.augment)
         checks.dtypes(self.model)
         checks.batch_norms(self.model, self.views_per_pass)
         checks.trainable(self.model)
         checks.learning_rates(self.param_groups)
-        if device.type == "cpu" or self.check_finite:
-            unit_range = getattr(self.augment, "needs_unit_range", False)
-            checks.batch_values(images, labels, sizes[-1], unit_range)
+        self._try_out_base()
+        looks = device.type == "cpu" or self.check_finite
+        if looks:
+            inputs.check_values(images, self.augment)
+        sizes = self._head_sizes(images, labels)
+        if looks:
+            targets.check_classes(labels, sizes[-1], self.ignore_index)
         self._follow_layout()
         return sizes
+
+    def _head_sizes(self, images: Tensor, labels: Tensor) -> list[int]:
+        """Return what the model says, or else what its output has, looked at when it changed."""
+        if hasattr(self.model, "head_sizes"):
+            return checks.heads(self.model.head_sizes)
+        shapes = self._shapes()
+        if self._sizes_found[0] != shapes:
+            views = replace(self._views(images, labels, [], self.batches), count=1, per_pass=1)
+            with self._surroundings("keep"), no_trace(self.model):
+                found = self._format.run(views.sizes_found)
+            self._sizes_found = shapes, found
+        return self._sizes_found[1]

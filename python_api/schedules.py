@@ -75,6 +75,8 @@ class SharedForward(TwoForward):
         if stage.views.per_pass >= stage.views.count:
             loss, _ = self.descend(stage, lambda last: self._one_graph(stage))
             return loss
+        if any(p._post_accumulate_grad_hooks for p in stage.params):
+            return super().descend_both(stage)  # torch.autograd.grad would not call them
         params = [p for p in stage.params if p.requires_grad]
         loss, old_loss, grads = passes.shared_pass(
             stage.views, stage.bank, stage.temperature, params

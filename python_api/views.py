@@ -10,10 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from bld_ext.api import labels as targets
 from bld_ext.api.augment import is_seeded
 from bld_ext.api.batch_norm import ViewBatchNorm
-from bld_ext.api.memory_format import NeedsContiguousError
-from bld_ext.api.precision import no_random_numbers, replayable_rng
+from bld_ext.api.images import channels_come_last
+from bld_ext.api.memory_format import NeedsContiguousError, needs_contiguous
+from bld_ext.api.outputs import head_sizes, side_by_side
+from bld_ext.api.precision import dtype_of, no_random_numbers, replayable_rng
 from bld_ext.philox import stream_seed
 
 # the op words of the Philox counter, for the seeds of an augmentation of your own and of a pass
@@ -45,20 +48,41 @@ class Views:
             views = range(first, min(first + self.per_pass, self.start + self.count))
             for norm in self.norms:
                 norm.views = len(views)
-            logits = self._run(self.make(views), first)
-            labels = self.labels.repeat(len(views), *(1,) * (self.labels.dim() - 1))
+            made, labels = self.make(views)
+            logits = side_by_side(self._run(made, first))
             self._check(logits, labels)
             row = (first - self.start) * B
             yield slice(row, row + len(labels)), logits, labels
 
-    def _run(self, made: Tensor, first: int) -> Tensor:
+    @torch.no_grad()
+    def sizes_found(self) -> list[int]:
+        """Return the classes of each head in the model's output.
+
+        Raises:
+            ValueError: it is one tensor, which does not tell.
+        """
+        sizes = head_sizes(self._run(self.make(range(1))[0], 0))
+        if sizes is None:
+            raise ValueError(
+                f"model: {type(self.model).__name__} has no head_sizes, and returns one tensor. "
+                "Wrap the backbone in MultiHead, return a list of the logits of each head, or "
+                "give the model a head_sizes: classes of each head, oldest first"
+            )
+        return sizes
+
+    def _run(self, made: Tensor, first: int) -> object:
         """Run the network; its random numbers are a function of seed, batch and first view."""
         try:
             with self._repeatable(first, FORWARD_RNG):
                 return self.model(made)
         except RuntimeError as error:
-            if self.channels_last and "view size is not compatible" in str(error):
+            if self.channels_last and needs_contiguous(error):
                 raise NeedsContiguousError from error
+            if remedy := channels_come_last(self.images):
+                raise ValueError(
+                    f"images: the model could not run on {tuple(self.images.shape)}; {remedy} "
+                    f"({error})"
+                ) from error
             raise
 
     @contextmanager
@@ -74,16 +98,21 @@ class Views:
                 reseed(stream_seed(self.seed, self.number, first, purpose))
                 yield
 
-    def make(self, views: range) -> Tensor:
+    def make(self, views: range) -> tuple[Tensor, Tensor]:
+        """Return these views of the images, one after the other, and their labels."""
+        labels = _repeated(self.labels, len(views))
         if self.augment is None:
-            made = self.images.repeat(len(views), *(1,) * (self.images.dim() - 1))
+            made = _repeated(self.images, len(views))
         else:
             indices = torch.arange(len(self.images), device=self.images.device)
+            where = {"seed": self.seed, "step": self.number, "views": views, "indices": indices}
             with self._repeatable(views[0], AUGMENT_RNG):
-                made = self.augment(
-                    self.images, seed=self.seed, step=self.number, views=views, indices=indices
-                )
-        expected = next(self.model.parameters()).dtype
+                if targets.must_move(self.labels, self.augment):
+                    found = self.augment(self.images, masks=self.labels, **where)
+                    made, labels = targets.moved(found, labels)
+                else:
+                    made = self.augment(self.images, **where)
+        expected = dtype_of(self.model)
         if made.is_floating_point() and made.dtype != expected:
             name, remedy = ("images", f"images.to({expected})")
             if self.augment is not None:
@@ -99,7 +128,7 @@ class Views:
             )
         if self.channels_last and made.dim() == 4:
             made = made.contiguous(memory_format=torch.channels_last)
-        return made
+        return made, labels
 
     def _check(self, logits: Tensor, labels: Tensor) -> None:
         expected = (len(labels), sum(self.sizes))
@@ -108,3 +137,8 @@ class Views:
                 f"model: expected logits of shape [{expected[0]}, {expected[1]}, *] (images, "
                 f"classes of head_sizes {self.sizes}), got {tuple(logits.shape)}"
             )
+        targets.match(labels, logits)
+
+
+def _repeated(x: Tensor, times: int) -> Tensor:
+    return x.repeat(times, *(1,) * (x.dim() - 1))

@@ -219,6 +219,8 @@ def test_images_are_in_channels_last_on_a_cpu(channels_last, make_model, make_ba
     model.backbone[3].register_forward_hook(
         lambda m, x, y: seen.append(y.is_contiguous(memory_format=torch.channels_last))
     )
+    optimizer.step(*make_batch(2))  # with which contiguous images are tried out, too
+    seen.clear()
     optimizer.step(*make_batch(2))
     assert seen and all(last == (channels_last is not False) for last in seen)
 

@@ -1,12 +1,14 @@
 """The documents: every Python block runs, every link leads somewhere, the README stays short.
 
 The blocks of one file share a namespace and run in order; `NAMES` is what their reader brings
-along. A block whose first line is `# needs a GPU` runs only where there is one.
+along. A block whose first line is `# needs a GPU` or `# needs`, a module, runs only where there is
+one.
 """
 
 import inspect
 import re
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from bld_ext import BLDOptimizer
 ROOT = Path(__file__).parents[1]
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^()\s]+)\)")
-NEEDS_GPU = "# needs a GPU\n"
+NEEDS = re.compile(r"# needs (.*)\n")
 
 
 def read(name: str) -> str:
@@ -93,6 +95,16 @@ def blocks(text: str) -> list[tuple[str, str]]:
     return found
 
 
+def missing(code: str) -> str | None:
+    """What the first line of a block says it needs, if that is not here."""
+    needs = NEEDS.match(code)
+    if needs is None:
+        return None
+    if needs[1] == "a GPU":
+        return None if torch.cuda.is_available() else needs[1]
+    return None if find_spec(needs[1]) else needs[1]
+
+
 class Reader:
     """Runs the blocks of a document in order, each once."""
 
@@ -103,7 +115,7 @@ class Reader:
         """Run the blocks up to this one that have not run yet."""
         while self.done <= number:
             code = self.codes[self.done]
-            if not code.startswith(NEEDS_GPU) or torch.cuda.is_available():
+            if not missing(code):
                 exec(compile(code, f"<block {self.done}>", "exec"), self.names)
             self.done += 1
 
@@ -121,8 +133,8 @@ def every_block() -> list:
     cases = []
     for name in NAMES:
         for number, (heading, code) in enumerate(blocks(read(name))):
-            no_gpu = code.startswith(NEEDS_GPU) and not torch.cuda.is_available()
-            skip = [pytest.mark.skip("needs a GPU")] if no_gpu else []
+            needed = missing(code)
+            skip = [pytest.mark.skip(f"needs {needed}")] if needed else []
             label = f"{name}-{number}-{re.sub('[^a-z0-9]+', '-', heading.lower()).strip('-')}"
             cases.append(pytest.param(name, number, marks=skip, id=label))
     return cases

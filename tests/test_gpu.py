@@ -189,6 +189,14 @@ def test_bad_label_is_nan_or_an_error_on_demand(label):
         ops.warm_up_loss(logits, labels, SIZES, check_inputs=True)
 
 
+def test_an_ignored_label_has_no_loss_and_no_gradient():
+    logits, labels, bank = make_inputs()
+    labels[3] = -100
+    expected = ops.joint_loss(*(x.cpu().detach() for x in (logits, labels, bank)), SIZES)
+    new, old = ops.joint_loss(logits, labels, bank, SIZES, check_inputs=True)
+    torch.testing.assert_close(torch.stack((new, old)).cpu(), torch.stack(expected))
+
+
 def test_bad_temperature_is_nan_or_an_error_on_demand():
     logits, labels, bank = make_inputs()
     tau = torch.full((), -1.0, device="cuda")

@@ -380,13 +380,29 @@ def test_without_a_task_the_one_head_predicts(make_model, images):
         model.predict(images)
 
 
-def test_a_checkpoint_adds_deep_heads_and_adapters_too():
-    def deep(features, classes):
-        return nn.Sequential(nn.Linear(features, 3), nn.ReLU(), nn.Linear(3, classes, bias=False))
+class Cosine(nn.Linear):
+    def __init__(self, features, classes):
+        super().__init__(features, classes, bias=False)
+        self.sigma = nn.Parameter(torch.ones(1))
 
-    model, twin = (MultiHead(nn.Flatten(), 4, head=deep) for _ in "ab")
+    def forward(self, x):
+        return self.sigma * super().forward(x)
+
+
+DEEP = {
+    "deep": lambda f, c: nn.Sequential(nn.Linear(f, 3), nn.ReLU(), nn.Linear(3, c, bias=False)),
+    "cosine": Cosine,
+    "spectral": lambda f, c: nn.utils.parametrizations.spectral_norm(nn.Linear(f, c)),
+    "orthogonal": lambda f, c: nn.utils.parametrizations.orthogonal(nn.Linear(f, c)),
+}
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_a_checkpoint_adds_heads_of_any_kind(kind):
+    model, twin = (MultiHead(nn.Flatten(), 4, head=DEEP[kind]).eval() for _ in "ab")
     for size in (2, 5):
         model.add_head(size)
     twin.load_state_dict(model.state_dict())
     x = torch.rand(3, 4)
+    model.eval(), twin.eval()
     assert twin.head_sizes == (2, 5) and torch.equal(model(x), twin(x))

@@ -246,7 +246,8 @@ def test_compiles_into_one_graph(name):
 
 
 LOGITS, LABELS, BANK = torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64), torch.zeros(2, 3)
-FINITE, RANGE = "a positive finite number", "class indices of the newest head, 0 to 1"
+FINITE = "a positive finite number"
+RANGE = "class indices of the newest head, 0 to 1, or -100"
 FROM_ZERO = "Number each task's classes from 0"
 
 
@@ -395,6 +396,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         generator = torch.Generator().manual_seed(0)
         z, other = 3 * torch.randn(2, 37, 9, *spatial, generator=generator, dtype=torch.float64)
         z, labels = z.to(dtype), torch.randint(4, (37, *spatial), generator=generator)
+        labels[1] = -100
         bank = ops.head_softmax(other.to(dtype), [2, 3], 0.7)
         tau = torch.tensor(0.7, dtype=torch.float64)
         outputs = torch.ops.bld_ext.joint_loss(z, labels, bank, [2, 3, 4], tau)
@@ -445,3 +447,55 @@ def test_temperature_may_be_a_tensor():
 def test_bad_temperature_tensor(value, message):
     with pytest.raises(ValueError, match=f"^temperature: expected {message}$"):
         ops.head_softmax(LOGITS, [5], value)
+
+
+# ---- positions without a class ----
+
+
+@dtypes
+@spatials
+def test_an_ignored_label_has_no_loss_and_no_gradient(spatial, dtype):
+    logits, labels, bank = make_inputs(*spatial, dtype=dtype)
+    labels[1], labels.view(-1)[-1] = -100, -100
+    (new, old), (new_grad, old_grad) = exact(logits, labels, bank)
+    losses = ops.joint_loss(logits, labels, bank, SIZES, TEMPERATURE)
+    loss, _ = ops.warm_up_loss(logits, labels, SIZES, TEMPERATURE)
+    for found in (losses[0], loss):
+        assert_value(found, new, dtype)
+        assert_grad(grad_of(found, logits), new_grad, dtype)
+    assert not grad_of(loss, logits)[1].any()
+    assert_value(losses[1], old, dtype)  # distilled everywhere
+    assert_grad(grad_of(losses[1], logits), old_grad, dtype)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("spatial", [(), (2,)], ids=["flat", "dense"])
+def test_the_logits_of_an_ignored_label_do_not_matter(value, spatial):
+    logits, labels, _ = make_inputs(*spatial)
+    with torch.no_grad():
+        logits[1, C_OLD:] = value
+    labels[1] = -100
+    loss, _ = ops.warm_up_loss(logits, labels, SIZES, TEMPERATURE)
+    assert loss.isfinite() and not grad_of(loss, logits)[1].any()
+
+
+def test_a_batch_of_ignored_labels():
+    logits, labels, _ = make_inputs(3, 5)
+    loss, _ = ops.warm_up_loss(logits, labels.fill_(-100), SIZES, TEMPERATURE)
+    assert loss == 0 and not grad_of(loss, logits).any()
+
+
+def test_a_wrong_label_beside_ignored_ones_is_refused():
+    logits, labels, bank = make_inputs()
+    labels[0], labels[2] = -100, 7
+    message = r"^labels: expected .* 0 to 4, or -100, got \d to 7\."
+    with pytest.raises(ValueError, match=message):
+        ops.joint_loss(logits, labels, bank, SIZES, TEMPERATURE)
+
+
+def test_opcheck_of_ignored_labels():
+    logits, labels, bank = make_inputs()
+    labels[1] = -100
+    tau = torch.tensor(TEMPERATURE, dtype=torch.float64)
+    opcheck(torch.ops.bld_ext.joint_loss.default, (logits, labels, bank, SIZES, tau))
+    opcheck(torch.ops.bld_ext.warm_up_loss.default, (logits, labels, SIZES, tau))

@@ -223,7 +223,7 @@ def test_every_stage_sees_the_same_views_and_random_numbers(schedule, make_batch
     model.add_head(2)
     make_optimizer(model, schedule=schedule).step(*make_batch(2))
     passes = 3 if schedule == "shared_forward" else 5
-    tried, spy.seen = spy.seen[:2], spy.seen[2:]  # view 0, twice, before the step
+    tried, spy.seen = spy.seen[:3], spy.seen[3:]  # view 0, tried three times before the step
     assert len(spy.seen) == 3 * passes
     assert all(
         torch.equal(a, b) for t in tried for a, b in zip(t[2:], spy.seen[0][2:], strict=True)
@@ -310,7 +310,7 @@ def test_without_augment_the_images_are_the_views(make_model, make_batch):
     model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     images, labels = make_batch(2)
     BLDOptimizer(model, lr=0.01).step(images, labels)
-    assert len(seen) == 2 + 3 and all(torch.equal(x, images) for x in seen)
+    assert len(seen) == 3 + 3 and all(torch.equal(x, images) for x in seen)
 
 
 def test_a_compiled_model_takes_the_same_steps(make_model, make_batch):

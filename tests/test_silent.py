@@ -34,10 +34,14 @@ class Dense(nn.Module):
 
 
 @pytest.mark.parametrize("moves", MOVES, ids=lambda moves: next(iter(moves)))
-def test_dense_labels_are_refused_where_the_views_move(moves, make_batch):
+def test_dense_labels_are_refused_where_they_cannot_move_with_the_views(moves, make_batch):
+    class Own(SeededAugment):  # does not say that it takes masks
+        def __call__(self, images, **where):
+            return super().__call__(images, **where)
+
     model, (images, _) = Dense(), make_batch(2)
     before = snapshot(model)
-    optimizer = BLDOptimizer(model, 0.1, views=2, augment=SeededAugment(**moves))
+    optimizer = BLDOptimizer(model, 0.1, views=2, augment=Own(**moves))
     with pytest.raises(ValueError, match=r"^labels: expected one for each image, got \[5, 8, 8\]"):
         optimizer.step(images, torch.zeros(5, 8, 8, dtype=torch.int64))
     assert_same(snapshot(model), before)
@@ -366,11 +370,14 @@ def test_a_subclass_of_seeded_augment_is_an_augment_of_one_s_own(make_model, mak
     "base", [o for o in vars(torch.optim).values() if isinstance(o, type)], ids=lambda o: o.__name__
 )
 def test_every_optimizer_of_torch_is_a_base_or_says_why_not(base, make_model, make_batch):
-    """Muon takes matrices alone, SparseAdam sparse gradients, LBFGS a closure."""
+    """Muon takes matrices alone, SparseAdam sparse gradients, LBFGS a closure; ASGD has the rate
+    of the step before, and Rprop that of the first.
+    """
     if base is torch.optim.Optimizer:
         return
     model = make_model((2,))
     refused = {"LBFGS": "closure", "SparseAdam": "dense gradients", "Muon": "2D"}
+    refused |= dict.fromkeys(("ASGD", "Rprop"), "moved parameters at a learning rate of 0")
     if reason := refused.get(base.__name__):
         with pytest.raises((ValueError, RuntimeError), match=reason):
             BLDOptimizer(model, 0.01, base=base)
@@ -494,3 +501,296 @@ def test_a_batch_norm_of_tokens_counts_its_values_by_its_own_channels(make_model
         BLDOptimizer(model, 0.1, views=2, views_per_pass=2).step(x, labels)
         found.append(torch.stack((norm.running_mean, norm.running_var)))
     torch.testing.assert_close(*found)
+
+
+# ---- groups of parameters that are replaced or wrapped ----
+
+
+def split(params, lr):
+    """Matrices in a group of their own, vectors in one that stays as it is."""
+    params = list(params)
+    matrices, vectors = ([p for p in params if (p.ndim > 1) == many] for many in (True, False))
+    groups = [{"params": matrices}, {"params": vectors, "lr": 0.0}]
+    return torch.optim.SGD(groups, lr=lr)
+
+
+def test_a_parameter_that_is_replaced_keeps_its_group(make_model, make_batch):
+    model = make_model([2, 3])
+    optimizer = BLDOptimizer(model, 0.1, base=split)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    optimizer.step(*make_batch(3))
+    assert {len(p.shape) > 1 for p in optimizer.param_groups[0]["params"]} == {True}
+    assert {len(p.shape) > 1 for p in optimizer.param_groups[1]["params"]} == {False}
+    for name, param in model.named_parameters():
+        assert (param.dim() > 1) or torch.equal(param, state[name]), name
+
+
+def test_a_parametrization_stays_in_the_group_of_what_it_makes(make_model, make_batch):
+    model = make_model([2])
+    optimizer = BLDOptimizer(model, 0.1)
+    optimizer.add_param_group({"params": [model.backbone[0].weight], "lr": 0.0})
+    nn.utils.parametrizations.weight_norm(model.backbone[0])
+    optimizer.step(*make_batch(2))
+    names = [f"backbone.0.parametrizations.weight.original{i}" for i in (0, 1)]
+    assert optimizer.param_groups[1]["param_names"] == names
+
+
+class Slow(torch.optim.Optimizer):
+    """Wraps another optimizer, whose groups it hands to the constructor as copies."""
+
+    def __init__(self, inner):
+        self.inner = inner
+        super().__init__([dict(group) for group in inner.param_groups], {})
+
+    def step(self, closure=None):
+        self.inner.step()
+
+
+class Shares(Slow):
+    """Has the groups of the other optimizer, and keeps them."""
+
+    param_groups = property(lambda self: self.inner.param_groups, lambda self, value: None)
+
+    def __init__(self, inner):
+        self.__dict__ |= inner.__dict__ | {"inner": inner}
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [(Slow, "moved parameters at a learning rate of 0"), (Shares, "param_groups of its own")],
+)
+def test_an_optimizer_around_another_one_is_refused(kind, message, make_model):
+    def base(params, lr):
+        return kind(torch.optim.SGD(params, lr=lr))
+
+    with pytest.raises(ValueError, match=f"^base: .*{message}"):
+        BLDOptimizer(make_model([2]), 0.1, base=base)
+
+
+def test_parameters_that_the_base_leaves_out_are_refused(make_model, make_batch):
+    model = make_model([2])
+
+    def heads_alone(params, lr):
+        return torch.optim.SGD(model.heads.parameters(), lr=lr)
+
+    with pytest.raises(ValueError, match=r"^base: .* left out backbone.0.weight.*requires_grad_"):
+        BLDOptimizer(model, 0.1, base=heads_alone)
+    model.backbone.requires_grad_(False)
+    before = snapshot(model.backbone)
+    BLDOptimizer(model, 0.1, base=heads_alone).step(*make_batch(2))
+    assert_same(
+        snapshot(model.backbone)["state"],
+        before["state"]
+        | dict(
+            (k, v) for k, v in model.backbone.state_dict().items() if "running" in k or "num_" in k
+        ),
+    )
+
+
+@pytest.mark.parametrize("name", ["momentum", "weight_decay"])
+def test_an_option_that_is_used_later_is_warned_of_once(name, make_model, make_batch, recwarn):
+    model = make_model([2, 3])
+    optimizer = BLDOptimizer(model, 0.1)
+    optimizer.step(*make_batch(3))
+    assert not recwarn
+    for value in (0.5, 0.6):
+        optimizer.param_groups[0][name] = value
+        optimizer.step(*make_batch(3))
+    (warning,) = recwarn
+    what = "keeps state" if name == "momentum" else "moves parameters whose gradient is zero"
+    assert what in str(warning.message) and warning.filename == __file__
+
+
+# ---- hooks ----
+
+schedules = pytest.mark.parametrize("schedule", ["two_forward", "shared_forward", "in_backward"])
+passes = pytest.mark.parametrize("views_per_pass", [1, 2])
+
+
+@schedules
+@passes
+def test_a_hook_on_an_accumulated_gradient_is_called(
+    schedule, views_per_pass, make_model, make_batch
+):
+    model, augment = make_model([2, 3]), SeededAugment(crop_padding=1)
+    options = dict(views=2, views_per_pass=views_per_pass, schedule=schedule)
+    optimizer = BLDOptimizer(model, 0.1, augment=augment, **options)
+    weight = model.backbone[0].weight
+    before = weight.detach().clone()
+
+    def mask(param):
+        param.grad[0] = 0
+
+    weight.register_post_accumulate_grad_hook(mask)
+    optimizer.step(*make_batch(3))
+    assert torch.equal(weight[0], before[0]) and not torch.equal(weight[1], before[1])
+
+
+@schedules
+@passes
+def test_a_hook_of_all_optimizers_is_called(schedule, views_per_pass, make_model, make_batch):
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+    model, calls = make_model([2, 3]), []
+
+    def clear(optimizer, args, kwargs):
+        calls.append(type(optimizer).__name__)
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = None if p.grad is None else torch.zeros_like(p)
+
+    options = dict(views=2, views_per_pass=views_per_pass, schedule=schedule)
+    optimizer = BLDOptimizer(model, 0.1, augment=SeededAugment(crop_padding=1), **options)
+    before = [p.detach().clone() for p in model.parameters()]
+    handle = register_optimizer_step_pre_hook(clear)
+    try:
+        optimizer.step(*make_batch(3))
+    finally:
+        handle.remove()
+    assert calls.count("SGD") >= 3
+    assert all(map(torch.equal, model.parameters(), before))
+
+
+def test_global_backward_hooks_see_heads_and_relus(make_model, make_batch):
+    from torch.nn.modules.module import register_module_full_backward_hook
+
+    model, seen = make_model([2, 3]), set()
+    optimizer = BLDOptimizer(model, 0.1)
+    handle = register_module_full_backward_hook(lambda module, *_: seen.add(module))
+    try:
+        optimizer.step(*make_batch(3))
+    finally:
+        handle.remove()
+    assert {*model.heads} <= seen
+    assert {m for m in model.modules() if type(m) is nn.ReLU} <= seen
+
+
+# ---- layouts and precisions of the network's own ----
+
+
+class ReadsMemory(nn.Module):
+    """Weighs each pixel by where it lies in memory, as a kernel that knows no strides."""
+
+    def forward(self, x):
+        size = x.numel() // len(x)
+        return x * torch.linspace(0, 1, size).as_strided(x.shape[1:], x.stride()[1:])
+
+
+class Demands(nn.Module):
+    def forward(self, x):
+        if not x.is_contiguous():
+            raise RuntimeError("x must be contiguous")
+        return x
+
+
+@pytest.mark.parametrize("layer", [ReadsMemory, Demands])
+def test_a_layer_that_needs_contiguous_images_gets_them(layer, make_batch):
+    torch.manual_seed(0)
+    backbone = nn.Sequential(layer(), nn.Flatten(), nn.Linear(192, 4))
+    model, (images, labels) = MultiHead(backbone, 4), make_batch(2)
+    images = images.float() / 255
+    model.add_head(2)
+    expected = nn.functional.cross_entropy(model(images), labels, reduction="sum")
+    loss = BLDOptimizer(model, 0.1).step(images, labels)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_an_autocast_of_the_network_s_own_is_warned_of(make_model, make_batch):
+    class Cast(nn.Sequential):
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().forward(x).float()
+
+    model = MultiHead(Cast(nn.Flatten(), nn.Linear(192, 4)), 4)
+    model.add_head(2)
+    images, labels = make_batch(2)
+    with pytest.warns(UserWarning, match="backbone.1 computes in torch.bfloat16"):
+        BLDOptimizer(model, 0.1).step(images.float() / 255, labels)
+
+
+# ---- what belongs to old heads alone ----
+
+
+@pytest.mark.parametrize("views_per_pass", [1, 2])
+@pytest.mark.parametrize("statistics", ["once", "every_pass"])
+def test_the_statistics_of_an_old_head_stay(views_per_pass, statistics, make_batch):
+    def head(features, classes):
+        return nn.Sequential(nn.Linear(features, 5), nn.BatchNorm1d(5), nn.Linear(5, classes))
+
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(192, 6), nn.BatchNorm1d(6), nn.ReLU())
+    model = MultiHead(backbone, 6, head=head)
+    model.add_head(2)
+    convert_view_batchnorm(model, statistics=statistics)
+    augment = SeededAugment(crop_padding=1)
+    optimizer = BLDOptimizer(model, 0.1, views=2, views_per_pass=views_per_pass, augment=augment)
+    optimizer.step(*make_batch(2))
+    old = snapshot(model.heads[0])["state"]
+    assert old["1.running_mean"].any()
+    model.add_head(3)
+    for number in range(2):
+        optimizer.step(*make_batch(3, number=number))
+    assert_same(snapshot(model.heads[0])["state"], old)
+    assert model.heads[1][1].running_mean.any() and model.backbone[2].num_batches_tracked >= 3
+
+
+# ---- parameters and inputs of other kinds ----
+
+
+def test_buffers_that_cannot_be_written_to(make_batch):
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mask", torch.ones(1).expand(192))
+            with torch.inference_mode():
+                self.register_buffer("scale", torch.ones(192))
+
+        def forward(self, x):
+            return x.flatten(1) * self.mask * self.scale
+
+    model = MultiHead(nn.Sequential(Masked(), nn.Linear(192, 4)), 4)
+    model.add_head(2)
+    images, labels = make_batch(2)
+    BLDOptimizer(model, 0.1, check_finite=True).step(images.float() / 255, labels)
+
+
+def test_token_numbers_and_frozen_integers():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.codes = nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)
+            self.embedding = nn.EmbeddingBag(10, 4)
+
+        def forward(self, x):
+            return self.embedding(x)
+
+    model = MultiHead(Tokens(), 4)
+    model.add_head(2), model.add_head(2)
+    tokens, labels = torch.randint(10, (6, 5)), torch.arange(6) % 2
+    optimizer = BLDOptimizer(model, 0.1)
+    optimizer.step(tokens, labels)
+    assert optimizer.last.distillation_norms[0].any()
+    model.backbone.embedding.sparse = True
+    with pytest.raises(RuntimeError, match="^model: backbone.embedding has a sparse gradient"):
+        optimizer.step(tokens, labels)
+
+
+def test_a_subclass_of_tensor(make_model, make_batch):
+    class Picture(torch.Tensor):
+        pass
+
+    images, labels = make_batch(3)
+    found = []
+    for kind in (torch.Tensor, Picture):
+        torch.manual_seed(0)
+        model = make_model([2, 3])
+        optimizer = BLDOptimizer(model, 0.1, views=2, augment=SeededAugment(crop_padding=1))
+        found.append(optimizer.step(images.as_subclass(kind), labels.as_subclass(kind)))
+    assert type(found[1]) is torch.Tensor and torch.equal(*found)
+
+
+def test_a_state_of_a_compiled_model_goes_into_a_plain_one(make_model, make_batch):
+    model, other = make_model([2, 3]), make_model([2, 3])
+    saved = BLDOptimizer(torch.compile(model), 0.1).state_dict()
+    BLDOptimizer(other, 0.1).load_state_dict(saved)

@@ -141,6 +141,21 @@ def test_a_label_that_is_no_class_makes_its_image_nan(label, spatial):
         assert run.warm_up_loss(logits, labels, sizes, TAU)[0].isnan()
 
 
+@pytest.mark.parametrize("sizes", [[3, 5], [3, 70]], ids=["narrow", "wide"])
+@pytest.mark.parametrize("spatial", [(), (2,)], ids=["flat", "dense"])
+def test_an_ignored_label_has_no_loss_and_no_gradient(spatial, sizes):
+    logits, labels, bank = make_inputs(sizes, spatial)
+    labels[1] = -100
+    expected = reference.joint_loss(logits.double(), labels, bank.double(), sizes, TAU)
+    logits[1, 3:] = torch.nan  # they do not matter
+    new, old, new_grad, old_grad = kernels.joint_loss(logits, labels, bank, sizes, TAU)
+    torch.testing.assert_close(new.double(), expected[0], rtol=2e-6, atol=0)
+    torch.testing.assert_close(old.double(), expected[1], rtol=2e-6, atol=0)
+    assert not new_grad[1].any()
+    assert_near(new_grad, expected[2])
+    assert_near(old_grad, expected[3])
+
+
 @pytest.mark.parametrize("value", [0.0, -1.0, torch.nan, torch.inf])
 def test_a_temperature_that_is_none_makes_everything_nan(value):
     logits, labels, bank = make_inputs([3, 5])

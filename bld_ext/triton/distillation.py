@@ -30,6 +30,7 @@ MANY = 2**17  # narrow heads in a batch from which on a thread has two at a time
 WARPS = 4
 NARROW = 16  # classes of the widest head that a thread has by itself
 PROGRAMS = tl.constexpr(1024)  # at most; a power of two
+IGNORED = tl.constexpr(reference.IGNORED)
 REST = 1024  # columns that one tile row sets to zero
 
 
@@ -243,8 +244,14 @@ def _poison(y, size):
 
 @triton.jit
 def _has_loss(label, y, poison):
-    """Whether the loss of y stands in the class `label`: in 0 where y is no class."""
-    return (y == label) | ((label == 0) & (poison != 0))
+    """Whether the loss of y stands in the class `label`: in 0 where y is no class, if it counts."""
+    return (y == label) | ((label == 0) & (poison != 0) & (y != IGNORED))
+
+
+@triton.jit
+def _new_grad(p, label, y, poison):
+    """The gradient of the cross-entropy of y in the class `label`."""
+    return tl.where(y == IGNORED, 0.0, p - tl.where(y == label, 1.0, 0.0) + poison)
 
 
 @triton.jit
@@ -332,8 +339,7 @@ def _walk_rest_narrow(
             for k in tl.static_range(CLASSES):
                 counts = exists & _has_loss(k, y, poison)
                 losses += tl.where(counts, log_sum - x[k] + poison, 0.0)
-                hit = tl.where(y == k, 1.0, 0.0)
-                grad = grad + (e[k] / total - hit + poison,)
+                grad = grad + (_new_grad(e[k] / total, k, y, poison),)
             _store_classes(new_grad_ptr, at, exists, size, grad, BLOCK, CLASSES)
         if old_grad_ptr is not None:
             _clear_classes(old_grad_ptr, at, exists, size, BLOCK, CLASSES)
@@ -359,10 +365,9 @@ def _walk_rest(
             y = tl.load(labels_ptr + n * S + s, mask=exists, other=0)
             x, p, log_sum = _softmax(logits_ptr, at, mask, 1.0, AXIS)
             poison = _poison(y, size)
-            hit = tl.where(y == label, 1.0, 0.0)
             loss = tl.where(_has_loss(label, y, poison), log_sum - x + poison, 0.0)
             losses += tl.where(mask, loss, 0.0)
-            tl.store(new_grad_ptr + at, p - hit + poison, mask=mask)
+            tl.store(new_grad_ptr + at, _new_grad(p, label, y, poison), mask=mask)
         if old_grad_ptr is not None:
             tl.store(old_grad_ptr + at, tl.zeros([1, 1], tl.float32), mask=mask)
     return losses

@@ -31,6 +31,8 @@ using torch::stable::Tensor;
 
 namespace {
 
+constexpr int64_t IGNORED = -100; // the label of a position without a class
+
 // What one call reads and writes; a null pointer leaves that part out. S positions an image.
 template <typename scalar_t, typename acc_t> struct Heads {
   const scalar_t *logits;          // [N, C, S]
@@ -191,19 +193,23 @@ BLD_EXT_INLINE void tile(const Heads<scalar_t, acc_t> &h, int64_t n, int64_t s, 
 
   if (h.labels) {
     Lanes<acc_t, W> *p = x + h.C_old;
-    Lanes<acc_t, W> label{}, poison{}, dot{};
+    Lanes<acc_t, W> label{}, poison{}, counts{}, dot{};
     for (int64_t i = 0; i < lanes; ++i) {
       const int64_t class_ = h.labels[n * h.S + s + i];
       const bool known = 0 <= class_ && class_ < C_new;
       label[i] = known ? static_cast<acc_t>(class_) : -1;
       poison[i] = known ? 0 : std::numeric_limits<acc_t>::quiet_NaN();
+      counts[i] = class_ != IGNORED;
     }
     const auto pick = [&](int64_t c, const Lanes<acc_t, W> &x) BLD_EXT_INLINE_LAMBDA {
       dot += label == static_cast<acc_t>(c) ? x : Lanes<acc_t, W>{};
     };
     new_loss = softmax<acc_t, W>(p, C_new, 1, pick) - dot + poison;
-    for (int64_t c = 0; c < C_new; ++c)
+    new_loss = counts == 0 ? Lanes<acc_t, W>{} : new_loss; // whatever its logits are
+    for (int64_t c = 0; c < C_new; ++c) {
       p[c] += (label == static_cast<acc_t>(c) ? Lanes<acc_t, W>{} - 1 : Lanes<acc_t, W>{}) + poison;
+      p[c] = counts == 0 ? Lanes<acc_t, W>{} : p[c];
+    }
     store<acc_t, W>(p, at, C_new, h.new_grad + new_start);
     zero(at, h.C_old, h.new_grad + start);
   }
