@@ -1,7 +1,7 @@
 """ViewBatchNorm: normalises each view of a batch by itself, and updates running statistics once."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -156,14 +156,24 @@ def recomputing() -> bool:
 
 
 @contextmanager
-def view_statistics(layers: Sequence[ViewBatchNorm], mode: str) -> Iterator[None]:
-    """Set the modules' mode; after, commit what they gathered, or undo it if anything raises."""
+def view_statistics(
+    layers: Sequence[ViewBatchNorm],
+    mode: str,
+    add_up: Callable[[list[Tensor]], None] = lambda gathered: None,
+) -> Iterator[None]:
+    """Set the modules' mode; after, commit what they gathered, or undo it if anything raises.
+
+    `add_up` adds up what they gathered over several processes.
+    """
     for layer in layers:
         layer.begin(mode)
     moving = [b for layer in layers if layer.mode == "every_pass" for b in layer.buffers()]
     before = [b.clone() for b in moving]
     try:
         yield
+        gathered = [layer for layer in layers if layer.pooled is not None]
+        if gathered:
+            add_up([t for layer in gathered for t in (layer.pooled, layer.counted)])
         for layer in layers:
             layer.commit()
     except BaseException:

@@ -5,7 +5,7 @@ import operator
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bld_ext.api.augment import parameters_of
@@ -211,6 +211,34 @@ def batch_norms(value: nn.Module, views_per_pass: int | str) -> None:
                     "normalises all views of a pass together, got "
                     f"{views_per_pass!r}. Or use a plain nn.BatchNorm"
                 )
+
+
+def shared(value: nn.Module, alone: bool, shard: str, capture: bool) -> None:
+    """Refuse what does not go with a step that is divided among several processes."""
+    if distributed.is_available():
+        from torch.distributed.tensor import DTensor
+
+        for name, param in value.named_parameters():
+            if isinstance(param, DTensor):
+                raise ValueError(
+                    f"model: parameter {name} is a DTensor, as of fully_shard; a step takes whole "
+                    "parameters. Give the model unsharded and divide the step by process_group="
+                )
+    if alone:
+        return
+    if capture:
+        raise ValueError("capture: expected False with several processes, got True")
+    for name, module in value.named_modules():
+        if isinstance(module, nn.SyncBatchNorm) and shard == "views":
+            raise ValueError(
+                f"model: {name} is a SyncBatchNorm, which would normalise the views of all "
+                "processes together. Use nn.BatchNorm, or shard='images'"
+            )
+        if getattr(module, "statistics", "once") != "once" and isinstance(module, ViewBatchNorm):
+            raise ValueError(
+                f"model: {name} updates its statistics at every pass, of which the processes make "
+                "different ones; call convert_view_batchnorm(model, statistics='once')"
+            )
 
 
 def heads(sizes: Iterable[int]) -> list[int]:

@@ -19,6 +19,7 @@ from bld_ext.api.layers import KINDS
 from bld_ext.api.memory_format import MemoryFormat
 from bld_ext.api.out_of_memory import is_out_of_memory, too_much
 from bld_ext.api.pass_size import PassSize
+from bld_ext.api.processes import SHARDS, Processes
 from bld_ext.api.report import Batch, StepReport
 from bld_ext.api.runner import NEVER, StepRunner
 from bld_ext.api.schedules import SCHEDULES
@@ -98,6 +99,12 @@ class BLDOptimizer(StepRunner):
         check_finite: whether to raise FloatingPointError on a loss, gradient norm or parameter that
             is not finite, and restore the network as it was before the step. Costs a copy of the
             network and a wait for the device in each stage.
+        process_group: the processes that share each step: a ProcessGroup or a DeviceMesh of one
+            dimension of torch.distributed. False lets this process learn alone. None is the same
+            where there is one process, and an error where there are more. The network is then not
+            in DistributedDataParallel; its parameters are taken over from rank 0.
+        shard: what is divided among the processes. "views": each is given the same batch and makes
+            every R-th view of it. "images": each has images of its own, whose losses are added up.
 
     Attributes:
         seed: the seed of the views and of the forward passes' random numbers, 0 to 2**63 - 1. It
@@ -154,10 +161,13 @@ class BLDOptimizer(StepRunner):
         capture: bool = False,
         base: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
         check_finite: bool = False,
+        process_group: object = None,
+        shard: str = "views",
         **removed: object,
     ):
         checks.removed(removed, REMOVED)
         checks.model(model)
+        self._processes = Processes(process_group, checks.choice("shard", shard, SHARDS))
         self.warmup_ratio = checks.rates(lr, warmup_lr)
         self.temperature, self.balance, self.joint_steps = temperature, balance, joint_steps
         self.views = (1 if augment is None else 50) if views is None else views
@@ -322,6 +332,7 @@ class BLDOptimizer(StepRunner):
         super().load_state_dict(state_dict)
         self.release()
         self._recorder.forget()
+        self._processes.forget()
 
     def __repr__(self) -> str:
         options = ("lr", "temperature", "balance", "joint_steps", "views", "views_per_pass")

@@ -1,7 +1,6 @@
 """PassSize: how many views go through the network at once, as given or as fits into memory."""
 
 import re
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -45,13 +44,13 @@ class PassSize:
         What a view takes is measured when the batch has a new shape, or other parameters require a
         gradient.
         """
-        key = self.key_of(views.model, views.images, views.count)
-        one = replace(views, count=1, per_pass=1)
+        count = len(views.numbers)
+        key = self.key_of(views.model, views.images, count)
         if not self.fits(key):
-            self.fit(one, views.count, key)
-        if not self.looked_for_mixing and self.number > 1 and views.count > 1:
+            self.fit(views.of(0), count, key)
+        if not self.looked_for_mixing and self.number > 1 and count > 1:
             self.looked_for_mixing = True
-            self._look_for_mixing(one, min(self.number, views.count))
+            self._look_for_mixing(views, min(self.number, count))
 
     def is_chosen(self, model: nn.Module, images: Tensor, count: int) -> bool:
         """Return whether `choose` has nothing to do for `count` views of such a batch."""
@@ -66,12 +65,11 @@ class PassSize:
         batch = (tuple(images.shape), images.device, params[0].dtype, count)
         return batch + tuple(p.requires_grad for p in params)
 
-    def _look_for_mixing(self, one: Views, per_pass: int) -> None:
-        if is_compiled(one.model):
+    def _look_for_mixing(self, views: Views, per_pass: int) -> None:
+        if is_compiled(views.model):
             return  # each of these passes would be compiled
-        both = replace(one, count=2, per_pass=2)
         try:
-            warn_of_mixing(one, replace(one, start=1), both, per_pass)
+            warn_of_mixing(views.of(0), views.of(1), views.of(0, 1), per_pass)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

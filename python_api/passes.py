@@ -17,7 +17,7 @@ from bld_ext.api.views import Views
 
 
 def _backward(loss: Tensor, views: Views, rows: slice, last: AbstractContextManager) -> None:
-    is_last = rows.stop == views.count * len(views.images)
+    is_last = rows.stop == views.rows
     with last if is_last else nullcontext(), backward_arithmetic(views.precision):
         (loss / views.count).backward()
 
@@ -34,7 +34,7 @@ def warm_up_pass(
         loss, targets = ops.warm_up_loss(logits, labels, views.sizes, temperature)
         targets = targets if fill_bank else targets[:, :0]
         if bank is None:
-            bank = targets.new_empty(views.count * len(views.images), *targets.shape[1:])
+            bank = targets.new_empty(views.rows, *targets.shape[1:])
         bank[rows] = targets
         _backward(loss, views, rows, last)
         losses.append(loss.detach())

@@ -28,6 +28,7 @@ from bld_ext.api.model_optimizer import ModelOptimizer
 from bld_ext.api.out_of_memory import too_much, within_memory
 from bld_ext.api.pass_size import PassSize
 from bld_ext.api.precision import dtype_of, exact_float32
+from bld_ext.api.processes import Processes
 from bld_ext.api.report import Batch, StepReport
 from bld_ext.api.schedules import SCHEDULES
 from bld_ext.api.stage import Stage
@@ -44,6 +45,7 @@ class StepRunner(ModelOptimizer):
     _format: MemoryFormat
     _pass_size: PassSize
     _recorder: Recorder
+    _processes: Processes
     _probed_with: object  # the augment, heads and mode in which the model was tried out
     _sizes_found: tuple[object, list[int]]  # of a model without head_sizes, and its parameters then
 
@@ -109,7 +111,8 @@ class StepRunner(ModelOptimizer):
         losses: Sequence[str] = algorithm.LOSSES,
     ) -> Tensor:
         if bank is not None:
-            checks.bank(bank, labels, self.views, sum(sizes[:-1]), dtype_of(self.model))
+            views = len(self._processes.views(self.views))
+            checks.bank(bank, labels, views, sum(sizes[:-1]), dtype_of(self.model))
             self._replace_bank(images, bank)
         batch, distils = self._batch, len(sizes) > 1 and self.balance != 0
         wanted = algorithm.LOSSES if distils else ("new",)
@@ -184,7 +187,7 @@ class StepRunner(ModelOptimizer):
 
         return Stage(
             name, views, layers, self.temperature, scalars.balance if on_device else self.balance,
-            self.balance != 0, report, self.check_finite, apply, plain_rate,
+            self.balance != 0, report, self.check_finite, self._processes, apply, plain_rate,
         )  # fmt: skip
 
     def _views(self, images: Tensor, labels: Tensor, sizes: list[int], number: int) -> Views:
@@ -192,11 +195,12 @@ class StepRunner(ModelOptimizer):
         if scalars is not None:
             seed, number = scalars.seed, scalars.number
         images, labels = (x.as_subclass(Tensor) for x in (images, labels))  # ops take no others
+        shared, count = self._processes, self.views
         return Views(
             self.model, self._norms(), images, targets.read(labels, self.ignore_index), sizes,
-            number, self.views,
-            self._pass_size.number, self.augment, seed, self.precision,
-            self._format.channels_last(self.model),
+            number, count, shared.views(count), self._pass_size.number, self.augment, seed,
+            self.precision, self._format.channels_last(self.model), shared.first_image,
+            shared.rank * count if shared.shard == "images" else 0,
         )  # fmt: skip
 
     def _norms(self) -> list[ViewBatchNorm]:
@@ -205,7 +209,8 @@ class StepRunner(ModelOptimizer):
     @contextmanager
     def _surroundings(self, statistics: str) -> Iterator[None]:
         """Set exact arithmetic and BatchNorm's mode `statistics`; release gradients on an error."""
-        with torch.enable_grad(), exact_float32(), view_statistics(self._norms(), statistics):
+        statistics = view_statistics(self._norms(), statistics, self._processes.sum_)
+        with torch.enable_grad(), exact_float32(), statistics:
             try:
                 yield
             except BaseException:
@@ -215,7 +220,8 @@ class StepRunner(ModelOptimizer):
     def _choose_pass_size(self, images: Tensor, labels: Tensor, sizes: list[int]) -> None:
         situation = (self.augment, len(sizes), self.model.training)
         probed = self._probed_with == situation
-        if probed and self._pass_size.is_chosen(self.model, images, self.views):
+        count = len(self._processes.views(self.views))
+        if probed and self._pass_size.is_chosen(self.model, images, count):
             return
 
         def choose() -> None:
@@ -223,7 +229,7 @@ class StepRunner(ModelOptimizer):
             with self._surroundings("keep"), no_trace(self.model):
                 if not probed:
                     warn_of_eval_mode(self.model)
-                    if not require_repeatable(replace(views, count=1, per_pass=1)):
+                    if not require_repeatable(views.of(0)):
                         self._format.possible = False
                 self._pass_size.choose(views)
             self._probed_with = situation
@@ -241,6 +247,20 @@ class StepRunner(ModelOptimizer):
 
     def _check(self, images: Tensor, labels: Tensor) -> list[int]:
         """Make every check that is possible before anything changes; return the head sizes."""
+        error, sizes = None, []
+        try:
+            sizes = self._checked(images, labels)
+        except Exception as found:
+            error = found
+        if self._processes.must_compare(self.check_finite):
+            self._processes.compare(error, images, labels, self._shapes())
+        elif error is not None:
+            raise error
+        if self._processes.agree(self.model):
+            self.seed, self.batches = self._processes.from_rank_0((self.seed, self.batches))
+        return sizes
+
+    def _checked(self, images: Tensor, labels: Tensor) -> list[int]:
         convert_view_batchnorm(self.model)  # converts what was added since the last step
         device = next(self.model.parameters()).device
         checks.tensors(images, labels)
@@ -249,6 +269,7 @@ class StepRunner(ModelOptimizer):
         checks.dtypes(self.model)
         checks.batch_norms(self.model, self.views_per_pass)
         checks.trainable(self.model)
+        checks.shared(self.model, self._processes.alone, self._processes.shard, self.capture)
         checks.learning_rates(self.param_groups)
         self._try_out_base()
         looks = device.type == "cpu" or self.check_finite
@@ -266,7 +287,7 @@ class StepRunner(ModelOptimizer):
             return checks.heads(self.model.head_sizes)
         shapes = self._shapes()
         if self._sizes_found[0] != shapes:
-            views = replace(self._views(images, labels, [], self.batches), count=1, per_pass=1)
+            views = self._views(images, labels, [], self.batches).of(0)
             with self._surroundings("keep"), no_trace(self.model):
                 found = self._format.run(views.sizes_found)
             self._sizes_found = shapes, found

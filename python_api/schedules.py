@@ -41,39 +41,46 @@ class TwoForward:
 
     def descend(self, stage, run, measure=False):
         result = run(nullcontext())
+        stage.processes.sum_gradients(stage.params, [_loss(result)])
+        return result, self._update(stage, _loss(result), measure)
+
+    def _update(self, stage: Stage, loss: Tensor, measure: bool = False) -> Tensor | None:
+        """Update along the gradient in .grad, which is complete; return its norms if asked."""
         norms = stage.norms() if measure or stage.check_finite else None
         if measure:
             stage.note_held()
-        stage.require_finite(_loss(result), *([] if norms is None else [norms]))
+        stage.require_finite(loss, *([] if norms is None else [norms]))
         stage.update(stage.params)
-        return result, norms
+        return norms
 
     def descend_both(self, stage):
         stage.distil(nullcontext())  # G_d = Σ_v dL_d(v, ŷ_v)/dθ' / V
         stage.rescale()  # G_d[l] ← λ ‖G_w[l]‖ / ‖G_d[l]‖ · G_d[l]
+        stage.processes.carry_on(stage.params)
         loss, _ = self.descend(stage, stage.learn)  # θ'' = θ' - α_j (G_d + Σ_v dL_t(v)/dθ' / V)
         return loss
 
     def descend_old(self, stage):
-        def distil(last):
-            loss = stage.distil(last)
-            stage.rescale()
-            return loss
-
-        loss, _ = TwoForward.descend(self, stage, distil)  # rescaling needs the whole G_d
+        loss = stage.distil(nullcontext())
+        stage.rescale()  # which needs the whole G_d
+        TwoForward._update(self, stage, loss)
         return loss
 
 
 class SharedForward(TwoForward):
     """The same forward passes for both losses.
 
-    With all views in one pass, both gradients are added to .grad, one after the other. Otherwise
-    G_d is kept in a second set of gradients until both are complete.
+    With all views in one pass of one process, both gradients are added to .grad, one after the
+    other. Otherwise G_d is kept in a second set of gradients until both are complete.
     """
 
     def descend_both(self, stage):
-        if stage.views.per_pass >= stage.views.count:
-            loss, _ = self.descend(stage, lambda last: self._one_graph(stage))
+        if stage.processes.alone and stage.views.per_pass >= stage.views.count:
+            loss, old_loss = passes.one_graph_pass(
+                stage.views, stage.bank, stage.temperature, stage.rescale
+            )
+            stage.note_distillation(old_loss)
+            self._update(stage, loss)
             return loss
         if any(p._post_accumulate_grad_hooks for p in stage.params):
             return super().descend_both(stage)  # torch.autograd.grad would not call them
@@ -82,25 +89,16 @@ class SharedForward(TwoForward):
             stage.views, stage.bank, stage.temperature, params
         )
         stage.report.memory["second_gradients"] = tensor_bytes(grads.values())
+        grads = stage.processes.sum_both(params, grads, [loss, old_loss])
         stage.note_distillation(old_loss)
         rate, same = stage.plain_rate(), set(stage.arrived()) == set(grads)
         if rate is not None and same and stage.balance is not None and not stage.check_finite:
             stage.rescale_and_update(grads, rate)
         else:
-            self.descend(stage, lambda last: self._added(stage, loss, grads))
-        return loss
-
-    def _one_graph(self, stage: Stage) -> Tensor:
-        loss, old_loss = passes.one_graph_pass(
-            stage.views, stage.bank, stage.temperature, stage.rescale
-        )
-        stage.note_distillation(old_loss)
-        return loss
-
-    def _added(self, stage: Stage, loss: Tensor, grads: dict[Tensor, Tensor]) -> Tensor:
-        stage.rescale(grads)
-        for param, grad in grads.items():
-            param.grad = grad.clone() if param.grad is None else param.grad.add_(grad)
+            stage.rescale(grads)
+            for param, grad in grads.items():
+                param.grad = grad.clone() if param.grad is None else param.grad.add_(grad)
+            self._update(stage, loss)
         return loss
 
 
@@ -121,7 +119,9 @@ class InBackward(TwoForward):
                 norms.add_(found)
 
         needed = measured if measure or stage.check_finite else None
-        result = run(stage.layers.updating(stage.update, needed, held))
+        add_up = stage.processes.sum_
+        result = run(stage.layers.updating(stage.update, needed, held, add_up))
+        add_up([_loss(result)])
         stage.note_held(max(held))
         stage.require_finite(_loss(result), *([] if norms is None else [norms]))
         return result, norms

@@ -10,6 +10,7 @@ from bld_ext import ops
 from bld_ext.api import passes
 from bld_ext.api.layers import Layers, release_gradients
 from bld_ext.api.memory import tensor_bytes
+from bld_ext.api.processes import Processes
 from bld_ext.api.report import StepReport
 from bld_ext.api.views import Views
 
@@ -26,6 +27,7 @@ class Stage:
     fills_bank: bool  # whether λ is not 0
     report: StepReport
     check_finite: bool
+    processes: Processes  # that share the step
     apply: Callable[[Sequence[Tensor]], None]  # updates parameters, θ ← θ - α G, and releases G
     plain_rate: Callable[[], float | Tensor | None]  # α if the base is plain SGD, else None
     bank: Tensor | None = None  # [V·B, C_old, *]; None in the warm-up
@@ -42,8 +44,9 @@ class Stage:
         return passes.new_task_pass(self.views, self.temperature, last)
 
     def distil(self, last: AbstractContextManager) -> Tensor:
-        """Return L_d against the bank."""
+        """Return L_d against the bank; G_d and L_d are those of all processes."""
         loss = passes.distillation_pass(self.views, self.bank, self.temperature, last)
+        self.processes.sum_gradients(self.params, [loss])
         self.note_distillation(loss)
         return loss
 

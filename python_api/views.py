@@ -5,7 +5,7 @@ Every iteration over the same batch gives the same views and replays the same ra
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,10 @@ AUGMENT_RNG, FORWARD_RNG = 254, 255
 
 @dataclass(frozen=True)
 class Views:
-    """V views of a batch of B images; iterating makes them and runs the network on them."""
+    """V views of a batch of B images, of which `numbers` are made here.
+
+    Iterating makes them and runs the network on them.
+    """
 
     model: nn.Module
     norms: list[ViewBatchNorm]  # all of the model
@@ -33,26 +36,37 @@ class Views:
     labels: Tensor  # [B, *]
     sizes: list[int]  # classes of each head
     number: int | Tensor  # the batch's number in the stream; a device scalar in a captured step
-    count: int  # V
+    count: int  # V, of all processes
+    numbers: range  # of the views that are made here
     per_pass: int
     augment: Callable[..., Tensor] | None
     seed: int | Tensor
     precision: str = "fp32"  # arithmetic of the backward passes
     channels_last: bool = False
-    start: int = 0  # number of the first view
+    first_image: int = 0  # number of the first image, among those of all processes
+    lane: int = 0  # distinguishes the random numbers of processes with images of their own
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yield, for each pass, its rows among all V·B, its logits and its labels."""
+        """Yield, for each pass, its rows among those of `numbers`, its logits and its labels."""
         B = len(self.images)
-        for first in range(self.start, self.start + self.count, self.per_pass):
-            views = range(first, min(first + self.per_pass, self.start + self.count))
+        for begin in range(0, len(self.numbers), self.per_pass):
+            views = self.numbers[begin : begin + self.per_pass]
             for norm in self.norms:
                 norm.views = len(views)
             made, labels = self.make(views)
-            logits = side_by_side(self._run(made, first))
+            logits = side_by_side(self._run(made, views[0]))
             self._check(logits, labels)
-            row = (first - self.start) * B
-            yield slice(row, row + len(labels)), logits, labels
+            yield slice(begin * B, begin * B + len(labels)), logits, labels
+
+    @property
+    def rows(self) -> int:
+        """The number of images in all views of `numbers`."""
+        return len(self.numbers) * len(self.images)
+
+    def of(self, *numbers: int) -> "Views":
+        """Return these views alone, side by side in one pass: to try something out."""
+        views = range(numbers[0], numbers[-1] + 1)
+        return replace(self, numbers=views, count=len(views), per_pass=len(views))
 
     @torch.no_grad()
     def sizes_found(self) -> list[int]:
@@ -95,7 +109,7 @@ class Views:
                 yield
         else:
             with replayable_rng(self.images.device) as reseed:
-                reseed(stream_seed(self.seed, self.number, first, purpose))
+                reseed(stream_seed(self.seed, self.number, first + self.lane, purpose))
                 yield
 
     def make(self, views: range) -> tuple[Tensor, Tensor]:
@@ -104,7 +118,8 @@ class Views:
         if self.augment is None:
             made = _repeated(self.images, len(views))
         else:
-            indices = torch.arange(len(self.images), device=self.images.device)
+            last = self.first_image + len(self.images)
+            indices = torch.arange(self.first_image, last, device=self.images.device)
             where = {"seed": self.seed, "step": self.number, "views": views, "indices": indices}
             with self._repeatable(views[0], AUGMENT_RNG):
                 if targets.must_move(self.labels, self.augment):

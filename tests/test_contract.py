@@ -595,7 +595,7 @@ def test_two_threads_are_one_after_the_other():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-def test_ten_thousand_steps_take_no_more_memory_than_one_thousand():
+def test_ten_thousand_steps_take_no_more_memory_than_two_thousand():
     def resident():
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -608,12 +608,12 @@ def test_ten_thousand_steps_take_no_more_memory_than_one_thousand():
     for number in range(10_000):
         optimizer.schedule, optimizer.joint_steps = SCHEDULES[number % 3], int(number % 8 == 0)
         optimizer.step(images, labels)
-        if number in (999, 9_999):
+        if number in (1_999, 9_999):
             gc.collect()
             found.append((len(gc.get_objects()), resident()))
     (objects, size), (objects_later, size_later) = found
     assert objects_later - objects < 100
-    assert size_later - size < 2 * 2**20  # 233 bytes a step
+    assert size_later - size < 2 * 2**20  # 262 bytes a step
 
 
 def digest():

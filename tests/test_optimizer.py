@@ -310,7 +310,7 @@ def test_without_augment_the_images_are_the_views(make_model, make_batch):
     model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     images, labels = make_batch(2)
     BLDOptimizer(model, lr=0.01).step(images, labels)
-    assert len(seen) == 3 + 3 and all(torch.equal(x, images) for x in seen)
+    assert len(seen) == 4 + 3 and all(torch.equal(x, images) for x in seen)
 
 
 def test_a_compiled_model_takes_the_same_steps(make_model, make_batch):

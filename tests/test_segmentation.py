@@ -24,12 +24,12 @@ def test_shapes_have_their_areas():
     places = torch.arange(64) - 31.5
     areas = {
         kind: segmentation.inside(kind, places, places.unsqueeze(1), torch.tensor(20.0)).sum()
-        for kind in ("circle", "square", "triangle", "cross")
+        for kind in ("disc", "ring", "square", "cross")
     }
-    assert areas["circle"] == pytest.approx(torch.pi * 400, rel=0.02)
+    assert areas["disc"] == pytest.approx(torch.pi * 400, rel=0.02)
     assert areas["square"] == pytest.approx(36**2, rel=0.02)
-    assert areas["triangle"] == pytest.approx(0.5 * 34**2, rel=0.02)
-    assert areas["cross"] == pytest.approx(2 * 40 * 14 - 14**2, rel=0.05)
+    assert areas["ring"] == pytest.approx(torch.pi * (400 - 121), rel=0.02)
+    assert areas["cross"] == pytest.approx(2 * 40 * 12 - 12**2, rel=0.05)
 
 
 class Says(MultiHead):

@@ -1,0 +1,230 @@
+"""Processes: a step that is divided among several processes of torch.distributed."""
+
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributed, nn
+
+SHARDS = ("views", "images")
+COMPARED = 2  # batches at the start whose digest is compared
+
+
+@dataclass
+class Seen:
+    """What the other processes need to know of a rank before a batch."""
+
+    error: str  # empty if it has none
+    images: int
+    digest: int
+    shapes: object
+
+
+class Processes:
+    """The processes that share a step, and what each of them has of it.
+
+    Alone, in one process, nothing is sent and each method leaves things as they are.
+
+    Args:
+        group: a ProcessGroup, a DeviceMesh of one dimension, False for a process alone, or None,
+            which is False unless there are other processes.
+        shard: "views" or "images".
+    """
+
+    def __init__(self, group: object, shard: str):
+        self.group = _group_of(group)
+        self.shard = shard
+        self.size = 1 if self.group is None else distributed.get_world_size(self.group)
+        self.rank = 0 if self.group is None else distributed.get_rank(self.group)
+        self.first_image = 0  # number of this rank's first image among those of all ranks
+        self._known: set[Tensor] = set()
+        self._compared = 0
+
+    @property
+    def alone(self) -> bool:
+        return self.size == 1
+
+    def views(self, count: int) -> range:
+        """The views that this process makes: every R-th, or all of them for its own images."""
+        if self.alone or self.shard == "images":
+            return range(count)
+        if count < self.size:
+            raise ValueError(
+                f"views: expected at least {self.size}, one for each process, got {count}; or use "
+                "shard='images'"
+            )
+        return range(self.rank, count, self.size)
+
+    # ---- sums over all processes ----
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over all processes, with one all_reduce a dtype."""
+        if self.alone:
+            return
+        for dtype in dict.fromkeys(t.dtype for t in tensors):
+            own = [t for t in tensors if t.dtype == dtype]
+            flat = torch.cat([t.reshape(-1) for t in own])
+            distributed.all_reduce(flat, group=self.group)
+            for t, part in zip(own, flat.split([t.numel() for t in own]), strict=True):
+                t.copy_(part.view(t.shape))
+
+    def sum_gradients(self, params: Iterable[Tensor], losses: Sequence[Tensor]) -> None:
+        """Add up .grad and the losses; a gradient that no process has stays None."""
+        if self.alone:
+            return
+        params = [p for p in params if p.requires_grad]
+        (grads,) = self._sum_sets(params, [[p.grad for p in params]], losses)
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad
+
+    def sum_both(
+        self, params: list[Tensor], second: dict[Tensor, Tensor], losses: Sequence[Tensor]
+    ) -> dict[Tensor, Tensor]:
+        """Add up .grad, a second gradient, which is returned, and the losses."""
+        if self.alone:
+            return second
+        sets = [[p.grad for p in params], [second.get(p) for p in params]]
+        first, found = self._sum_sets(params, sets, losses)
+        for param, grad in zip(params, first, strict=True):
+            param.grad = grad
+        return {p: g for p, g in zip(params, found, strict=True) if g is not None}
+
+    def _sum_sets(
+        self,
+        params: list[Tensor],
+        sets: Sequence[list[Tensor | None]],
+        losses: Sequence[Tensor],
+    ) -> list[list[Tensor | None]]:
+        grads = [
+            torch.zeros_like(p) if g is None else g
+            for of_params in sets
+            for p, g in zip(params, of_params, strict=True)
+        ]
+        here = [float(g is not None) for of_params in sets for g in of_params]
+        came = torch.tensor(here, dtype=losses[0].dtype, device=losses[0].device)
+        self.sum_([*grads, came, *losses])
+        found = [g if n else None for g, n in zip(grads, came.tolist(), strict=True)]
+        return [found[i : i + len(params)] for i in range(0, len(found), len(params))]
+
+    def carry_on(self, params: Iterable[Tensor]) -> None:
+        """Keep a gradient that was added up on rank 0 alone, so that a further sum has it once."""
+        if self.rank:
+            for param in params:
+                if param.grad is not None:
+                    param.grad.zero_()
+
+    # ---- agreement ----
+
+    def must_compare(self, check_finite: bool) -> bool:
+        """Return whether the ranks compare their batches before this one."""
+        always = check_finite or self.shard == "images"
+        return not self.alone and (always or self._compared < COMPARED)
+
+    @torch.no_grad()
+    def agree(self, model: nn.Module) -> bool:
+        """Take parameters and buffers over from rank 0 where a parameter is met first.
+
+        Returns whether that was so.
+        """
+        params = [*model.parameters()]
+        if self.alone or self._known >= {*params}:
+            return False
+        values = [*params, *model.buffers()]
+        for dtype in dict.fromkeys(t.dtype for t in values):
+            own = [t for t in values if t.dtype == dtype]
+            flat = torch.cat([t.reshape(-1) for t in own])
+            distributed.broadcast(flat, group=self.group, group_src=0)
+            for t, part in zip(own, flat.split([t.numel() for t in own]), strict=True):
+                t.copy_(part.view(t.shape))
+        self._known = {*params}
+        return True
+
+    def from_rank_0(self, value: object) -> object:
+        if self.alone:
+            return value
+        values = [value]
+        distributed.broadcast_object_list(values, group=self.group, group_src=0)
+        return values[0]
+
+    def compare(
+        self, error: Exception | None, images: object, labels: object, shapes: object
+    ) -> None:
+        """Tell the others of an error of this rank, and compare the batches of all.
+
+        `shapes` are those of the parameters.
+
+        Raises:
+            Exception: `error`, or on the other ranks a RuntimeError that tells of it.
+            ValueError: the batches differ with shard="views".
+        """
+        self._compared += 1
+        seen: list[Seen | None] = [None] * self.size
+        tensors = isinstance(images, Tensor) and isinstance(labels, Tensor)
+        digest = _digest(images, labels) if tensors and self.shard == "views" else 0
+        text = "" if error is None else f"{type(error).__name__}: {error}"
+        own = Seen(text, len(images) if isinstance(images, Tensor) else 0, digest, shapes)
+        distributed.all_gather_object(seen, own, group=self.group)
+        if error is not None:
+            raise error
+        for rank, other in enumerate(seen):
+            if other.error:
+                raise RuntimeError(f"rank {rank} could not begin this batch: {other.error}")
+            if other.shapes != shapes:
+                raise ValueError(
+                    f"model: expected the same parameters on every rank, got others on rank {rank}."
+                    " Add heads on all ranks"
+                )
+        if self.shard == "views" and len({other.digest for other in seen}) > 1:
+            raise ValueError(
+                "images, labels: expected the same batch on every rank with shard='views', got "
+                "different ones. Load the batches in the same order, or use shard='images'"
+            )
+        if self.shard == "images":
+            self.first_image = sum(other.images for other in seen[: self.rank])
+
+    def forget(self) -> None:
+        """Take everything over from rank 0 again before the next batch."""
+        self._known = set()
+
+    def __getstate__(self) -> dict:
+        if self.alone:
+            return self.__dict__
+        raise TypeError(
+            "BLDOptimizer: a process group cannot be copied or saved; save optimizer.state_dict()"
+        )
+
+
+def _group_of(given: object) -> object | None:
+    others = distributed.is_available() and distributed.is_initialized()
+    size = distributed.get_world_size() if others else 1
+    if given is False or (given is None and size == 1):
+        return None
+    if given is None:
+        raise ValueError(
+            f"process_group: there are {size} processes, whose networks would drift apart. Give "
+            "process_group=torch.distributed.group.WORLD to divide each step among them, or "
+            "process_group=False to let this process learn alone"
+        )
+    if hasattr(given, "get_group") and hasattr(given, "ndim"):  # a DeviceMesh
+        if given.ndim != 1:
+            raise ValueError(
+                f"process_group: expected a DeviceMesh of one dimension, got {given.ndim}; choose "
+                "one with mesh['name']"
+            )
+        given = given.get_group()
+    if not (distributed.is_available() and isinstance(given, distributed.ProcessGroup)):
+        raise TypeError(
+            "process_group: expected a ProcessGroup, a DeviceMesh, False or None, got "
+            f"{type(given).__name__}"
+        )
+    return given
+
+
+def _digest(*tensors: Tensor) -> int:
+    """A checksum of the values; it waits for the device."""
+    found = 0
+    for tensor in tensors:
+        values = tensor.detach().cpu().contiguous().reshape(-1)
+        found = zlib.crc32(values.view(torch.uint8).numpy(), found)
+    return found

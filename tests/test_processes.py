@@ -1,0 +1,350 @@
+"""Steps that are divided among processes: what one process computes, and never a hang.
+
+Processes of gloo on a CPU meet through a file. Each has a timeout.
+"""
+
+import copy
+import datetime
+import io
+import traceback
+
+import pytest
+import torch
+from torch import distributed, multiprocessing, nn
+
+from bld_ext import BLDOptimizer, MultiHead, SeededAugment, convert_view_batchnorm
+
+TIMEOUT = 60  # seconds
+HEADS, BATCH = (2, 3, 2), 6
+
+
+def backbone():
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.2),
+        nn.Flatten(), nn.Linear(4 * 36, 6), nn.BatchNorm1d(6),
+    )  # fmt: skip
+
+
+def make(seed=0, dtype=torch.float64, body=backbone, **options):
+    torch.manual_seed(seed)
+    model = MultiHead(body(), 6).to(dtype)
+    augment = SeededAugment(crop_padding=1, jitter=0.2, dtype=dtype)
+    options = {"views": 5, "augment": augment, "lr": 0.01} | options
+    return model, BLDOptimizer(model, **options)
+
+
+def batches(task):
+    generator = torch.Generator().manual_seed(task)
+    for _ in range(3):
+        images = torch.rand(BATCH, 3, 8, 8, generator=generator, dtype=torch.float64)
+        yield images, torch.arange(BATCH) % HEADS[task]
+
+
+def everything(model, optimizer):
+    """What a step leaves: parameters, statistics, losses, norms and factors."""
+    report = optimizer.last
+    lists = (report.new_loss, report.distillation_loss, report.distillation_norms, report.factors)
+    found = {f"state.{k}": v.clone() for k, v in model.state_dict().items()}
+    found |= {f"report.{i}.{j}": x for i, values in enumerate(lists) for j, x in enumerate(values)}
+    return found | {"norms": report.reference_norms, "loss": report.warm_up_loss}
+
+
+def learn(seed=0, tasks=3, rows=slice(None), **options):
+    model, optimizer = make(seed, **options)
+    found = []
+    for task in range(tasks):
+        model.add_head(HEADS[task])  # drawn from torch's generator, differently on each rank
+        for images, labels in batches(task):
+            dtype = next(model.parameters()).dtype
+            optimizer.step(images[rows].to(dtype), labels[rows])
+        found.append(everything(model, optimizer))
+    return found
+
+
+# ---- processes ----
+
+
+def _run(rank, size, file, work, arguments, results):
+    torch.set_num_threads(1)
+    try:
+        distributed.init_process_group(
+            "gloo",
+            init_method=f"file://{file}",
+            rank=rank,
+            world_size=size,
+            timeout=datetime.timedelta(seconds=TIMEOUT),
+        )
+        buffer = io.BytesIO()
+        torch.save(work(rank, size, *arguments), buffer)
+        results.put((rank, buffer.getvalue(), None))
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+def on_processes(size, work, *arguments, folder, fails=False):
+    """What `work(rank, size, *arguments)` returns on each rank, or the traceback of each."""
+    context = multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    processes = [
+        context.Process(target=_run, args=(r, size, folder / "meet", work, arguments, results))
+        for r in range(size)
+    ]
+    for process in processes:
+        process.start()
+    found, errors = {}, {}
+    for _ in range(size):
+        rank, value, error = results.get()
+        found[rank], errors[rank] = value, error
+    for process in processes:
+        process.join(2 * TIMEOUT)
+        assert not process.is_alive()
+    (folder / "meet").unlink(missing_ok=True)
+    if fails:
+        return [errors[rank] for rank in range(size)]
+    assert not any(errors.values()), "\n".join(filter(None, errors.values()))
+    return [torch.load(io.BytesIO(found[r]), weights_only=False) for r in range(size)]
+
+
+def learn_together(rank, size, options):
+    """Different networks at first, and different heads."""
+    return learn(seed=rank, process_group=distributed.group.WORLD, **options)
+
+
+def assert_close(found, expected, tolerance):
+    assert len(found) == len(expected)
+    for task, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
+        assert mine.keys() == theirs.keys()
+        for name in mine:
+            torch.testing.assert_close(
+                mine[name], theirs[name], rtol=tolerance, atol=tolerance, msg=f"{task}: {name}"
+            )
+
+
+SCHEDULES = ["two_forward", "shared_forward", "in_backward"]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("size", [2, 3])
+def test_views_are_divided(size, schedule, tmp_path):
+    """Five views, which neither two nor three processes divide evenly."""
+    options = {"schedule": schedule}
+    found = on_processes(size, learn_together, options, folder=tmp_path)
+    for rank in range(1, size):
+        assert_close(found[rank], found[0], 0)  # the same bits on each rank
+    assert_close(found[0], learn(**options), 1e-10)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_several_views_in_a_pass(schedule, tmp_path):
+    """Without dropout, whose masks are those of a pass."""
+    options = {"schedule": schedule, "views_per_pass": 3, "body": without_dropout}
+    found = on_processes(2, learn_together, options, folder=tmp_path)
+    assert_close(found[1], found[0], 0)
+    assert_close(found[0], learn(**options), 1e-10)
+
+
+def without_dropout():
+    return nn.Sequential(*(m for m in backbone() if not isinstance(m, nn.Dropout)))
+
+
+def without_batch_norm():
+    kinds = (nn.Dropout, nn.BatchNorm1d, nn.BatchNorm2d)
+    return nn.Sequential(*(m for m in backbone() if not isinstance(m, kinds)))
+
+
+def learn_own_images(rank, size, options):
+    share = slice(rank * BATCH // size, (rank + 1) * BATCH // size)
+    if rank == 0:
+        share = slice(0, share.stop - 1)  # the ranks need not have as many each
+    elif rank == 1:
+        share = slice(share.start - 1, share.stop)
+    return learn(
+        seed=rank, rows=share, process_group=distributed.group.WORLD, shard="images", **options
+    )
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("size", [2, 3])
+def test_images_are_divided(size, schedule, tmp_path):
+    """A network without BatchNorm learns as from all images in one process."""
+    options = {"schedule": schedule, "body": without_batch_norm}
+    found = on_processes(size, learn_own_images, options, folder=tmp_path)
+    for rank in range(1, size):
+        assert_close(found[rank], found[0], 0)
+    assert_close(found[0], learn(**options), 1e-10)
+
+
+def test_batch_norm_sees_the_images_of_its_rank(tmp_path):
+    found = on_processes(2, learn_own_images, {"body": without_dropout}, folder=tmp_path)
+    assert_close(found[1], found[0], 0)
+
+
+@pytest.mark.parametrize("options", [{"balance": None}, {"balance": 0}, {"check_finite": True}])
+def test_other_settings(options, tmp_path):
+    found = on_processes(2, learn_together, options, folder=tmp_path)
+    assert_close(found[1], found[0], 0)
+    assert_close(found[0], learn(**options), 1e-10)
+
+
+def count_collectives(rank, size, schedule):
+    model, optimizer = make(schedule=schedule, process_group=distributed.group.WORLD)
+    model.add_head(2), model.add_head(2)
+    calls = []
+    plain = distributed.all_reduce
+
+    def counted(*args, **kwargs):
+        calls.append("all_reduce")
+        return plain(*args, **kwargs)
+
+    for images, labels in batches(0):
+        calls.clear()
+        distributed.all_reduce = counted
+        optimizer.step(images, labels)
+        distributed.all_reduce = plain
+    return len(calls)
+
+
+@pytest.mark.parametrize(("schedule", "most"), [("two_forward", 6), ("shared_forward", 4)])
+def test_collectives_of_a_step(schedule, most, tmp_path):
+    """Warm-up: gradient and statistics. Each of two repetitions: G_d and dL_t, or both at once."""
+    assert on_processes(2, count_collectives, schedule, folder=tmp_path) == [most, most]
+
+
+# ---- base optimizers, checkpoints ----
+
+
+def resume(rank, size, state):
+    model, optimizer = make(seed=rank, process_group=distributed.group.WORLD)
+    of_model, of_optimizer = copy.deepcopy(state)
+    model.load_state_dict(of_model)
+    optimizer.load_state_dict(of_optimizer)
+    for batch in batches(2):
+        optimizer.step(*batch)
+    return [everything(model, optimizer)]
+
+
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
+    model, optimizer = make()
+    for task in range(3):
+        model.add_head(HEADS[task])
+        optimizer.step(*next(batches(task)))
+    state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    for batch in batches(2):
+        optimizer.step(*batch)
+    found = on_processes(2, resume, state, folder=tmp_path)
+    assert_close(found[0], [everything(model, optimizer)], 1e-10)
+
+
+# ---- what is refused, and faults ----
+
+
+def alone_by_default(rank, size):
+    make()
+
+
+def test_none_is_an_error_where_there_are_several(tmp_path):
+    for error in on_processes(2, alone_by_default, folder=tmp_path, fails=True):
+        assert "ValueError: process_group: there are 2 processes, whose networks" in error
+
+
+def alone_on_purpose(rank, size):
+    return learn(seed=0, tasks=1, process_group=False)
+
+
+def test_false_learns_alone(tmp_path):
+    found = on_processes(2, alone_on_purpose, folder=tmp_path)
+    assert_close(found[0], learn(tasks=1), 0)
+
+
+def fault(rank, size, kind):
+    model, optimizer = make(seed=rank, process_group=distributed.group.WORLD)
+    model.add_head(2)
+    images, labels = next(batches(0))
+    optimizer.step(images, labels)
+    before = everything(model, optimizer)
+    if rank == 1 and kind == "label":
+        labels = labels + 5
+    elif rank == 1 and kind == "batch":
+        images = images.flip(0)
+    elif rank == 1 and kind == "head":
+        model.add_head(3)
+    try:
+        optimizer.step(images, labels)
+    finally:
+        after = everything(model, optimizer)
+        assert all(torch.equal(after[name], before[name]) for name in before if name in after)
+
+
+FAULTS = {
+    "label": ("labels: expected classes of the newest head", "rank 1 could not begin this batch"),
+    "batch": ("images, labels: expected the same batch on every rank",) * 2,
+    "head": ("model: expected the same parameters on every rank",) * 2,
+}
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_what_goes_wrong_on_one_rank_is_an_error_on_all(kind, tmp_path):
+    first, second = on_processes(2, fault, kind, folder=tmp_path, fails=True)
+    at_fault, others = FAULTS[kind]
+    assert at_fault in second and others in first
+    assert "AssertionError" not in first + second
+
+
+def too_few_views(rank, size):
+    model, optimizer = make(views=2, process_group=distributed.group.WORLD)
+    model.add_head(2)
+    optimizer.step(*next(batches(0)))
+
+
+def test_fewer_views_than_processes_are_refused(tmp_path):
+    for error in on_processes(3, too_few_views, folder=tmp_path, fails=True):
+        assert "views: expected at least 3, one for each process, got 2" in error
+
+
+def wrong_models(rank, size, kind):
+    group = distributed.group.WORLD
+    if kind == "statistics":
+        model, optimizer = make(process_group=group)
+        convert_view_batchnorm(model, statistics="every_pass")
+    elif kind == "capture":
+        model, optimizer = make(process_group=group, capture=True)
+    elif kind == "sharded":
+        model, optimizer = make(process_group=group)
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.tensor import init_device_mesh
+
+        fully_shard(model.backbone, mesh=init_device_mesh("cpu", (size,)))
+    else:
+        model, optimizer = make(process_group=group)
+        model.backbone[1] = nn.SyncBatchNorm(4)
+        model.double()
+    model.add_head(2)
+    optimizer.step(*next(batches(0)))
+
+
+WRONG = {
+    "statistics": "updates its statistics at every pass",
+    "capture": "capture: expected False with several processes",
+    "sharded": "is a DTensor, as of fully_shard",
+    "sync": "backbone.1 is a SyncBatchNorm",
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_does_not_go_with_several_processes_is_refused(kind, tmp_path):
+    for error in on_processes(2, wrong_models, kind, folder=tmp_path, fails=True):
+        assert WRONG[kind] in error
+
+
+@pytest.mark.parametrize("value", ["world", 2, True])
+def test_another_process_group_is_refused(value):
+    with pytest.raises(TypeError, match="^process_group: expected a ProcessGroup, a DeviceMesh"):
+        make(process_group=value)
+
+
+def test_another_shard_is_refused():
+    with pytest.raises(ValueError, match="^shard: expected one of views, images, got 'layers'"):
+        make(shard="layers")
