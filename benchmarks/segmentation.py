@@ -57,7 +57,7 @@ def make_images(task: int, count: int, generator: torch.Generator) -> tuple[Tens
     def draw(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator)
 
-    ground = 0.15 + 0.2 * task + 0.3 * F.interpolate(draw(count, 3, 4, 4), SIDE, mode="bilinear")
+    ground = 0.15 + 0.3 * F.interpolate(draw(count, 3, 4, 4), SIDE, mode="bilinear")
     masks = torch.zeros(count, SIDE, SIDE, dtype=torch.int64)
     places = torch.arange(SIDE) + 0.5
     for number in (1, 2):
@@ -192,7 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--images", type=positive, default=1000, help="a task (%(default)s)")
     parser.add_argument("--batch", type=positive, default=10, help="(default: %(default)s)")
     parser.add_argument("--views", type=positive, default=4, help="(default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=2e-5, help="(default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=4e-5, help="(default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/segmentation"))
     args = parser.parse_args(arguments)
     records: dict[str, list[dict]] = {name: [] for name in BALANCES}

@@ -318,6 +318,11 @@ class BLDOptimizer(StepRunner):
         self._pass_size = PassSize(checks.views_per_pass("views_per_pass", value))
 
     @property
+    def views_here(self) -> range:
+        """The numbers of the views that this process makes of a batch."""
+        return self._processes.views(self.views)
+
+    @property
     def views_in_pass(self) -> int:
         """The number of views that go through the network at once, as given or as chosen."""
         return min(self._pass_size.number, self.views)

@@ -111,8 +111,7 @@ class StepRunner(ModelOptimizer):
         losses: Sequence[str] = algorithm.LOSSES,
     ) -> Tensor:
         if bank is not None:
-            views = len(self._processes.views(self.views))
-            checks.bank(bank, labels, views, sum(sizes[:-1]), dtype_of(self.model))
+            checks.bank(bank, labels, len(self.views_here), sum(sizes[:-1]), dtype_of(self.model))
             self._replace_bank(images, bank)
         batch, distils = self._batch, len(sizes) > 1 and self.balance != 0
         wanted = algorithm.LOSSES if distils else ("new",)
@@ -198,7 +197,7 @@ class StepRunner(ModelOptimizer):
         shared, count = self._processes, self.views
         return Views(
             self.model, self._norms(), images, targets.read(labels, self.ignore_index), sizes,
-            number, count, shared.views(count), self._pass_size.number, self.augment, seed,
+            number, count, self.views_here, self._pass_size.number, self.augment, seed,
             self.precision, self._format.channels_last(self.model), shared.first_image,
             shared.rank * count if shared.shard == "images" else 0,
         )  # fmt: skip
@@ -220,7 +219,7 @@ class StepRunner(ModelOptimizer):
     def _choose_pass_size(self, images: Tensor, labels: Tensor, sizes: list[int]) -> None:
         situation = (self.augment, len(sizes), self.model.training)
         probed = self._probed_with == situation
-        count = len(self._processes.views(self.views))
+        count = len(self.views_here)
         if probed and self._pass_size.is_chosen(self.model, images, count):
             return
 

@@ -6,12 +6,25 @@ Processes of gloo on a CPU meet through a file. Each has a timeout.
 import copy
 import datetime
 import io
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
 import traceback
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import distributed, multiprocessing, nn
 
+from benchmarks.paper.__main__ import main as paper
+from benchmarks.paper.experiment import run
+from benchmarks.paper.methods import PRESETS
+from benchmarks.paper.streams import load_dataset
 from bld_ext import BLDOptimizer, MultiHead, SeededAugment, convert_view_batchnorm
 
 TIMEOUT = 60  # seconds
@@ -87,7 +100,7 @@ def _run(rank, size, file, work, arguments, results):
 def on_processes(size, work, *arguments, folder, fails=False):
     """What `work(rank, size, *arguments)` returns on each rank, or the traceback of each."""
     context = multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
+    results = context.Queue()
     processes = [
         context.Process(target=_run, args=(r, size, folder / "meet", work, arguments, results))
         for r in range(size)
@@ -95,9 +108,14 @@ def on_processes(size, work, *arguments, folder, fails=False):
     for process in processes:
         process.start()
     found, errors = {}, {}
-    for _ in range(size):
-        rank, value, error = results.get()
-        found[rank], errors[rank] = value, error
+    while len(errors) < size:
+        with suppress(queue.Empty):
+            rank, value, error = results.get(timeout=0.5)
+            found[rank], errors[rank] = value, error
+            continue
+        for rank, process in enumerate(processes):
+            if process.exitcode:
+                errors.setdefault(rank, "killed")
     for process in processes:
         process.join(2 * TIMEOUT)
         assert not process.is_alive()
@@ -213,7 +231,56 @@ def test_collectives_of_a_step(schedule, most, tmp_path):
     assert on_processes(2, count_collectives, schedule, folder=tmp_path) == [most, most]
 
 
-# ---- base optimizers, checkpoints ----
+# ---- base optimizers, checkpoints, groups ----
+
+
+def with_momentum(params, lr):
+    return torch.optim.SGD(params, lr=lr, momentum=0.9)
+
+
+@pytest.mark.filterwarnings("ignore:BLDOptimizer. SGD keeps state")
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_base_with_state(schedule, tmp_path):
+    options = {"base": with_momentum, "schedule": schedule}
+    found = on_processes(2, learn_together, options, folder=tmp_path)
+    assert_close(found[1], found[0], 0)
+    assert_close(found[0], learn(**options), 1e-10)
+
+
+def on_a_mesh(rank, size):
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (1, size), mesh_dim_names=("outer", "views"))
+    with pytest.raises(ValueError, match="^process_group: expected a DeviceMesh of one dimension"):
+        make(process_group=mesh)
+    return learn(seed=rank, tasks=2, process_group=mesh["views"])
+
+
+def test_a_device_mesh(tmp_path):
+    found = on_processes(2, on_a_mesh, folder=tmp_path)
+    assert_close(found[1], found[0], 0)
+    assert_close(found[0], learn(tasks=2), 1e-10)
+
+
+def only_distillation(rank, size):
+    model, optimizer = make(seed=rank, process_group=group_of(size))
+    model.add_head(2), model.add_head(3)
+    for batch in batches(1):
+        optimizer.warm_up(*batch)
+        optimizer.joint(*batch, losses=["distillation"])
+        optimizer.joint(*batch, losses=["new"])
+        optimizer.release()
+    return [everything(model, optimizer)]
+
+
+def group_of(size):
+    return distributed.group.WORLD if size > 1 else None
+
+
+def test_one_loss_at_a_time(tmp_path):
+    found = on_processes(2, only_distillation, folder=tmp_path)
+    assert_close(found[1], found[0], 0)
+    assert_close(found[0], only_distillation(0, 1), 1e-10)
 
 
 def resume(rank, size, state):
@@ -271,11 +338,19 @@ def fault(rank, size, kind):
         images = images.flip(0)
     elif rank == 1 and kind == "head":
         model.add_head(3)
+    elif rank == 1 and kind == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
     try:
         optimizer.step(images, labels)
     finally:
         after = everything(model, optimizer)
         assert all(torch.equal(after[name], before[name]) for name in before if name in after)
+
+
+def test_a_process_that_is_killed_ends_the_others(tmp_path):
+    first, second = on_processes(2, fault, "killed", folder=tmp_path, fails=True)
+    assert second == "killed" and "AssertionError" not in first
+    assert "RuntimeError" in first or "DistBackendError" in first
 
 
 FAULTS = {
@@ -348,3 +423,72 @@ def test_another_process_group_is_refused(value):
 def test_another_shard_is_refused():
     with pytest.raises(ValueError, match="^shard: expected one of views, images, got 'layers'"):
         make(shard="layers")
+
+
+# ---- the command ----
+
+
+def torchrun(out, *options, size=2):
+    small = "--tasks 2 --seeds 0 --views 3 --limit 40 --methods finetune,lwf --dataset digits"
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(size), "-m", "benchmarks.paper", *small.split()]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [*command, "--out", str(out), *options],
+        cwd=root,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=3 * TIMEOUT,
+    )
+    return done
+
+
+def records_of(out):
+    return {r["method"]: r for r in json.loads((out / "results.json").read_text())["runs"]}
+
+
+def test_the_command_shares_the_views_of_each_run(tmp_path):
+    done = torchrun(tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote") == 1  # rank 0 alone prints
+    one = ["--tasks", "2", "--seeds", "0", "--views", "3", "--limit", "40", "--jobs", "1"]
+    one += ["--methods", "finetune,lwf", "--dataset", "digits", "--out", str(tmp_path / "one")]
+    assert paper(one) == 0
+    found, expected = (records_of(tmp_path / name) for name in ("two", "one"))
+    assert found.keys() == expected.keys() == {"finetune", "lwf"}
+    for method, record in found.items():
+        for name in ("batches", "accuracy"):
+            assert record[name] == expected[method][name], (method, name)
+
+
+def test_a_run_of_one_process_goes_on_with_two(tmp_path):
+    """It was interrupted amid its second task."""
+    settings = replace(PRESETS["digits"], tasks=2, views=3, limit=40)
+    dataset, runs = load_dataset("digits"), tmp_path / "runs"
+    runs.mkdir()
+    batches = []
+
+    def interrupt(count):
+        batches.append(count)
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(
+            dataset, "finetune", settings, 0,
+            progress=interrupt, checkpoint=runs / "finetune-0.pt", every=0,
+        )  # fmt: skip
+    assert (runs / "finetune-0.pt").exists()
+    done = torchrun(tmp_path, "--resume")
+    assert done.returncode == 0, done.stderr
+    expected = run(dataset, "finetune", settings, 0)
+    found = records_of(tmp_path)["finetune"]
+    assert found["accuracy"] == expected["accuracy"] and found["batches"] == expected["batches"]
+    assert sorted(path.name for path in runs.iterdir()) == ["finetune-0.json", "lwf-0.json"]
+
+
+def test_an_error_of_the_command_ends_all_processes(tmp_path):
+    done = torchrun(tmp_path, "--methods", "lwf-offline")
+    assert done.returncode != 0
+    assert "views: expected at least 2, one for each process" in done.stderr

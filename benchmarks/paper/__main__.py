@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import terminal
+from benchmarks.paper import shared
 from benchmarks.paper.checkpoint import CheckpointError, one_line
 from benchmarks.paper.job import locked
 from benchmarks.paper.methods import (
@@ -241,6 +242,19 @@ def plan(args: argparse.Namespace, out: Path) -> tuple[Callable[[Work], None], W
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv
+    if not shared.is_shared():
+        return lead(args)
+    device = shared.start(args.device, args.threads)
+    if not shared.leads():
+        return shared.follow(device)
+    code = lead(args)
+    if code == 0:  # else torchrun ends the others
+        shared.dismiss()
+    return code
+
+
+def lead(args: argparse.Namespace) -> int:
+    """Do what the command says; return its exit code."""
     if wrong := misplaced(args):
         print(f"error: {wrong}", file=sys.stderr)
         return 2

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from benchmarks.paper.checkpoint import Checkpoint, CheckpointError, one_line
 from benchmarks.paper.methods import Method, Settings, make_learner
@@ -29,6 +29,7 @@ def run(
     checkpoint: Path | None = None,
     resume: bool = False,
     every: float = 120.0,
+    process_group: object = False,
 ) -> dict:
     """Train `method` over the stream of `seed`; `progress(1)` is called after each batch.
 
@@ -40,6 +41,7 @@ def run(
             task.
         resume: whether to go on from that file, if it exists. The result is bitwise equal to that
             of a run that was never interrupted.
+        process_group: of the processes that share the views; only rank 0 has a checkpoint.
 
     Returns:
         A JSON-ready record. `accuracy[i][j]`: test accuracy in percent of task j after task i;
@@ -52,11 +54,10 @@ def run(
     stream = make_stream(dataset, settings.tasks, seed, settings.limit)
     _forget_peak(device)
     torch.manual_seed(seed)
-    learner = make_learner(method, settings, seed, device)
+    learner = make_learner(method, settings, seed, device, process_group)
     what = conditions(dataset, method, settings, seed, device)
-    going = Run(
-        learner, device, progress, Checkpoint(checkpoint, what, every) if checkpoint else None
-    )
+    saved = Checkpoint(checkpoint, what, every) if checkpoint else None
+    going = Run(learner, device, progress, saved, process_group)
     if resume:
         going.restore()
     for number, task in enumerate(stream):
@@ -120,16 +121,22 @@ class Run:
         device: str,
         progress: Callable[[int], None],
         saved: Checkpoint | None,
+        process_group: object,
     ):
         self.learner, self.device, self.progress, self.saved = learner, device, progress, saved
+        self.process_group = process_group
         self.state = State()
         self.start = time.perf_counter()
 
     def restore(self) -> None:
         """Restore the run from its checkpoint, if there is one."""
-        if not self.saved or not self.saved.exists():
+        state = self.saved.load(self.device) if self.saved and self.saved.exists() else None
+        if self.process_group is not False:
+            states = [state]
+            distributed.broadcast_object_list(states, group=self.process_group, group_src=0)
+            (state,) = states
+        if state is None:
             return
-        state = self.saved.load(self.device)
         try:
             self.learner.model.load_state_dict(state["model"])
             self.learner.load_state_dict(state["learner"])

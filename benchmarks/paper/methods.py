@@ -90,10 +90,13 @@ class Method:
     capturable = False  # whether it learns by `step` alone, so that a graph can replay it
     intra_grows_with: str | None = "views"  # what the bytes in "intra", here the bank, grow with
 
-    def __init__(self, model: MultiHead, settings: Settings, seed: int):
+    def __init__(
+        self, model: MultiHead, settings: Settings, seed: int, process_group: object = False
+    ):
         self.model, self.settings = model, settings
         convert_view_batchnorm(model, self.statistics or settings.statistics)
-        self.optimizer = BLDOptimizer(model, **self.options(settings))
+        options = self.options(settings) | {"process_group": process_group}
+        self.optimizer = BLDOptimizer(model, **options)
         self.optimizer.seed = seed
 
     def options(self, s: Settings) -> dict:
@@ -228,8 +231,8 @@ class LwF(Method):
 
     intra_grows_with = "images"
 
-    def __init__(self, model: MultiHead, settings: Settings, seed: int):
-        super().__init__(model, settings, seed)
+    def __init__(self, model: MultiHead, settings: Settings, seed: int, *shared: object):
+        super().__init__(model, settings, seed, *shared)
         self.targets: Tensor | None = None  # [images of the task, C_old]
         self.stored = 0
 
@@ -255,8 +258,9 @@ class LwF(Method):
         """Return the stored predictions of a batch, repeated for each view."""
         if self.targets is None:
             like = next(self.model.parameters())
-            return like.new_zeros(self.optimizer.views * len(images), 0)
-        return self.targets[where.to(self.targets.device)].repeat(self.optimizer.views, 1)
+            return like.new_zeros(len(self.optimizer.views_here) * len(images), 0)
+        views = len(self.optimizer.views_here)
+        return self.targets[where.to(self.targets.device)].repeat(views, 1)
 
     def learn(self, where: Tensor, images: Tensor, labels: Tensor) -> None:
         try:
@@ -283,8 +287,8 @@ class OfflineLwF(LwF):
 
     statistics = "every_pass"
 
-    def __init__(self, model: MultiHead, settings: Settings, seed: int):
-        super().__init__(model, settings, seed)
+    def __init__(self, model: MultiHead, settings: Settings, seed: int, *shared: object):
+        super().__init__(model, settings, seed, *shared)
         self.epochs, self.seed = settings.offline_epochs, seed
 
     def options(self, s: Settings) -> dict:
@@ -317,7 +321,13 @@ METHODS = {
 }
 
 
-def make_learner(method: str, settings: Settings, seed: int, device: str = "cpu") -> Method:
+def make_learner(
+    method: str,
+    settings: Settings,
+    seed: int,
+    device: str = "cpu",
+    process_group: object = False,
+) -> Method:
     """Make a method with a fresh network."""
     if settings.precision not in PRECISIONS:
         raise ValueError(f"precision: expected {', '.join(PRECISIONS)}, got {settings.precision!r}")
@@ -325,7 +335,7 @@ def make_learner(method: str, settings: Settings, seed: int, device: str = "cpu"
     model = make_model(settings.network, settings.momentum, autocast).to(device)
     if device == "cpu":  # as the published tables were measured; the optimizer leaves weights alone
         model = model.to(memory_format=torch.channels_last)
-    return METHODS[method](model, settings, seed)
+    return METHODS[method](model, settings, seed, process_group)
 
 
 MC_OCL = ("finetune", "l2", "bld", "alternated", "no-balancing")  # only θ survives a batch

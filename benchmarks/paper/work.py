@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import provenance
-from benchmarks.paper import report, tables
+from benchmarks.paper import report, shared, tables
 from benchmarks.paper.checkpoint import one_line, write_whole
 from benchmarks.paper.estimate import Estimator
 from benchmarks.paper.job import devices_of, preflight, run_all, use_device
@@ -116,11 +116,14 @@ class Work:
             beside = tables.printed(stream.dataset, settings.tasks, record["method"])
             print(report.run_line(record, beside), flush=True)
 
-        records = run_all(
-            stream.dataset, args.data, self.methods, settings, self.seeds, batches,
-            stream.out / "runs", self.devices, self.jobs, args.threads, args.resume,
-            args.checkpoint_seconds, tell,
-        )  # fmt: skip
+        what = (stream.dataset, args.data, self.methods, settings, self.seeds, batches)
+        saving = (args.resume, args.checkpoint_seconds)
+        if shared.is_shared():
+            device = args.device if args.device == "cpu" else self.devices[0]
+            records = shared.run_all(*what, stream.out / "runs", device, *saving, tell)
+        else:
+            places = (self.devices, self.jobs, args.threads)
+            records = run_all(*what, stream.out / "runs", *places, *saving, tell)
         if args.tensorboard:
             report.tensorboard(records, stream.out / "tensorboard")
         return records

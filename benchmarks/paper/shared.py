@@ -1,0 +1,104 @@
+"""Runs whose views are shared by the processes of torchrun: rank 0 leads, the others follow.
+
+    torchrun --nproc-per-node 2 -m benchmarks.paper --dataset digits
+
+Rank 0 is the command as it is in one process: it prints, and it writes checkpoints and results. It
+tells the others which run comes next; they learn it together with rank 0, and write nothing.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import distributed
+from tqdm import tqdm
+
+from benchmarks.paper.checkpoint import load_record, save_record
+from benchmarks.paper.experiment import conditions, run
+from benchmarks.paper.job import use_device
+from benchmarks.paper.methods import Settings
+from benchmarks.paper.streams import load_dataset
+
+
+def is_shared() -> bool:
+    """Return whether torchrun started several processes."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def start(device: str, threads: int) -> str:
+    """Meet the other processes; return the device of this one."""
+    on_gpu = device.startswith("cuda")
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if on_gpu else device
+    torch.set_num_threads(threads)
+    use_device(device)
+    distributed.init_process_group("nccl" if on_gpu else "gloo")
+    return device
+
+
+def leads() -> bool:
+    return distributed.get_rank() == 0
+
+
+def _from_leader(value: object) -> object:
+    values = [value]
+    distributed.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def follow(device: str) -> int:
+    """Take part in the runs that rank 0 names, until there is none left."""
+    while (what := _from_leader(None)) is not None:
+        dataset, root, method, settings, seed, resume = what
+        loaded = load_dataset(dataset, root, download=False)
+        group = distributed.group.WORLD
+        run(loaded, method, settings, seed, device, resume=resume, process_group=group)
+    distributed.destroy_process_group()
+    return 0
+
+
+def dismiss() -> None:
+    """Let the others end."""
+    _from_leader(None)
+    distributed.destroy_process_group()
+
+
+def run_all(
+    dataset: str,
+    root: str,
+    methods: list[str],
+    settings: Settings,
+    seeds: list[int],
+    batches: int,
+    folder: Path,
+    device: str,
+    resume: bool,
+    every: float,
+    arrived: Callable[[dict, list[dict]], None],
+) -> list[dict]:
+    """Run every method on every seed, one after the other, on all processes; only rank 0 calls it.
+
+    `arrived` gets each record, and all so far.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    loaded, records = load_dataset(dataset, root), []
+    with tqdm(total=batches, unit="batch", smoothing=0.05) as bar:
+        for seed in seeds:
+            for method in methods:
+                file, saved = (folder / f"{method}-{seed}.{ending}" for ending in ("json", "pt"))
+                what = conditions(loaded, method, settings, seed, device)
+                if resume and file.exists():
+                    record = load_record(file, what)
+                    bar.update(record["batches"])
+                else:
+                    _from_leader((dataset, root, method, settings, seed, resume))
+                    record = run(
+                        loaded, method, settings, seed, device, bar.update, saved, resume, every,
+                        distributed.group.WORLD,
+                    )  # fmt: skip
+                    save_record(file, what, record)
+                saved.unlink(missing_ok=True)
+                records.append(record)
+                with bar.external_write_mode():
+                    arrived(record, records)
+    return records
