@@ -32,7 +32,6 @@ SIDE = 32  # pixels
 RIM = 255  # the label of the rim of a shape
 TEST_IMAGES = 200
 CLASSES = (("background", "disc", "ring"), ("background", "square", "cross"))
-BALANCES = {"finetuning": 0.0, "BLD": 2.0}
 COLOURS = [(40, 40, 40), (230, 120, 30), (60, 140, 230), (255, 255, 255)]  # of classes and the rim
 
 
@@ -193,17 +192,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=positive, default=10, help="(default: %(default)s)")
     parser.add_argument("--views", type=positive, default=4, help="(default: %(default)s)")
     parser.add_argument("--lr", type=float, default=4e-5, help="(default: %(default)s)")
+    parser.add_argument("--balance", type=float, default=2, help="BLD's λ (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/segmentation"))
     args = parser.parse_args(arguments)
-    records: dict[str, list[dict]] = {name: [] for name in BALANCES}
+    balances = {"finetuning": 0.0, "BLD": args.balance}
+    records: dict[str, list[dict]] = {name: [] for name in balances}
     models: dict[str, MultiHead] = {}
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         check_output(args.out / "segmentation.png")
-        steps = 2 * len(args.seeds) * len(BALANCES) * -(-args.images // args.batch)
+        steps = 2 * len(args.seeds) * len(balances) * -(-args.images // args.batch)
         with tqdm(total=steps, unit="batch") as bar:
             for seed in args.seeds:
-                for name, balance in BALANCES.items():
+                for name, balance in balances.items():
                     record, models[name], tests = run(balance, seed, args, bar.update)
                     records[name].append(record)
         settings = {k: v for k, v in vars(args).items() if k != "out"}
@@ -218,7 +219,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     print(
         f"mean IoU in percent; {args.images} images a task, {args.views} views, lr {args.lr:g}, "
-        f"seeds {args.seeds[0]} to {args.seeds[-1]}\n\n{table(records)}\n\n"
+        f"λ {args.balance:g}, seeds {args.seeds[0]} to {args.seeds[-1]}\n\n{table(records)}\n\n"
         f"wrote {args.out / 'results.json'} and {args.out / 'segmentation.png'}"
     )
     return 0

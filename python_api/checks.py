@@ -12,6 +12,7 @@ from bld_ext.api.augment import parameters_of
 from bld_ext.api.batch_norm import ViewBatchNorm
 from bld_ext.api.pass_size import parse_bytes
 from bld_ext.api.precision import PRECISIONS, REFUSED
+from bld_ext.api.processes import Processes
 
 
 def choice(name: str, value: str, choices: Iterable[str]) -> str:
@@ -49,7 +50,13 @@ def switch(name: str, value: bool) -> bool:
 
 
 def together(settings: dict[str, object]) -> None:
-    """Refuse settings that a CUDA graph of the step cannot record."""
+    """Refuse settings that do not go with a CUDA graph, or with sums in a fixed order."""
+    if settings.get("reproducible"):
+        for name, only in (("schedule", "two_forward"), ("capture", False)):
+            if settings.get(name, only) != only:
+                raise ValueError(
+                    f"reproducible: expected False with {name}={settings[name]!r}, got True"
+                )
     if not settings.get("capture"):
         return
     for name, unlike in (("schedule", "in_backward"), ("check_finite", True)):
@@ -211,6 +218,19 @@ def batch_norms(value: nn.Module, views_per_pass: int | str) -> None:
                     "normalises all views of a pass together, got "
                     f"{views_per_pass!r}. Or use a plain nn.BatchNorm"
                 )
+
+
+def tree(processes: Processes, views_per_pass: int | str) -> None:
+    """Refuse what leaves no power-of-two number of processes with single views."""
+    if views_per_pass != 1:
+        raise ValueError(
+            f"reproducible: expected False with views_per_pass={views_per_pass!r}, got True"
+        )
+    if processes.size & (processes.size - 1) or not (processes.alone or processes.shard == "views"):
+        raise ValueError(
+            "reproducible: expected False, or a power-of-two number of processes that share views, "
+            f"got {processes.size} with shard={processes.shard!r}"
+        )
 
 
 def shared(value: nn.Module, alone: bool, shard: str, capture: bool) -> None:

@@ -105,6 +105,9 @@ class BLDOptimizer(StepRunner):
             in DistributedDataParallel; its parameters are taken over from rank 0.
         shard: what is divided among the processes. "views": each is given the same batch and makes
             every R-th view of it. "images": each has images of its own, whose losses are added up.
+        reproducible: whether gradients are added up in a fixed tree over the views, so that any
+            power-of-two number of processes updates to the same bits. Needs "two_forward" and one
+            view a pass, and a gradient more for each doubling of the views of a process.
 
     Attributes:
         seed: the seed of the views and of the forward passes' random numbers, 0 to 2**63 - 1. It
@@ -141,6 +144,7 @@ class BLDOptimizer(StepRunner):
     precision = Setting(checks.precision)
     capture = Setting(checks.switch, checks.together)
     check_finite = Setting(checks.switch, checks.together)
+    reproducible = Setting(checks.switch, checks.together)
 
     def __init__(
         self,
@@ -163,6 +167,7 @@ class BLDOptimizer(StepRunner):
         check_finite: bool = False,
         process_group: object = None,
         shard: str = "views",
+        reproducible: bool = False,
         **removed: object,
     ):
         checks.removed(removed, REMOVED)
@@ -174,7 +179,7 @@ class BLDOptimizer(StepRunner):
         self.views_per_pass, self.augment = views_per_pass, augment
         self.ignore_index = ignore_index
         self.layer, self.schedule, self.precision = layer, schedule, precision
-        self.capture, self.check_finite = capture, check_finite
+        self.capture, self.check_finite, self.reproducible = capture, check_finite, reproducible
         self.last: StepReport | None = None
         self._batch: Batch | None = None
         self._format = MemoryFormat()

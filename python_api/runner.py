@@ -32,6 +32,7 @@ from bld_ext.api.processes import Processes
 from bld_ext.api.report import Batch, StepReport
 from bld_ext.api.schedules import SCHEDULES
 from bld_ext.api.stage import Stage
+from bld_ext.api.tree import TreeSum
 from bld_ext.api.views import Views
 
 NEVER = object()
@@ -195,10 +196,11 @@ class StepRunner(ModelOptimizer):
             seed, number = scalars.seed, scalars.number
         images, labels = (x.as_subclass(Tensor) for x in (images, labels))  # ops take no others
         shared, count = self._processes, self.views
+        tree = TreeSum(self._parameters(), shared, count) if self.reproducible else None
         return Views(
             self.model, self._norms(), images, targets.read(labels, self.ignore_index), sizes,
             number, count, self.views_here, self._pass_size.number, self.augment, seed,
-            self.precision, self._format.channels_last(self.model), shared.first_image,
+            self.precision, self._format.channels_last(self.model), shared.first_image, tree,
             shared.rank * count if shared.shard == "images" else 0,
         )  # fmt: skip
 
@@ -268,6 +270,8 @@ class StepRunner(ModelOptimizer):
         checks.dtypes(self.model)
         checks.batch_norms(self.model, self.views_per_pass)
         checks.trainable(self.model)
+        if self.reproducible:
+            checks.tree(self._processes, self.views_per_pass)
         checks.shared(self.model, self._processes.alone, self._processes.shard, self.capture)
         checks.learning_rates(self.param_groups)
         self._try_out_base()

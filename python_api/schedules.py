@@ -41,7 +41,7 @@ class TwoForward:
 
     def descend(self, stage, run, measure=False):
         result = run(nullcontext())
-        stage.processes.sum_gradients(stage.params, [_loss(result)])
+        stage.sum_gradients(_loss(result))
         return result, self._update(stage, _loss(result), measure)
 
     def _update(self, stage: Stage, loss: Tensor, measure: bool = False) -> Tensor | None:
@@ -56,7 +56,7 @@ class TwoForward:
     def descend_both(self, stage):
         stage.distil(nullcontext())  # G_d = Σ_v dL_d(v, ŷ_v)/dθ' / V
         stage.rescale()  # G_d[l] ← λ ‖G_w[l]‖ / ‖G_d[l]‖ · G_d[l]
-        stage.processes.carry_on(stage.params)
+        stage.carry_on()
         loss, _ = self.descend(stage, stage.learn)  # θ'' = θ' - α_j (G_d + Σ_v dL_t(v)/dθ' / V)
         return loss
 

@@ -46,11 +46,24 @@ class Stage:
     def distil(self, last: AbstractContextManager) -> Tensor:
         """Return L_d against the bank; G_d and L_d are those of all processes."""
         loss = passes.distillation_pass(self.views, self.bank, self.temperature, last)
-        self.processes.sum_gradients(self.params, [loss])
+        self.sum_gradients(loss)
         self.note_distillation(loss)
         return loss
 
     # ---- operations on gradients ----
+
+    def sum_gradients(self, loss: Tensor) -> None:
+        """Add up the gradients of all views and processes, and this loss of all processes."""
+        if self.views.tree is None:
+            self.processes.sum_gradients(self.params, [loss])
+        else:
+            self.views.tree.finish()
+            self.processes.sum_([loss])
+
+    def carry_on(self) -> None:
+        """Let the passes that follow add to a gradient that has been added up."""
+        if self.views.tree is None:
+            self.processes.carry_on(self.params)
 
     @property
     def params(self) -> Iterable[Tensor]:

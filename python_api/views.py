@@ -17,6 +17,7 @@ from bld_ext.api.images import channels_come_last
 from bld_ext.api.memory_format import NeedsContiguousError, needs_contiguous
 from bld_ext.api.outputs import head_sizes, side_by_side
 from bld_ext.api.precision import dtype_of, no_random_numbers, replayable_rng
+from bld_ext.api.tree import TreeSum
 from bld_ext.philox import stream_seed
 
 # the op words of the Philox counter, for the seeds of an augmentation of your own and of a pass
@@ -44,19 +45,30 @@ class Views:
     precision: str = "fp32"  # arithmetic of the backward passes
     channels_last: bool = False
     first_image: int = 0  # number of the first image, among those of all processes
+    tree: TreeSum | None = None  # adds up what the views contribute, one view a pass
     lane: int = 0  # distinguishes the random numbers of processes with images of their own
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield, for each pass, its rows among those of `numbers`, its logits and its labels."""
         B = len(self.images)
-        for begin in range(0, len(self.numbers), self.per_pass):
-            views = self.numbers[begin : begin + self.per_pass]
+        if self.tree is not None:
+            self.tree.begin()
+        for views in self._passes():
+            begin = self.numbers.index(views[0])
             for norm in self.norms:
                 norm.views = len(views)
             made, labels = self.make(views)
             logits = side_by_side(self._run(made, views[0]))
             self._check(logits, labels)
             yield slice(begin * B, begin * B + len(labels)), logits, labels
+            if self.tree is not None:
+                self.tree.take(views[0])
+
+    def _passes(self) -> list[range]:
+        if self.tree is not None:
+            return [range(view, view + 1) for view in self.tree.order()]
+        begins = range(0, len(self.numbers), self.per_pass)
+        return [self.numbers[begin : begin + self.per_pass] for begin in begins]
 
     @property
     def rows(self) -> int:
@@ -66,7 +78,7 @@ class Views:
     def of(self, *numbers: int) -> "Views":
         """Return these views alone, side by side in one pass: to try something out."""
         views = range(numbers[0], numbers[-1] + 1)
-        return replace(self, numbers=views, count=len(views), per_pass=len(views))
+        return replace(self, numbers=views, count=len(views), per_pass=len(views), tree=None)
 
     @torch.no_grad()
     def sizes_found(self) -> list[int]:

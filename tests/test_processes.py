@@ -492,3 +492,55 @@ def test_an_error_of_the_command_ends_all_processes(tmp_path):
     done = torchrun(tmp_path, "--methods", "lwf-offline")
     assert done.returncode != 0
     assert "views: expected at least 2, one for each process" in done.stderr
+
+
+# ---- the same bits whatever the number of processes ----
+
+
+def learn_in_a_tree(rank, size, options):
+    return learn(
+        seed=rank, dtype=torch.float32, reproducible=True, process_group=group_of(size), **options
+    )
+
+
+@pytest.mark.parametrize("views", [6, 8])
+def test_the_same_bits_on_any_power_of_two(views, tmp_path):
+    """In float32, where balancing magnifies a difference of rounding. Losses are added plainly."""
+    options = {"views": views}
+    expected = [without_losses(task) for task in learn_in_a_tree(0, 1, options)]
+    for size in (2, 4):
+        for found in on_processes(size, learn_in_a_tree, options, folder=tmp_path):
+            assert_close([without_losses(task) for task in found], expected, 0)
+
+
+def without_losses(task):
+    """All but the losses: report.0 and report.1 are lists of them."""
+    return {k: v for k, v in task.items() if not k.startswith(("loss", "report.0", "report.1"))}
+
+
+@pytest.mark.parametrize("views", [1, 2, 3, 5, 50])
+def test_the_tree_adds_up_all_views(views):
+    found = learn(tasks=2, views=views, reproducible=True)
+    assert_close(found, learn(tasks=2, views=views), 1e-9)
+
+
+REFUSED = [
+    ({"schedule": "shared_forward"}, "with schedule='shared_forward'"),
+    ({"capture": True}, "with capture=True"),
+    ({"views_per_pass": 2}, "with views_per_pass=2"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED)
+def test_what_does_not_go_with_the_tree_is_refused(options, message):
+    with pytest.raises(ValueError, match=f"^reproducible: expected False {message}, got True"):
+        learn(tasks=1, reproducible=True, **options)
+
+
+def in_a_tree_of_three(rank, size):
+    learn(tasks=1, reproducible=True, process_group=group_of(size))
+
+
+def test_three_processes_have_no_tree(tmp_path):
+    for error in on_processes(3, in_a_tree_of_three, folder=tmp_path, fails=True):
+        assert "reproducible: expected False, or a power-of-two number of processes" in error
