@@ -128,6 +128,8 @@ def run(balance: float, seed: int, args: argparse.Namespace, tick) -> tuple[dict
         for batch in zip(images.split(args.batch), masks.split(args.batch), strict=True):
             optimizer.step(*batch)
             tick()
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise FloatingPointError(f"--lr: at {args.lr:g} the weights are not finite; lower it")
         iou.append([mean_iou(model, *tests[old], old) for old in range(task + 1)])
     return {"seed": seed, "balance": balance, "iou": iou}, model, tests
 

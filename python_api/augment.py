@@ -143,8 +143,9 @@ class SeededAugment:
 
         With `masks`, `[N, H, W]` int64, the labels of the images' pixels, also return those of the
         views' pixels, `[V·N, H, W]`. They are moved as the images are, each pixel taking the label
-        nearest to its centre. Pixels from outside the image have the label -100, which losses
-        ignore, unless `padding_mode` fills them. Erasing leaves labels as they are.
+        nearest to its centre; labels are exact from -100 to 2**24. Pixels from outside the image
+        have the label -100, which losses ignore, unless `padding_mode` fills them. Erasing leaves
+        labels as they are.
         """
         made = ops.augment(
             images, self.policy, seed, step, views, indices, self.dtype, self.channels_last
@@ -164,9 +165,10 @@ class SeededAugment:
                 f"masks: expected {size}, a label for each pixel of the images, got "
                 f"{list(masks.shape)}"
             )
-        moved = ops.augment((masks + 1).unsqueeze(1).float(), self._geometry, *where)
-        moved = moved.squeeze(1).long() - 1
-        return moved.masked_fill(moved == -1, IGNORED)
+        shift = 1 - IGNORED
+        moved = ops.augment((masks + shift).unsqueeze(1).float(), self._geometry, *where)
+        moved = moved.squeeze(1).long() - shift
+        return moved.masked_fill(moved == -shift, IGNORED)
 
     def parameters(
         self,

@@ -4,7 +4,7 @@ import torch
 from avalanche.training.templates import SupervisedTemplate
 from torch import Tensor
 
-from bld_ext.api.heads import MultiHead
+from bld_ext.api.heads import MultiHead, evaluating
 from bld_ext.api.optimizer import BLDOptimizer
 
 
@@ -45,6 +45,7 @@ class BLD(SupervisedTemplate):
             if self._stop_training:
                 break
             self._unpack_minibatch()
+            self._require_own_images()
             self._before_training_iteration(**kwargs)
             self.mb_output = self.forward()  # for the metrics, before the batch is learned
             self._before_update(**kwargs)
@@ -52,13 +53,18 @@ class BLD(SupervisedTemplate):
             self._after_update(**kwargs)
             self._after_training_iteration(**kwargs)
 
+    def _require_own_images(self) -> None:
+        if len(self.mbatch) > 2 and len(tasks := self.mb_task_id.unique()) > 1:
+            raise ValueError(
+                f"mini-batch: expected images of one task, got those of {tasks.tolist()}, as "
+                "replay adds them; the newest head would learn all. Leave the plugin out"
+            )
+
     @torch.no_grad()
     def forward(self) -> Tensor:
         """The logits of the experience's head, computed in eval mode."""
-        number, training = self.experience.current_experience, self.model.training
+        number = self.experience.current_experience
         if number >= len(self.model.heads):
             return self.mb_x.new_zeros(len(self.mb_x), 1 + int(self.mb_y.max()))
-        self.model.eval()
-        logits = self.model(self.mb_x).split(self.model.head_sizes, 1)[number]
-        self.model.train(training)
-        return logits
+        with evaluating(self.model):
+            return self.model(self.mb_x).split(self.model.head_sizes, 1)[number]

@@ -90,7 +90,7 @@ def _twin(base: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer | None, li
             memo[id(param)] = small
             for value in base.state.get(param, {}).values():
                 if isinstance(value, Tensor) and value.shape == param.shape:
-                    memo[id(value)] = value[(slice(1),) * param.dim()].clone()
+                    memo[id(value)] = torch.zeros_like(value[(slice(1),) * param.dim()])
     twin = object.__new__(type(base))
     try:
         twin.__dict__ = copy.deepcopy(vars(base), memo)

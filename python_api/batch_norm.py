@@ -31,7 +31,7 @@ class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     fuses = True  # `residual` and `relu` of `forward` into its kernel
     statistics = "once"
-    keeps = False  # its running statistics whatever the stage, as only old heads depend on it
+    keeps = False  # its running statistics whatever the stage, as it belongs to an old head
     views = 1
     mode: str | None = None
     pooled: Tensor | None = None  # [2, C], Σ mean and Σ E[x²] over the views
@@ -148,6 +148,25 @@ class ViewBatchNorm2d(ViewBatchNorm, nn.BatchNorm2d):
 
 class ViewBatchNorm3d(ViewBatchNorm, nn.BatchNorm3d):
     pass
+
+
+def spare_old_heads(model: nn.Module) -> None:
+    """Let each norm keep its statistics that is only in `model.heads`, and not in the last one."""
+    heads = getattr(model, "heads", None)
+    old = [*heads][:-1] if isinstance(heads, nn.ModuleList) else []
+    private = {m for head in old for m in head.modules()}
+    others = {id(m) for m in _outside(model, {*map(id, old)})}
+    for norm in model.modules():
+        if isinstance(norm, ViewBatchNorm):
+            norm.keeps = norm in private and id(norm) not in others
+
+
+def _outside(module: nn.Module, left_out: set[int]) -> Iterator[nn.Module]:
+    """All modules, but for those that are only inside of some."""
+    yield module
+    for child in module.children():
+        if id(child) not in left_out:
+            yield from _outside(child, left_out)
 
 
 def recomputing() -> bool:

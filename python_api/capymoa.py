@@ -9,7 +9,7 @@ from capymoa.ocl.events import Dispatcher, Handler
 from capymoa.stream import Schema
 from torch import Tensor
 
-from bld_ext.api.heads import MultiHead
+from bld_ext.api.heads import MultiHead, evaluating
 from bld_ext.api.optimizer import BLDOptimizer
 
 
@@ -37,6 +37,7 @@ class BLD(BatchClassifier, Handler):
         self.model, self.optimizer = model, optimizer
         self.tasks = [sorted(classes) for classes in tasks]
         self.device = next(model.parameters()).device
+        self._heads: list[int] = []  # the task of each head
         self._trained = self._task = -1
 
     def attach_with(self, source: Dispatcher) -> "BLD":
@@ -46,23 +47,34 @@ class BLD(BatchClassifier, Handler):
         return self
 
     def _begin_task(self, event: TrainTaskBegin) -> None:
-        self._trained = self._task = event.train_task
-        self.model.add_head(len(self.tasks[event.train_task]))
+        self._trained = self._task = task = event.train_task
+        if task in self._heads[:-1]:
+            raise ValueError(
+                f"task: expected {self._heads[-1]} or a new one, since a step trains the newest "
+                f"head, got {task}"
+            )
+        if task not in self._heads:
+            self.model.add_head(len(self.tasks[task]))
+            self._heads.append(task)
 
     def batch_train(self, x: Tensor, y: Tensor) -> None:
         classes = torch.tensor(self.tasks[self._trained], device=y.device)
-        labels = torch.searchsorted(classes, y)
+        labels = torch.searchsorted(classes, y).clamp(max=len(classes) - 1)
+        if (foreign := y[classes[labels] != y]).numel():
+            raise ValueError(
+                f"y: expected classes of task {self._trained}, {classes.tolist()}, got "
+                f"{foreign.unique().tolist()}, as replay adds them; the newest head would learn all"
+            )
         self.optimizer.step(x.view(-1, *self.schema.shape), labels)
 
     @torch.no_grad()
     def batch_predict_proba(self, x: Tensor) -> Tensor:
         proba = x.new_zeros(len(x), self.schema.get_num_classes())
-        if not 0 <= self._task < len(self.model.heads):
+        if self._task not in self._heads:
             return proba + 1 / proba.shape[1]
-        training = self.model.training
-        logits = self.model.eval()(x.view(-1, *self.schema.shape))
-        self.model.train(training)
-        own = logits.split(self.model.head_sizes, 1)[self._task]
+        with evaluating(self.model):
+            logits = self.model(x.view(-1, *self.schema.shape))
+        own = logits.split(self.model.head_sizes, 1)[self._heads.index(self._task)]
         proba[:, self.tasks[self._task]] = own.softmax(1)
         return proba
 

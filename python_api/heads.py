@@ -2,11 +2,13 @@
 
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from bld_ext.api import checks
 from bld_ext.api.convert import unwatched
@@ -23,8 +25,9 @@ class MultiHead(nn.Module):
     Args:
         backbone: maps images `[N, ...]` to features `[N, in_features]`, or to a tuple, a dict or an
             object with attributes in which one tensor has that shape.
-        in_features: length of a feature vector. Default: `backbone.num_features`, as models of timm
-            have it. For a network with its classifier still on, see `replacing`.
+        in_features: length of a feature vector. Default: `backbone.head_hidden_size` or
+            `backbone.num_features`, as models of timm have it. For a network with its
+            classifier still on, see `replacing`.
         head: makes the classifier of a task, called as `head(in_features, num_classes)`. For
             features `[N, in_features, H, W]` and one prediction a pixel it is
             `partial(nn.Conv2d, kernel_size=1)`.
@@ -54,7 +57,11 @@ class MultiHead(nn.Module):
                 "heads of its own; give its backbone, model.backbone"
             )
         if in_features is None:
-            in_features = getattr(backbone, "num_features", None)
+            names = (
+                "head_hidden_size",
+                "num_features",
+            )  # of timm; the first counts a last layer in
+            in_features = next((s for n in names if (s := getattr(backbone, n, None))), None)
             if in_features is None:
                 raise ValueError(
                     "in_features: expected the length of a feature vector, got None, and the "
@@ -134,8 +141,7 @@ class MultiHead(nn.Module):
         return plain and unwatched(*self.heads)
 
     def _features(self, images: Tensor) -> Tensor:
-        convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-        dense = any(isinstance(m, convolutions) for m in self.heads[0].modules())
+        dense = any(isinstance(m, _ConvNd) for m in self.heads[0].modules())
         return find_features(self.backbone(images), self.in_features, dense, self._choose)
 
     def _require_head(self) -> None:
@@ -165,14 +171,8 @@ class MultiHead(nn.Module):
         task = 0 if task is None else operator.index(task)
         if not 0 <= task < len(self.heads):
             raise ValueError(f"task: expected 0 to {len(self.heads) - 1}, got {task}")
-        modes = {module: module.training for module in self.modules()}
-        self.eval()
-        try:
-            features = self._features(images)
-            return self.heads[task](features).argmax(1)
-        finally:
-            for module, training in modes.items():
-                module.training = training
+        with evaluating(self):
+            return self.heads[task](self._features(images)).argmax(1)
 
     def load_state_dict(self, state_dict, *args, **kwargs):
         """As `nn.Module.load_state_dict`; heads that were added for it go again if it fails."""
@@ -199,6 +199,18 @@ class MultiHead(nn.Module):
         while size := self._saved_size(state_dict, f"{prefix}heads.{len(self.heads)}."):
             self.add_head(size)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode, and each of its modules back into its own mode."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def _classes_of(head: nn.Module, name: str) -> int:

@@ -16,8 +16,8 @@ def check(labels: Tensor, images: Tensor, augment: object) -> None:
         expected = f"the model's device, {images.device}"
         raise ValueError(f"labels: expected {expected}, got {labels.device}")
     if labels.dtype != torch.int64:
-        soft = labels.is_floating_point() and labels.dim() == 2
-        remedy = "for one-hot rows use labels.argmax(1)" if soft else "use labels.long()"
+        soft = labels.is_floating_point() and labels.dim() > 1
+        remedy = "for one-hot or soft labels use labels.argmax(1)" if soft else "use labels.long()"
         raise ValueError(f"labels: expected torch.int64, got {labels.dtype}: {remedy}")
     if labels.dim() < 1 or len(labels) != len(images):
         shape = tuple(labels.shape)
@@ -80,7 +80,8 @@ def match(labels: Tensor, logits: Tensor) -> None:
     if labels.shape[1:] == logits.shape[2:]:
         return
     expected = ", ".join(["B", *map(str, logits.shape[2:])])
-    remedy = "; use labels.flatten()" if labels.numel() == len(labels) else ""
+    flat = logits.dim() == 2 and labels.numel() == len(labels)
+    remedy = "; use labels.flatten()" if flat else ""
     raise ValueError(
         f"labels: expected [{expected}], one for each position of the logits, got "
         f"{['B', *labels.shape[1:]]}{remedy}".replace("'B'", "B")

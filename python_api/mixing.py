@@ -96,8 +96,7 @@ def is_compiled(model: nn.Module) -> bool:
 def require_repeatable(one: Views) -> bool:
     """Make a view twice and run the network on it twice.
 
-    Warns of buffers that move meanwhile and of modules that compute in reduced precision. Sets
-    which BatchNorms keep their statistics, because only old heads depend on them.
+    Warns of buffers that move meanwhile and of modules that compute in reduced precision.
 
     Returns:
         Whether the network computes the same from contiguous images; if not, images must be so.
@@ -129,42 +128,17 @@ def require_repeatable(one: Views) -> bool:
         _refuse("", one.model)
     _warn_of_buffers(one.model, moved)
     _warn_of_reduced_precision(one.model, calls[0])
-    if not one.channels_last and len(one.sizes) == 1:
+    if not one.channels_last:
         return True
     with _without_dropout(one.model):  # whose masks are drawn in the order of memory
-        contiguous = _find_norms_of_old_heads(replace(one, channels_last=False))
-        if one.channels_last and dropouts:
-            with no_trace(one.model):
-                ((_, found, _),) = one
-    return not one.channels_last or _close(found, contiguous, 1e-4)
+        contiguous = _logits(replace(one, channels_last=False))
+        found = _logits(one) if dropouts else found
+    return _close(found, contiguous, 1e-4)
 
 
-def _find_norms_of_old_heads(one: Views) -> Tensor:
-    """Set `keeps` of each ViewBatchNorm on which the newest head's logits do not depend.
-
-    Returns the logits of all heads.
-    """
-    outputs: dict[ViewBatchNorm, list[Tensor]] = {norm: [] for norm in one.norms}
-
-    def note(norm: ViewBatchNorm, _, output: Tensor) -> None:
-        if output.requires_grad:
-            outputs[norm].append(output)
-
-    hooks = [norm.register_forward_hook(note) for norm in one.norms]
-    try:
-        with no_trace(one.model):
-            ((_, logits, _),) = one
-    finally:
-        for hook in hooks:
-            hook.remove()
-    newest = logits[:, sum(one.sizes[:-1]) :]
-    # not a plain sum, to which what precedes another BatchNorm would not contribute
-    newest = (newest * torch.arange(newest.numel()).to(newest).sin().view_as(newest)).sum()
-    for norm, found in outputs.items():
-        norm.keeps = False
-        if found and newest.requires_grad:
-            grads = torch.autograd.grad(newest, found, retain_graph=True, allow_unused=True)
-            norm.keeps = all(grad is None or not grad.any() for grad in grads)
+def _logits(one: Views) -> Tensor:
+    with no_trace(one.model):
+        ((_, logits, _),) = one
     return logits.detach()
 
 

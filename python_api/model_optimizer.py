@@ -192,7 +192,11 @@ class ModelOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: there are other gradients; a step along them would not distil.
         """
+        self._follow_model()
         params = self._parameters()
+        for param in params:
+            if param.requires_grad and param.grad is None:
+                param.grad = torch.zeros_like(param)
         if any(p.grad is not None and p.grad.any() for p in params):
             raise RuntimeError(
                 "step: expected step(images, labels), got no argument, and gradients of a "
@@ -305,12 +309,15 @@ class ModelOptimizer(torch.optim.Optimizer):
         if "state" not in state_dict or not groups or any("batches" not in g for g in groups):
             keys = sorted({*state_dict, *(key for group in groups for key in group)})
             raise ValueError(
-                f"state_dict: expected one of a {type(self).__name__}, got the keys {keys}"
+                f"state_dict: expected one of a {type(self).__name__} of this version, got the "
+                f"keys {keys}"
             )
         saved = state_dict.get("bld")  # what saves groups and states alone leaves it out
+        own = self._shapes()
         if saved is None:
-            return
-        if apart := sorted({name for name, _ in saved["shapes"].items() ^ self._shapes().items()}):
+            names = {name for group in groups for name in group.get("param_names", [])}
+            saved = {"shapes": {n: own.get(n) for n in names}, "base": type(self.base).__name__}
+        if apart := sorted({name for name, _ in saved["shapes"].items() ^ own.items()}):
             raise ValueError(
                 f"state_dict: its parameters differ from the model's by {apart}. Load the model's "
                 "state_dict, or add its heads, before the optimizer's"

@@ -220,6 +220,8 @@ class BLDOptimizer(StepRunner):
             FloatingPointError: with `check_finite`, a value is not finite. The network is as it was
                 before the step.
         """
+        if closure is not None and images is not None:
+            raise TypeError("step: expected step(images, labels) or step(closure), got both")
         if labels is None:
             batch = self._batch_from(images if closure is None else closure)
             if batch is None:

@@ -14,7 +14,7 @@ def side_by_side(output: object) -> Tensor:
     """Return the logits of all heads, `[N, ΣC, *]`, oldest head first, in what a model returned.
 
     A tensor is taken as it is, and so is an entry or attribute named "logits" or "out". Otherwise
-    each tensor of a list, a tuple or a dict is a head.
+    each tensor of a list or a dict is a head. A tuple is none, as it often has features, too.
 
     Raises:
         ValueError: the output is none of these.
@@ -36,7 +36,7 @@ def _single(output: object) -> Tensor | None:
 def _heads(output: object) -> list[Tensor]:
     named = dict(_tensors(output))
     found = [*named.values()]
-    several = isinstance(output, (Mapping, Sequence)) and len(found) == len(output)
+    several = isinstance(output, (Mapping, list)) and len(found) == len(output)
     matrices = several and all(x.dim() > 1 for x in found)
     if matrices and len({(len(x), *x.shape[2:]) for x in found}) == 1:
         return found

@@ -17,7 +17,7 @@ from torch import Tensor
 from bld_ext.api import algorithm, checks
 from bld_ext.api import images as inputs
 from bld_ext.api import labels as targets
-from bld_ext.api.batch_norm import ViewBatchNorm, view_statistics
+from bld_ext.api.batch_norm import ViewBatchNorm, spare_old_heads, view_statistics
 from bld_ext.api.capture import Recorder, key_of
 from bld_ext.api.convert import convert_view_batchnorm
 from bld_ext.api.layers import Layers, release_gradients
@@ -34,6 +34,7 @@ from bld_ext.api.schedules import SCHEDULES
 from bld_ext.api.stage import Stage
 from bld_ext.api.tree import TreeSum
 from bld_ext.api.views import Views
+from bld_ext.api.warn import warn
 
 NEVER = object()
 
@@ -150,7 +151,7 @@ class StepRunner(ModelOptimizer):
         self.batches += 1
 
     def _settings_of_views(self) -> dict[str, object]:
-        names = ("views", "temperature", "augment", "seed", "layer")
+        names = ("views", "temperature", "augment", "ignore_index", "seed", "layer")
         return {name: getattr(self, name) for name in names}
 
     def _require_same_batch(self, images: Tensor, sizes: list[int], distil: bool) -> None:
@@ -198,9 +199,9 @@ class StepRunner(ModelOptimizer):
         shared, count = self._processes, self.views
         tree = TreeSum(self._parameters(), shared, count) if self.reproducible else None
         return Views(
-            self.model, self._norms(), images, targets.read(labels, self.ignore_index), sizes,
-            number, count, self.views_here, self._pass_size.number, self.augment, seed,
-            self.precision, self._format.channels_last(self.model), shared.first_image, tree,
+            self.model, self._norms(), images, labels, self.ignore_index, sizes, number, count,
+            self.views_here, self._pass_size.number, self.augment, seed, self.precision,
+            self._format.channels_last(self.model), shared.first_image, tree,
             shared.rank * count if shared.shard == "images" else 0,
         )  # fmt: skip
 
@@ -210,6 +211,7 @@ class StepRunner(ModelOptimizer):
     @contextmanager
     def _surroundings(self, statistics: str) -> Iterator[None]:
         """Set exact arithmetic and BatchNorm's mode `statistics`; release gradients on an error."""
+        spare_old_heads(self.model)
         statistics = view_statistics(self._norms(), statistics, self._processes.sum_)
         with torch.enable_grad(), exact_float32(), statistics:
             try:
@@ -293,5 +295,10 @@ class StepRunner(ModelOptimizer):
             views = self._views(images, labels, [], self.batches).of(0)
             with self._surroundings("keep"), no_trace(self.model):
                 found = self._format.run(views.sizes_found)
+            if self._sizes_found[0] is NEVER and len(found) > 1:
+                warn(
+                    f"the model has no head_sizes, so its output is read as heads of {found} "
+                    "classes, the newest one last. Return the logits of heads alone"
+                )
             self._sizes_found = shapes, found
         return self._sizes_found[1]

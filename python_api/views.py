@@ -34,7 +34,8 @@ class Views:
     model: nn.Module
     norms: list[ViewBatchNorm]  # all of the model
     images: Tensor  # [B, ...]
-    labels: Tensor  # [B, *]
+    labels: Tensor  # [B, *], as they were given
+    ignore_index: int
     sizes: list[int]  # classes of each head
     number: int | Tensor  # the batch's number in the stream; a device scalar in a captured step
     count: int  # V, of all processes
@@ -58,7 +59,13 @@ class Views:
             for norm in self.norms:
                 norm.views = len(views)
             made, labels = self.make(views)
-            logits = side_by_side(self._run(made, views[0]))
+            output = self._run(made, views[0])
+            logits = side_by_side(output)
+            if (found := head_sizes(output)) not in (None, self.sizes):
+                raise ValueError(
+                    f"model: expected heads of {self.sizes} classes, got {found}. Heads that "
+                    "change without new parameters need a head_sizes of the model"
+                )
             self._check(logits, labels)
             yield slice(begin * B, begin * B + len(labels)), logits, labels
             if self.tree is not None:
@@ -126,7 +133,7 @@ class Views:
 
     def make(self, views: range) -> tuple[Tensor, Tensor]:
         """Return these views of the images, one after the other, and their labels."""
-        labels = _repeated(self.labels, len(views))
+        labels = targets.read(_repeated(self.labels, len(views)), self.ignore_index)
         if self.augment is None:
             made = _repeated(self.images, len(views))
         else:
@@ -134,11 +141,15 @@ class Views:
             indices = torch.arange(self.first_image, last, device=self.images.device)
             where = {"seed": self.seed, "step": self.number, "views": views, "indices": indices}
             with self._repeatable(views[0], AUGMENT_RNG):
-                if targets.must_move(self.labels, self.augment):
+                if not targets.must_move(self.labels, self.augment):
+                    made = self.augment(self.images, **where)
+                elif is_seeded(self.augment):
+                    masks = targets.read(self.labels, self.ignore_index)
+                    made, labels = self.augment(self.images, masks=masks, **where)
+                else:  # which may pad with the user's own ignore_index
                     found = self.augment(self.images, masks=self.labels, **where)
                     made, labels = targets.moved(found, labels)
-                else:
-                    made = self.augment(self.images, **where)
+                    labels = targets.read(labels, self.ignore_index)
         expected = dtype_of(self.model)
         if made.is_floating_point() and made.dtype != expected:
             name, remedy = ("images", f"images.to({expected})")

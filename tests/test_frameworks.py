@@ -6,6 +6,7 @@ What is not installed is skipped; `pip install accelerate lightning "bld_ext[ava
 
 import copy
 import io
+import types
 from functools import partial
 
 import pytest
@@ -72,6 +73,20 @@ def test_a_distributed_checkpoint_goes_on_bit_for_bit(momentum):
     assert (again.seed, again.batches) == (5, 3)
     for _ in range(2):
         optimizer.step(IMAGES, LABELS), again.step(IMAGES, LABELS)
+    assert_equal(model, other)
+
+
+def test_a_distributed_checkpoint_of_heads_that_were_added_later():
+    base = partial(torch.optim.SGD, momentum=0.9)
+    (model, optimizer), (other, again) = make(heads=(2,), base=base), make(heads=(2,), base=base)
+    model.add_head(3)
+    optimizer.step(IMAGES, LABELS)
+    of_model, of_optimizer = copy.deepcopy(get_state_dict(model, optimizer))
+    with pytest.raises(ValueError, match="^state_dict: its parameters differ from the model's"):
+        again.load_state_dict(optimizer.state_dict() | {"bld": None})
+    other.add_head(3)
+    set_state_dict(other, again, model_state_dict=of_model, optim_state_dict=of_optimizer)
+    optimizer.step(IMAGES, LABELS), again.step(IMAGES, LABELS)
     assert_equal(model, other)
 
 
@@ -206,6 +221,11 @@ def test_avalanche():
     assert accuracies == pytest.approx([x.item() for x in expected])
     with pytest.raises(ValueError, match="^experience: expected number 1 or the next one"):
         strategy.train(benchmark.train_stream[0])
+    model.backbone[2].eval()  # on purpose
+    strategy.eval(benchmark.test_stream)
+    strategy.mbatch = [IMAGES, LABELS, torch.arange(6) % 2]
+    with pytest.raises(ValueError, match="^mini-batch: expected images of one task"):
+        strategy._require_own_images()
 
 
 def test_capymoa():
@@ -231,6 +251,13 @@ def test_capymoa():
     assert_equal(model, own)
     expected = [(own.predict(x, t) == y).float().mean() for t, (x, y) in enumerate(tasks())]
     assert found.accuracy_matrix[-1] == pytest.approx([x.item() for x in expected])
+    with pytest.raises(ValueError, match=r"^y: expected classes of task 1, \[0, 1, 9\], got \[3\]"):
+        bld.batch_train(IMAGES.flatten(1), torch.tensor([0, 1, 9, 3, 0, 1]))
+    model.backbone[2].eval()  # on purpose
+    bld.batch_predict_proba(IMAGES.flatten(1))
+    assert not model.backbone[2].training
+    with pytest.raises(ValueError, match="^task: expected 1 or a new one"):
+        bld._begin_task(types.SimpleNamespace(train_task=0))
 
 
 @pytest.mark.parametrize("framework", ["avalanche", "capymoa"])

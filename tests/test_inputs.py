@@ -40,7 +40,6 @@ def joined(logits):
 Output = collections.namedtuple("Output", ["logits", "hidden_states"])
 FORMS = {
     "list": list,
-    "tuple": tuple,
     "dict": lambda x: {f"task{i}": head for i, head in enumerate(x)},
     "ordered": lambda x: collections.OrderedDict(enumerate(x)),
 }
@@ -63,6 +62,7 @@ def learned(model, number=3):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
+@pytest.mark.filterwarnings("ignore:BLDOptimizer. the model has no head_sizes")
 @pytest.mark.parametrize("form", [*FORMS, *SINGLE])
 def test_heads_in_any_form_learn_as_side_by_side(form):
     plain = Returns(joined)
@@ -86,6 +86,7 @@ def test_sizes_are_looked_at_again_when_heads_are_added():
         optimizer.step(images, labels + 4)
 
 
+@pytest.mark.filterwarnings("ignore:BLDOptimizer. the model has no head_sizes")
 def test_looking_at_the_sizes_leaves_no_trace():
     model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12), nn.Dropout(), Returns(list))
     optimizer = BLDOptimizer(model, 0.1)
@@ -103,14 +104,39 @@ def test_looking_at_the_sizes_leaves_no_trace():
         (lambda x: [x[0], "text"], r"^model: expected .* got a list of 0 \(6, 2\)"),
         (lambda x: [x[0], x[1][:3]], r"^model: expected .* 0 \(6, 2\), 1 \(3, 3\)"),
         (lambda x: [*x, x[0].sum()], "^model: expected"),
+        (tuple, r"^model: expected .* got a tuple of 0 \(6, 2\), 1 \(6, 3\)"),
     ],
-    ids=["one-tensor", "none", "text", "rows", "scalar"],
+    ids=["one-tensor", "none", "text", "rows", "scalar", "tuple"],
 )
 def test_another_output_is_refused(form, message):
     model, images = Returns(form), torch.rand(6, 3, 2, 2)
     optimizer, before = BLDOptimizer(model, 0.1), snapshot(model)
     with pytest.raises(ValueError, match=message):
         optimizer.step(images, torch.arange(6) % 2)
+    assert_same(snapshot(model), before)
+
+
+def test_the_sizes_that_were_found_are_told_once(recwarn):
+    model, images, labels = Returns(list), torch.rand(6, 3, 2, 2), torch.arange(6) % 2
+    optimizer = BLDOptimizer(model, 0.1)
+    optimizer.step(images, labels), optimizer.step(images, labels)
+    model.heads.append(nn.Linear(4, 2))
+    optimizer.step(images, labels)
+    (warning,) = recwarn
+    assert r"read as heads of [2, 3] classes" in str(warning.message)
+
+
+@pytest.mark.filterwarnings("ignore:BLDOptimizer. the model has no head_sizes")
+def test_heads_that_change_their_order_are_refused():
+    order = [0, 1]
+    model = Returns(lambda x: [x[i] for i in order])
+    images, labels = torch.rand(6, 3, 2, 2), torch.arange(6) % 2
+    optimizer = BLDOptimizer(model, 0.1)
+    optimizer.step(images, labels)
+    order.reverse()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"^model: expected heads of \[2, 3\] .* got \[3, 2\]"):
+        optimizer.step(images, labels)
     assert_same(snapshot(model), before)
 
 
@@ -326,6 +352,35 @@ def test_an_augment_of_one_s_own_moves_masks():
     torch.testing.assert_close(model.layer.weight, twin.layer.weight)
 
 
+@pytest.mark.parametrize("ignore_index", [0, 255])
+def test_an_augment_of_one_s_own_pads_with_the_user_s_ignore_index(ignore_index):
+    def padded(images, *, seed, step, views, indices, masks=None):
+        made = images.roll(2, -1).repeat(len(views), 1, 1, 1)
+        moved = masks.roll(2, -1)
+        assert (masks == ignore_index).any() and not (masks == -100).any()
+        moved[..., :2] = ignore_index
+        return made, moved.repeat(len(views), 1, 1)
+
+    images, labels = torch.rand(4, 3, 9, 12), torch.randint(1, 3, (4, 9, 12))
+    labels[:, 0] = ignore_index
+    model, twin = Dense(), Dense()
+    twin.load_state_dict(model.state_dict())
+    optimizer = BLDOptimizer(model, 1e-3, augment=padded, views=2, ignore_index=ignore_index)
+    loss = optimizer.step(images, labels)
+    moved = labels.roll(2, -1)
+    moved[..., :2] = ignore_index
+    logits = twin(images.roll(2, -1))[:, 2:]
+    expected = F.cross_entropy(logits, moved, reduction="sum", ignore_index=ignore_index)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_a_mask_that_is_wrong_stays_wrong():
+    masks = torch.full((1, 6, 6), -1)
+    where = dict(seed=0, step=0, views=range(2))
+    _, moved = SeededAugment(crop_padding=2)(torch.rand(1, 3, 6, 6), masks=masks, **where)
+    assert set(moved.unique().tolist()) == {-100, -1}
+
+
 @pytest.mark.parametrize("wrong", ["alone", "short", "float"])
 def test_masks_that_do_not_come_back_are_refused(wrong):
     def augment(images, *, seed, step, views, indices, masks=None):
@@ -449,6 +504,12 @@ def test_what_is_no_batch_is_refused(arguments, message, make_model):
     optimizer = BLDOptimizer(make_model([2]), 0.1)
     with pytest.raises(TypeError, match=f"^step: expected .*{message}"):
         optimizer.step(*arguments)
+
+
+def test_a_batch_and_a_closure_are_refused(make_model, make_batch):
+    optimizer, batch = BLDOptimizer(make_model([2]), 0.1), make_batch(2)
+    with pytest.raises(TypeError, match="^step: expected .* got both"):
+        optimizer.step(*batch, closure=lambda: batch)
 
 
 def test_without_arguments_only_at_gradients_of_zero(make_model):

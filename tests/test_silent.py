@@ -231,7 +231,7 @@ def test_numbers_may_be_arrays_and_tensors(number, make_model, make_batch):
 def test_the_remedy_for_one_hot_labels(make_model, make_batch):
     optimizer = BLDOptimizer(make_model((3,)), **OPTIONS)
     images, labels = make_batch(3)
-    with pytest.raises(ValueError, match=r"for one-hot rows use labels.argmax\(1\)"):
+    with pytest.raises(ValueError, match=r"for one-hot or soft labels use labels.argmax\(1\)"):
         optimizer.step(images, torch.eye(3)[labels])
     optimizer.step(images, torch.eye(3)[labels].argmax(1))
     with pytest.raises(ValueError, match=r"use labels.long\(\)"):
@@ -733,6 +733,50 @@ def test_the_statistics_of_an_old_head_stay(views_per_pass, statistics, make_bat
         optimizer.step(*make_batch(3, number=number))
     assert_same(snapshot(model.heads[0])["state"], old)
     assert model.heads[1][1].running_mean.any() and model.backbone[2].num_batches_tracked >= 3
+
+
+def zeroed(kind):
+    """A network in which, at first, nothing reaches the newest head, or a layer."""
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Flatten(), nn.Linear(192, 6), nn.BatchNorm1d(6), nn.ReLU())
+    model = MultiHead(body, 6)
+    model.add_head(2), model.add_head(3)
+    with torch.no_grad():
+        if kind == "head":
+            model.heads[1].weight.zero_()
+        else:
+            body.insert(3, nn.Linear(6, 6))
+            body[3].weight.zero_(), body[3].bias.zero_()
+    return model
+
+
+@pytest.mark.parametrize("kind", ["head", "layer"])
+def test_statistics_move_where_no_gradient_comes_yet(kind, make_batch):
+    model = zeroed(kind)
+    BLDOptimizer(model, 0.1).step(*(x.float() / 255 if x.dim() > 1 else x for x in make_batch(3)))
+    assert model.backbone[2].num_batches_tracked == 1 and model.backbone[2].running_mean.any()
+
+
+def test_a_norm_that_heads_share_moves(make_batch):
+    shared = nn.BatchNorm1d(6)
+    model = MultiHead(nn.Sequential(nn.Flatten(), nn.Linear(192, 6)), 6)
+    model.heads.extend(nn.Sequential(shared, nn.Linear(6, size)) for size in (2, 3))
+    images, labels = make_batch(3)
+    BLDOptimizer(model, 0.1).step(images.float() / 255, labels)
+    assert shared.num_batches_tracked == 1
+
+
+def test_checkpointed_blocks_with_norms(make_batch):
+    class Checkpointed(nn.Sequential):
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
+
+    body = Checkpointed(nn.Linear(192, 6), nn.BatchNorm1d(6), nn.ReLU())
+    model = MultiHead(nn.Sequential(nn.Flatten(), body), 6)
+    model.add_head(2), model.add_head(3)
+    images, labels = make_batch(3)
+    BLDOptimizer(model, 0.1).step(images.float() / 255, labels)
+    assert body[1].num_batches_tracked == 1
 
 
 # ---- parameters and inputs of other kinds ----
