@@ -193,8 +193,8 @@ class L2(Method):
     balance = 0.0
     intra_grows_with = None
 
-    def __init__(self, model: MultiHead, settings: Settings, seed: int):
-        super().__init__(model, settings, seed)
+    def __init__(self, model: MultiHead, settings: Settings, seed: int, *shared: object):
+        super().__init__(model, settings, seed, *shared)
         self.before: dict[Tensor, Tensor] = {}
         self.copied = 0
         self.optimizer.base.register_step_pre_hook(self._add_penalty)
