@@ -77,10 +77,17 @@ def find_features(
             f"backbone: several of its outputs are features of shape {shape}: {shapes}. Say which, "
             "as in MultiHead(..., features=lambda output: output[0])"
         )
-    remedy = "" if isinstance(output, Tensor) else ", or choose with MultiHead(..., features=...)"
+    remedy = "Give that in_features"
+    if any(x.dim() > 2 and x.shape[1] == in_features for x in named.values()) and not dense:
+        remedy = (
+            "Pool them in the backbone, or for a prediction at each position give heads of "
+            "convolutions: MultiHead(..., head=partial(nn.Conv2d, kernel_size=1))"
+        )
+    if not isinstance(output, Tensor):
+        remedy += ", or choose with MultiHead(..., features=...)"
     raise ValueError(
         f"backbone: expected features of shape {shape} (in_features), got "
-        f"{shapes or type(output).__name__}. Give that in_features{remedy}"
+        f"{shapes or type(output).__name__}. {remedy}"
     )
 
 
