@@ -175,7 +175,7 @@ def test_a_name_of_no_classifier_is_refused(name):
 def test_features_that_are_not_pooled_have_their_remedy():
     model = MultiHead(nn.Conv2d(3, 8, 3), 8)
     model.add_head(2)
-    with pytest.raises(ValueError, match=r"^backbone: .*\(2, 8, 6, 6\)\. Pool them .* nn.Conv2d"):
+    with pytest.raises(ValueError, match=r"^backbone: .*\(2, 8, 6, 6\)\. Pool them .*nn.Conv2d"):
         model(torch.rand(2, 3, 8, 8))
 
 
