@@ -186,7 +186,7 @@ def model(value: nn.Module) -> None:
         raise ValueError(
             f"model: {name or 'it'} is a {type(module).__name__}, which would reduce gradients on "
             "its own and let heads that are added later drift apart. Give the network inside, its "
-            ".module; a step runs in one process"
+            ".module, and divide steps by process_group="
         )
     if next(value.parameters(), None) is None:
         raise ValueError("model: it has no parameter yet; call add_head(num_classes) first")

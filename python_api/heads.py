@@ -57,10 +57,7 @@ class MultiHead(nn.Module):
                 "heads of its own; give its backbone, model.backbone"
             )
         if in_features is None:
-            names = (
-                "head_hidden_size",
-                "num_features",
-            )  # of timm; the first counts a last layer in
+            names = ("head_hidden_size", "num_features")  # of timm; the first has a last layer in
             in_features = next((s for n in names if (s := getattr(backbone, n, None))), None)
             if in_features is None:
                 raise ValueError(

@@ -1,7 +1,7 @@
 """Processes: a step that is divided among several processes of torch.distributed."""
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,12 +62,7 @@ class Processes:
         """Replace each tensor by its sum over all processes, with one all_reduce a dtype."""
         if self.alone:
             return
-        for dtype in dict.fromkeys(t.dtype for t in tensors):
-            own = [t for t in tensors if t.dtype == dtype]
-            flat = torch.cat([t.reshape(-1) for t in own])
-            distributed.all_reduce(flat, group=self.group)
-            for t, part in zip(own, flat.split([t.numel() for t in own]), strict=True):
-                t.copy_(part.view(t.shape))
+        _flattened(tensors, lambda flat: distributed.all_reduce(flat, group=self.group))
 
     def sum_gradients(self, params: Iterable[Tensor], losses: Sequence[Tensor]) -> None:
         """Add up .grad and the losses; a gradient that no process has stays None."""
@@ -131,12 +126,7 @@ class Processes:
         if self.alone or self._known >= {*params}:
             return False
         values = [*params, *model.buffers()]
-        for dtype in dict.fromkeys(t.dtype for t in values):
-            own = [t for t in values if t.dtype == dtype]
-            flat = torch.cat([t.reshape(-1) for t in own])
-            distributed.broadcast(flat, group=self.group, group_src=0)
-            for t, part in zip(own, flat.split([t.numel() for t in own]), strict=True):
-                t.copy_(part.view(t.shape))
+        _flattened(values, lambda flat: distributed.broadcast(flat, group=self.group, group_src=0))
         self._known = {*params}
         return True
 
@@ -219,6 +209,16 @@ def _group_of(given: object) -> object | None:
             f"{type(given).__name__}"
         )
     return given
+
+
+def _flattened(tensors: Sequence[Tensor], change: Callable[[Tensor], object]) -> None:
+    """Let `change` write to the tensors of each dtype as one vector."""
+    for dtype in dict.fromkeys(t.dtype for t in tensors):
+        own = [t for t in tensors if t.dtype == dtype]
+        flat = torch.cat([t.reshape(-1) for t in own])
+        change(flat)
+        for t, part in zip(own, flat.split([t.numel() for t in own]), strict=True):
+            t.copy_(part.view(t.shape))
 
 
 def _digest(*tensors: Tensor) -> int:

@@ -211,7 +211,6 @@ class StepRunner(ModelOptimizer):
     @contextmanager
     def _surroundings(self, statistics: str) -> Iterator[None]:
         """Set exact arithmetic and BatchNorm's mode `statistics`; release gradients on an error."""
-        spare_old_heads(self.model)
         statistics = view_statistics(self._norms(), statistics, self._processes.sum_)
         with torch.enable_grad(), exact_float32(), statistics:
             try:
@@ -265,6 +264,7 @@ class StepRunner(ModelOptimizer):
 
     def _checked(self, images: Tensor, labels: Tensor) -> list[int]:
         convert_view_batchnorm(self.model)  # converts what was added since the last step
+        spare_old_heads(self.model)
         device = next(self.model.parameters()).device
         checks.tensors(images, labels)
         inputs.check(images, device, self.augment)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from benchmarks.paper.checkpoint import load_record, one_line, save_record
 from benchmarks.paper.experiment import conditions, run
 from benchmarks.paper.methods import Method, Settings, make_learner
-from benchmarks.paper.streams import Task, load_dataset, make_stream
+from benchmarks.paper.streams import Dataset, Task, load_dataset, make_stream
 
 _worker: dict = {}  # what a worker process keeps between runs
 
@@ -62,22 +62,43 @@ def _deaf_to_ctrl_c():
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _run_in_worker(
-    method: str, settings: Settings, seed: int, folder: Path, resume: bool, every: float
+def run_or_read(
+    dataset: Dataset,
+    method: str,
+    settings: Settings,
+    seed: int,
+    device: str,
+    tick: Callable[[int], object],
+    folder: Path,
+    resume: bool,
+    every: float,
+    begins: Callable[[], object] = lambda: None,
+    process_group: object = False,
 ) -> dict:
-    """Run, or read the record if an earlier job finished it; leave a JSON file in `folder`."""
-    tick, dataset = _worker["ticks"].put, _worker["dataset"]
+    """Run, or read the record if an earlier job finished it; leave a JSON file in `folder`.
+
+    `begins` is called before a run.
+    """
     file, checkpoint = (folder / f"{method}-{seed}.{ending}" for ending in ("json", "pt"))
-    device = _worker["device"]
     what = conditions(dataset, method, settings, seed, device)
     if resume and file.exists():
         record = load_record(file, what)
         tick(record["batches"])
     else:
-        record = run(dataset, method, settings, seed, device, tick, checkpoint, resume, every)
+        begins()
+        record = run(
+            dataset, method, settings, seed, device, tick, checkpoint, resume, every, process_group
+        )
         save_record(file, what, record)
     checkpoint.unlink(missing_ok=True)
     return record
+
+
+def _run_in_worker(
+    method: str, settings: Settings, seed: int, folder: Path, resume: bool, every: float
+) -> dict:
+    what, tick = (method, settings, seed, _worker["device"]), _worker["ticks"].put
+    return run_or_read(_worker["dataset"], *what, tick, folder, resume, every)
 
 
 @contextmanager

@@ -8,15 +8,15 @@ tells the others which run comes next; they learn it together with rank 0, and w
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import distributed
 from tqdm import tqdm
 
-from benchmarks.paper.checkpoint import load_record, save_record
-from benchmarks.paper.experiment import conditions, run
-from benchmarks.paper.job import use_device
+from benchmarks.paper.experiment import run
+from benchmarks.paper.job import run_or_read, use_device
 from benchmarks.paper.methods import Settings
 from benchmarks.paper.streams import load_dataset
 
@@ -85,19 +85,11 @@ def run_all(
     with tqdm(total=batches, unit="batch", smoothing=0.05) as bar:
         for seed in seeds:
             for method in methods:
-                file, saved = (folder / f"{method}-{seed}.{ending}" for ending in ("json", "pt"))
-                what = conditions(loaded, method, settings, seed, device)
-                if resume and file.exists():
-                    record = load_record(file, what)
-                    bar.update(record["batches"])
-                else:
-                    _from_leader((dataset, root, method, settings, seed, resume))
-                    record = run(
-                        loaded, method, settings, seed, device, bar.update, saved, resume, every,
-                        distributed.group.WORLD,
-                    )  # fmt: skip
-                    save_record(file, what, record)
-                saved.unlink(missing_ok=True)
+                told = (dataset, root, method, settings, seed, resume)
+                record = run_or_read(
+                    loaded, method, settings, seed, device, bar.update, folder, resume, every,
+                    partial(_from_leader, told), distributed.group.WORLD,
+                )  # fmt: skip
                 records.append(record)
                 with bar.external_write_mode():
                     arrived(record, records)
