@@ -78,19 +78,25 @@ def _obeys_rate(twin: torch.optim.Optimizer, params: list[Tensor]) -> bool:
     return all(map(torch.equal, params, before))
 
 
+def _one_of(tensor: Tensor) -> Tensor:
+    """Return a plain zero with as many dimensions; the shape is empty where the tensor's is."""
+    shape = [min(size, 1) for size in tensor.shape]
+    return torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
+
+
 def _twin(base: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer | None, list[Tensor]]:
     """A copy of it on parameters of one element, 1, with a gradient of zero."""
     params, memo = [], {}
     for group in base.param_groups:
         for param in group["params"]:
             learns = param.is_floating_point()
-            small = torch.ones_like(param[(slice(1),) * param.dim()], requires_grad=learns)
+            small = _one_of(param).fill_(1).requires_grad_(learns)
             small.grad = torch.zeros_like(small) if small.numel() and learns else None
             params.append(small)
             memo[id(param)] = small
             for value in base.state.get(param, {}).values():
                 if isinstance(value, Tensor) and value.shape == param.shape:
-                    memo[id(value)] = torch.zeros_like(value[(slice(1),) * param.dim()])
+                    memo[id(value)] = _one_of(value)
     twin = object.__new__(type(base))
     try:
         twin.__dict__ = copy.deepcopy(vars(base), memo)

@@ -175,6 +175,19 @@ def recomputing() -> bool:
 
 
 @contextmanager
+def not_gathered(layers: Sequence[ViewBatchNorm]) -> Iterator[None]:
+    """Leave the forward passes inside out of the statistics."""
+    modes = [layer.mode for layer in layers]
+    for layer in layers:
+        layer.mode = "keep"
+    try:
+        yield
+    finally:
+        for layer, mode in zip(layers, modes, strict=True):
+            layer.mode = mode
+
+
+@contextmanager
 def view_statistics(
     layers: Sequence[ViewBatchNorm],
     mode: str,

@@ -5,7 +5,7 @@ import operator
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bld_ext.api.augment import parameters_of
@@ -13,6 +13,7 @@ from bld_ext.api.batch_norm import ViewBatchNorm
 from bld_ext.api.pass_size import parse_bytes
 from bld_ext.api.precision import PRECISIONS, REFUSED
 from bld_ext.api.processes import Processes
+from bld_ext.api.shards import is_sharded, number_of_shards, ranks_of, sharded_modules
 
 
 def choice(name: str, value: str, choices: Iterable[str]) -> str:
@@ -235,19 +236,13 @@ def tree(processes: Processes, views_per_pass: int | str) -> None:
 
 def shared(value: nn.Module, alone: bool, shard: str, capture: bool) -> None:
     """Refuse what does not go with a step that is divided among several processes."""
-    if distributed.is_available():
-        from torch.distributed.tensor import DTensor
-
-        for name, param in value.named_parameters():
-            if isinstance(param, DTensor):
-                raise ValueError(
-                    f"model: parameter {name} is a DTensor, as of fully_shard; a step takes whole "
-                    "parameters. Give the model unsharded and divide the step by process_group="
-                )
     if alone:
         return
     if capture:
-        raise ValueError("capture: expected False with several processes, got True")
+        raise ValueError(
+            "capture: expected False with several processes, got True, since a CUDA graph that "
+            "contains their reductions has not been tried"
+        )
     for name, module in value.named_modules():
         if isinstance(module, nn.SyncBatchNorm) and shard == "views":
             raise ValueError(
@@ -259,6 +254,32 @@ def shared(value: nn.Module, alone: bool, shard: str, capture: bool) -> None:
                 f"model: {name} updates its statistics at every pass, of which the processes make "
                 "different ones; call convert_view_batchnorm(model, statistics='once')"
             )
+
+
+def sharded(
+    value: nn.Module, processes: Processes, views_per_pass: int | str, reproducible: bool
+) -> None:
+    """Refuse parameters that are divided among other processes than those of the step."""
+    managed = {p for module in sharded_modules(value) for p in module.parameters()}
+    found = {name: p for name, p in value.named_parameters() if is_sharded(p)}
+    for name, param in found.items():
+        if param not in managed or number_of_shards(param) > 1:
+            raise ValueError(
+                f"model: parameter {name} is a DTensor with {param.placements}; expected those of "
+                "torch.distributed.fsdp.fully_shard alone, which divides each parameter once"
+            )
+        if ranks_of(param) != processes.ranks:
+            raise ValueError(
+                f"process_group: expected the processes among which parameter {name} is divided, "
+                f"ranks {sorted(ranks_of(param))}, got ranks {sorted(processes.ranks)}"
+            )
+    if found and isinstance(views_per_pass, str):
+        raise ValueError(
+            "views_per_pass: expected a whole number with sharded parameters, since all processes "
+            f"need as many passes, got {views_per_pass!r}"
+        )
+    if found and reproducible:
+        raise ValueError("reproducible: expected False with sharded parameters, got True")
 
 
 def heads(sizes: Iterable[int]) -> list[int]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bld_ext import ops
+from bld_ext.api import shards
 from bld_ext.api.in_backward import complete_layers
 from bld_ext.api.memory import tensor_bytes
 
@@ -46,7 +46,7 @@ class Layers:
 
     def zeros(self) -> Tensor:
         """Return a zero for each layer, `[L]`."""
-        return next(iter(self.index)).new_zeros(len(self.names))
+        return shards.part(next(iter(self.index))).new_zeros(len(self.names))
 
     def norms(self, params: Iterable[Tensor]) -> Tensor:
         """Return the norm of these parameters' gradients in each layer, `[L]`."""
@@ -59,7 +59,7 @@ class Layers:
                     "be balanced; construct it with sparse=False"
                 )
         index = [self.index[p] for p in params]
-        return ops.layer_norms([p.grad for p in params], index, len(self.names))
+        return shards.layer_norms([p.grad for p in params], index, len(self.names))
 
     def rescale(
         self, grads: dict[Tensor, Tensor], reference_norms: Tensor, balance: float | None
@@ -67,9 +67,9 @@ class Layers:
         """Rescale G_d in place, unless `balance` is None; return the factors and ‖G_d‖, `[L]`."""
         index = [self.index[p] for p in grads]
         if balance is None:
-            norms = ops.layer_norms(list(grads.values()), index, len(self.names))
+            norms = shards.layer_norms(list(grads.values()), index, len(self.names))
             return torch.ones_like(norms), norms
-        return ops.balance_layers_(list(grads.values()), index, reference_norms, balance)
+        return shards.balance_layers_(list(grads.values()), index, reference_norms, balance)
 
     @contextmanager
     def updating(

@@ -5,10 +5,13 @@ from math import prod
 
 from torch import Tensor
 
+from bld_ext.api.shards import part
+
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of the elements of these tensors, counting each tensor once."""
-    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
+    """Return the bytes of what is here of these tensors, counting each tensor once."""
+    here = [part(t) for t in {id(t): t for t in tensors}.values()]
+    return sum(t.numel() * t.element_size() for t in here)
 
 
 def bank_bytes(

@@ -117,9 +117,9 @@ def require_repeatable(one: Views) -> bool:
     calls, logits, dropouts = [[], []], [], _dropouts(one.model)
     for noted in calls:
         with no_trace(one.model) as before, _watched(one.model, noted, masks=False):
-            ((_, found, _),) = one
+            (found,) = one
             moved = before.moved()
-        logits.append(found.detach())
+        logits.append(found.logits.detach())
     for (name, *first), (_, *again) in zip(*calls, strict=False):
         same_input, same_output = (_close(a, b, 1e-5) for a, b in zip(first, again, strict=True))
         if same_input and not same_output:
@@ -132,14 +132,14 @@ def require_repeatable(one: Views) -> bool:
         return True
     with _without_dropout(one.model):  # whose masks are drawn in the order of memory
         contiguous = _logits(replace(one, channels_last=False))
-        found = _logits(one) if dropouts else found
+        found = _logits(one) if dropouts else logits[-1]
     return _close(found, contiguous, 1e-4)
 
 
 def _logits(one: Views) -> Tensor:
     with no_trace(one.model):
-        ((_, logits, _),) = one
-    return logits.detach()
+        (found,) = one
+    return found.logits.detach()
 
 
 def _warn_of_reduced_precision(model: nn.Module, calls: list[Call]) -> None:
@@ -202,8 +202,8 @@ def what_mixes(first: Views, second: Views, both: Views) -> str | None:
     logits = []
     for views, noted in zip((first, second, both), calls, strict=True):
         with no_trace(first.model), _watched(first.model, noted):
-            ((_, found, _),) = views
-        logits.append(found.detach())
+            (found,) = views
+        logits.append(found.logits.detach())
     for (name, *one), (_, *two), (_, *pair) in zip(*calls, strict=False):
         same_input, same_output = (_same((one[i], two[i]), pair[i]) for i in (0, 1))
         if name == "" and not same_input:

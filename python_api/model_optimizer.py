@@ -15,6 +15,7 @@ from bld_ext.api.base import try_out
 from bld_ext.api.buffers import Buffers
 from bld_ext.api.layers import release_gradients
 from bld_ext.api.setting import GroupSetting
+from bld_ext.api.shards import part, reshard
 
 # what is in a group and no option of the base
 EVERY_STEP = ("params", "param_names", "lr", "initial_lr", "seed", "batches")
@@ -123,6 +124,7 @@ class ModelOptimizer(torch.optim.Optimizer):
 
     def _names(self) -> dict[Tensor, str]:
         """Names without what torch.compile puts in front of a compiled module's."""
+        reshard(self.model)
         named = self.model.named_parameters()
         return {param: name.replace("_orig_mod.", "") for name, param in named}
 
@@ -197,7 +199,7 @@ class ModelOptimizer(torch.optim.Optimizer):
         for param in params:
             if param.requires_grad and param.grad is None:
                 param.grad = torch.zeros_like(param)
-        if any(p.grad is not None and p.grad.any() for p in params):
+        if any(p.grad is not None and part(p.grad).any() for p in params):
             raise RuntimeError(
                 "step: expected step(images, labels), got no argument, and gradients of a "
                 "backward() of yours, along which a step would not distil. A step computes the "

@@ -38,13 +38,14 @@ class PassSize:
         self._key: object = None
         self._known: dict[object, int] = {}
 
-    def choose(self, views: Views) -> None:
-        """Choose the number for this batch; the first time, look for layers that mix images.
+    def choose(self, views: Views, count: int) -> None:
+        """Choose the number for this batch, of which a process makes up to `count` views.
+
+        The first time, look for layers that mix images.
 
         What a view takes is measured when the batch has a new shape, or other parameters require a
         gradient.
         """
-        count = len(views.numbers)
         key = self.key_of(views.model, views.images, count)
         if not self.fits(key):
             self.fit(views.of(0), count, key)

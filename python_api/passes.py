@@ -13,13 +13,13 @@ from torch import Tensor
 
 from bld_ext import ops
 from bld_ext.api.precision import backward_arithmetic
-from bld_ext.api.views import Views
+from bld_ext.api.views import Pass, Views
 
 
-def _backward(loss: Tensor, views: Views, rows: slice, last: AbstractContextManager) -> None:
-    is_last = rows.stop == views.rows
-    with last if is_last else nullcontext(), backward_arithmetic(views.precision):
-        (loss / views.count).backward()
+def _backward(loss: Tensor, views: Views, each: Pass, last: AbstractContextManager) -> None:
+    weighted = loss / views.count if each.counts else 0 * loss
+    with last if each.is_last else nullcontext(), backward_arithmetic(views.precision):
+        weighted.backward()
 
 
 def warm_up_pass(
@@ -30,24 +30,24 @@ def warm_up_pass(
     Without `fill_bank` the bank has no classes: `[V·B, 0, *]`.
     """
     bank, losses = None, []
-    for rows, logits, labels in views:
-        loss, targets = ops.warm_up_loss(logits, labels, views.sizes, temperature)
+    for each in views:
+        loss, targets = ops.warm_up_loss(each.logits, each.labels, views.sizes, temperature)
         targets = targets if fill_bank else targets[:, :0]
         if bank is None:
             bank = targets.new_empty(views.rows, *targets.shape[1:])
-        bank[rows] = targets
-        _backward(loss, views, rows, last)
-        losses.append(loss.detach())
+        bank[each.rows] = targets
+        _backward(loss, views, each, last)
+        _note(losses, loss, each)
     return torch.stack(losses).sum() / views.count, bank
 
 
 def new_task_pass(views: Views, temperature: float, last: AbstractContextManager) -> Tensor:
     """Add dL_t/dθ to .grad; return L_t."""
     losses = []
-    for rows, logits, labels in views:
-        loss, _ = ops.warm_up_loss(logits, labels, views.sizes, temperature)
-        _backward(loss, views, rows, last)
-        losses.append(loss.detach())
+    for each in views:
+        loss, _ = ops.warm_up_loss(each.logits, each.labels, views.sizes, temperature)
+        _backward(loss, views, each, last)
+        _note(losses, loss, each)
     return torch.stack(losses).sum() / views.count
 
 
@@ -56,11 +56,17 @@ def distillation_pass(
 ) -> Tensor:
     """Add G_d to .grad; return L_d."""
     losses = []
-    for rows, logits, _ in views:
-        loss = ops.distillation_loss(logits, bank[rows], views.sizes[:-1], temperature)
-        _backward(loss, views, rows, last)
-        losses.append(loss.detach())
+    for each in views:
+        targets = bank[each.rows]
+        loss = ops.distillation_loss(each.logits, targets, views.sizes[:-1], temperature)
+        _backward(loss, views, each, last)
+        _note(losses, loss, each)
     return torch.stack(losses).sum() / views.count
+
+
+def _note(losses: list[Tensor], loss: Tensor, each: Pass) -> None:
+    if each.counts:
+        losses.append(loss.detach())
 
 
 def shared_pass(
@@ -72,8 +78,9 @@ def shared_pass(
     """Add dL_t/dθ to .grad; return L_t, L_d and G_d, all from the same forward passes."""
     new_losses, old_losses = [], []
     distilled: dict[Tensor, Tensor] = {}
-    for rows, logits, labels in views:
-        new, old = ops.joint_loss(logits, labels, bank[rows], views.sizes, temperature)
+    for each in views:
+        logits, labels, targets = each.logits, each.labels, bank[each.rows]
+        new, old = ops.joint_loss(logits, labels, targets, views.sizes, temperature)
         with backward_arithmetic(views.precision):
             grads = torch.autograd.grad(
                 old / views.count, params, retain_graph=True, allow_unused=True
@@ -98,10 +105,10 @@ def one_graph_pass(
 
     Everything comes from one forward pass, so all views must be in it.
     """
-    ((rows, logits, labels),) = views
-    new, old = ops.joint_loss(logits, labels, bank, views.sizes, temperature)
+    (each,) = views
+    new, old = ops.joint_loss(each.logits, each.labels, bank, views.sizes, temperature)
     with backward_arithmetic(views.precision):
         (old / views.count).backward(retain_graph=True)
     rescale()
-    _backward(new, views, rows, nullcontext())
+    _backward(new, views, each, nullcontext())
     return new.detach() / views.count, old.detach() / views.count

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, distributed, nn
 
+from bld_ext.api.shards import plain
+
 SHARDS = ("views", "images")
 COMPARED = 2  # batches at the start whose digest is compared
 
@@ -45,6 +47,13 @@ class Processes:
     def alone(self) -> bool:
         return self.size == 1
 
+    @property
+    def ranks(self) -> set[int]:
+        """The global ranks of all of them."""
+        if self.group is None:
+            return {distributed.get_rank()} if _are_others() else {0}
+        return {*distributed.get_process_group_ranks(self.group)}
+
     def views(self, count: int) -> range:
         """The views that this process makes: every R-th, or all of them for its own images."""
         if self.alone or self.shard == "images":
@@ -56,19 +65,26 @@ class Processes:
             )
         return range(self.rank, count, self.size)
 
+    def most_views(self, count: int) -> int:
+        """The number of views of a process that makes the most."""
+        return count if self.shard == "images" else -(-count // self.size)
+
     # ---- sums over all processes ----
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its sum over all processes, with one all_reduce a dtype."""
+        """Replace each tensor by its sum over all processes, with one all_reduce a dtype.
+
+        Gradients of sharded parameters are left out, as FSDP has added them up.
+        """
         if self.alone:
             return
-        _flattened(tensors, lambda flat: distributed.all_reduce(flat, group=self.group))
+        _flattened(plain(tensors), lambda flat: distributed.all_reduce(flat, group=self.group))
 
     def sum_gradients(self, params: Iterable[Tensor], losses: Sequence[Tensor]) -> None:
         """Add up .grad and the losses; a gradient that no process has stays None."""
         if self.alone:
             return
-        params = [p for p in params if p.requires_grad]
+        params = [p for p in plain(params) if p.requires_grad]
         (grads,) = self._sum_sets(params, [[p.grad for p in params]], losses)
         for param, grad in zip(params, grads, strict=True):
             param.grad = grad
@@ -105,7 +121,7 @@ class Processes:
     def carry_on(self, params: Iterable[Tensor]) -> None:
         """Keep a gradient that was added up on rank 0 alone, so that a further sum has it once."""
         if self.rank:
-            for param in params:
+            for param in plain(params):
                 if param.grad is not None:
                     param.grad.zero_()
 
@@ -125,7 +141,7 @@ class Processes:
         params = [*model.parameters()]
         if self.alone or self._known >= {*params}:
             return False
-        values = [*params, *model.buffers()]
+        values = plain([*params, *model.buffers()])
         _flattened(values, lambda flat: distributed.broadcast(flat, group=self.group, group_src=0))
         self._known = {*params}
         return True
@@ -185,9 +201,12 @@ class Processes:
         )
 
 
+def _are_others() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
 def _group_of(given: object) -> object | None:
-    others = distributed.is_available() and distributed.is_initialized()
-    size = distributed.get_world_size() if others else 1
+    size = distributed.get_world_size() if _are_others() else 1
     if given is False or (given is None and size == 1):
         return None
     if given is None:

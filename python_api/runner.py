@@ -31,6 +31,7 @@ from bld_ext.api.precision import dtype_of, exact_float32
 from bld_ext.api.processes import Processes
 from bld_ext.api.report import Batch, StepReport
 from bld_ext.api.schedules import SCHEDULES
+from bld_ext.api.shards import add_up_gradients, is_sharded
 from bld_ext.api.stage import Stage
 from bld_ext.api.tree import TreeSum
 from bld_ext.api.views import Views
@@ -198,10 +199,13 @@ class StepRunner(ModelOptimizer):
         images, labels = (x.as_subclass(Tensor) for x in (images, labels))  # ops take no others
         shared, count = self._processes, self.views
         tree = TreeSum(self._parameters(), shared, count) if self.reproducible else None
+        passes = 0
+        if any(map(is_sharded, self._parameters())):  # gathered for each pass, by all processes
+            passes = -(-shared.most_views(count) // self._pass_size.number)
         return Views(
             self.model, self._norms(), images, labels, self.ignore_index, sizes, number, count,
             self.views_here, self._pass_size.number, self.augment, seed, self.precision,
-            self._format.channels_last(self.model), shared.first_image, tree,
+            self._format.channels_last(self.model), shared.first_image, passes, tree,
             shared.rank * count if shared.shard == "images" else 0,
         )  # fmt: skip
 
@@ -222,7 +226,7 @@ class StepRunner(ModelOptimizer):
     def _choose_pass_size(self, images: Tensor, labels: Tensor, sizes: list[int]) -> None:
         situation = (self.augment, len(sizes), self.model.training)
         probed = self._probed_with == situation
-        count = len(self.views_here)
+        count = self._processes.most_views(self.views)
         if probed and self._pass_size.is_chosen(self.model, images, count):
             return
 
@@ -233,7 +237,7 @@ class StepRunner(ModelOptimizer):
                     warn_of_eval_mode(self.model)
                     if not require_repeatable(views.of(0)):
                         self._format.possible = False
-                self._pass_size.choose(views)
+                self._pass_size.choose(views, count)
             self._probed_with = situation
 
         self._within_memory(images, partial(self._format.run, choose))
@@ -263,6 +267,7 @@ class StepRunner(ModelOptimizer):
         return sizes
 
     def _checked(self, images: Tensor, labels: Tensor) -> list[int]:
+        add_up_gradients(self.model)
         convert_view_batchnorm(self.model)  # converts what was added since the last step
         spare_old_heads(self.model)
         device = next(self.model.parameters()).device
@@ -275,6 +280,7 @@ class StepRunner(ModelOptimizer):
         if self.reproducible:
             checks.tree(self._processes, self.views_per_pass)
         checks.shared(self.model, self._processes.alone, self._processes.shard, self.capture)
+        checks.sharded(self.model, self._processes, self.views_per_pass, self.reproducible)
         checks.learning_rates(self.param_groups)
         self._try_out_base()
         looks = device.type == "cpu" or self.check_finite

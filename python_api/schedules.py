@@ -71,19 +71,21 @@ class SharedForward(TwoForward):
     """The same forward passes for both losses.
 
     With all views in one pass of one process, both gradients are added to .grad, one after the
-    other. Otherwise G_d is kept in a second set of gradients until both are complete.
+    other. Otherwise G_d is kept in a second set of gradients until both are complete. Sharded
+    parameters, of which FSDP adds up a single gradient, are learned as with `TwoForward`.
     """
 
     def descend_both(self, stage):
-        if stage.processes.alone and stage.views.per_pass >= stage.views.count:
+        in_one = stage.processes.alone and stage.views.per_pass >= stage.views.count
+        if in_one and not stage.sharded:
             loss, old_loss = passes.one_graph_pass(
                 stage.views, stage.bank, stage.temperature, stage.rescale
             )
             stage.note_distillation(old_loss)
             self._update(stage, loss)
             return loss
-        if any(p._post_accumulate_grad_hooks for p in stage.params):
-            return super().descend_both(stage)  # torch.autograd.grad would not call them
+        if stage.sharded or any(p._post_accumulate_grad_hooks for p in stage.params):
+            return super().descend_both(stage)  # torch.autograd.grad goes past FSDP and hooks
         params = [p for p in stage.params if p.requires_grad]
         loss, old_loss, grads = passes.shared_pass(
             stage.views, stage.bank, stage.temperature, params

@@ -12,6 +12,7 @@ from bld_ext.api.layers import Layers, release_gradients
 from bld_ext.api.memory import tensor_bytes
 from bld_ext.api.processes import Processes
 from bld_ext.api.report import StepReport
+from bld_ext.api.shards import is_sharded, part
 from bld_ext.api.views import Views
 
 
@@ -69,6 +70,11 @@ class Stage:
     def params(self) -> Iterable[Tensor]:
         return self.layers.index
 
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds only a part of some parameter."""
+        return any(map(is_sharded, self.params))
+
     def arrived(self) -> list[Tensor]:
         """Return the parameters that have a gradient."""
         return [p for p in self.params if p.grad is not None]
@@ -119,10 +125,12 @@ class Stage:
     def require_finite(self, *values: Tensor) -> None:
         if not self.check_finite:
             return
-        for value in values:
-            if not value.isfinite().all():
-                raise FloatingPointError(
-                    f"{self.name} stage: a loss, gradient norm or parameter is not finite. step() "
-                    "puts the network back as it was; lower lr, or look at the images and the "
-                    "weights"
-                )
+        lost = any(not part(value).isfinite().all() for value in values)
+        if self.sharded and values:  # of which the others may have lost their part
+            self.processes.sum_([count := part(values[0]).new_tensor(float(lost))])
+            lost = bool(count)
+        if lost:
+            raise FloatingPointError(
+                f"{self.name} stage: a loss, gradient norm or parameter is not finite. step() puts "
+                "the network back as it was; lower lr, or look at the images and the weights"
+            )

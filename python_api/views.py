@@ -4,15 +4,16 @@ Every iteration over the same batch gives the same views and replays the same ra
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from bld_ext.api import labels as targets
 from bld_ext.api.augment import is_seeded
-from bld_ext.api.batch_norm import ViewBatchNorm
+from bld_ext.api.batch_norm import ViewBatchNorm, not_gathered
 from bld_ext.api.images import channels_come_last
 from bld_ext.api.memory_format import NeedsContiguousError, needs_contiguous
 from bld_ext.api.outputs import head_sizes, side_by_side
@@ -22,6 +23,16 @@ from bld_ext.philox import stream_seed
 
 # the op words of the Philox counter, for the seeds of an augmentation of your own and of a pass
 AUGMENT_RNG, FORWARD_RNG = 254, 255
+
+
+class Pass(NamedTuple):
+    """Some views that went through the network as one batch."""
+
+    rows: slice  # among those of all views that are made here
+    logits: Tensor
+    labels: Tensor
+    is_last: bool
+    counts: bool  # False: repeats an earlier pass, to have as many as the other processes
 
 
 @dataclass(frozen=True)
@@ -46,20 +57,24 @@ class Views:
     precision: str = "fp32"  # arithmetic of the backward passes
     channels_last: bool = False
     first_image: int = 0  # number of the first image, among those of all processes
+    passes: int = 0  # the least number of them
     tree: TreeSum | None = None  # adds up what the views contribute, one view a pass
     lane: int = 0  # distinguishes the random numbers of processes with images of their own
 
-    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yield, for each pass, its rows among those of `numbers`, its logits and its labels."""
+    def __iter__(self) -> Iterator[Pass]:
+        """Make the views of each pass, and run the network on them."""
         B = len(self.images)
         if self.tree is not None:
             self.tree.begin()
-        for views in self._passes():
-            begin = self.numbers.index(views[0])
+        own = self._passes()
+        all_passes = own + own[-1:] * (self.passes - len(own))
+        for i, views in enumerate(all_passes):
+            begin, counts = self.numbers.index(views[0]), i < len(own)
             for norm in self.norms:
                 norm.views = len(views)
             made, labels = self.make(views)
-            output = self._run(made, views[0])
+            with nullcontext() if counts else not_gathered(self.norms):
+                output = self._run(made, views[0])
             logits = side_by_side(output)
             if (found := head_sizes(output)) not in (None, self.sizes):
                 raise ValueError(
@@ -67,7 +82,8 @@ class Views:
                     "change without new parameters need a head_sizes of the model"
                 )
             self._check(logits, labels)
-            yield slice(begin * B, begin * B + len(labels)), logits, labels
+            rows = slice(begin * B, begin * B + len(labels))
+            yield Pass(rows, logits, labels, i + 1 == len(all_passes), counts)
             if self.tree is not None:
                 self.tree.take(views[0])
 
@@ -85,7 +101,9 @@ class Views:
     def of(self, *numbers: int) -> "Views":
         """Return these views alone, side by side in one pass: to try something out."""
         views = range(numbers[0], numbers[-1] + 1)
-        return replace(self, numbers=views, count=len(views), per_pass=len(views), tree=None)
+        return replace(
+            self, numbers=views, count=len(views), per_pass=len(views), passes=1, tree=None
+        )
 
     @torch.no_grad()
     def sizes_found(self) -> list[int]:

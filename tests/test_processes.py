@@ -6,12 +6,14 @@ Processes of gloo on a CPU meet through a file. Each has a timeout.
 import copy
 import datetime
 import io
+import itertools
 import json
 import os
 import queue
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from contextlib import suppress
 from dataclasses import replace
@@ -20,6 +22,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import distributed, multiprocessing, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 
 from benchmarks.paper.__main__ import main as paper
 from benchmarks.paper.experiment import run
@@ -57,13 +64,15 @@ def everything(model, optimizer):
     """What a step leaves: parameters, statistics, losses, norms and factors."""
     report = optimizer.last
     lists = (report.new_loss, report.distillation_loss, report.distillation_norms, report.factors)
-    found = {f"state.{k}": v.clone() for k, v in model.state_dict().items()}
+    state = model.state_dict()
+    found = {f"state.{k}": getattr(v, "full_tensor", v.clone)() for k, v in state.items()}
     found |= {f"report.{i}.{j}": x for i, values in enumerate(lists) for j, x in enumerate(values)}
     return found | {"norms": report.reference_norms, "loss": report.warm_up_loss}
 
 
-def learn(seed=0, tasks=3, rows=slice(None), **options):
+def learn(seed=0, tasks=3, rows=slice(None), shard_parameters=lambda model: None, **options):
     model, optimizer = make(seed, **options)
+    shard_parameters(model)
     found = []
     for task in range(tasks):
         model.add_head(HEADS[task])  # drawn from torch's generator, differently on each rank
@@ -77,49 +86,89 @@ def learn(seed=0, tasks=3, rows=slice(None), **options):
 # ---- processes ----
 
 
-def _run(rank, size, file, work, arguments, results):
+def _serve(rank, tasks, results):
+    """Run works that come in, each in a process group of its own, until None comes."""
     torch.set_num_threads(1)
-    try:
-        distributed.init_process_group(
-            "gloo",
-            init_method=f"file://{file}",
-            rank=rank,
-            world_size=size,
-            timeout=datetime.timedelta(seconds=TIMEOUT),
-        )
-        buffer = io.BytesIO()
-        torch.save(work(rank, size, *arguments), buffer)
-        results.put((rank, buffer.getvalue(), None))
-    except BaseException:
-        results.put((rank, None, traceback.format_exc()))
-    finally:
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
+    while (task := tasks.get()) is not None:
+        size, meeting, work, arguments = task
+        try:
+            distributed.init_process_group(
+                "gloo",
+                init_method=f"file://{meeting}",
+                rank=rank,
+                world_size=size,
+                timeout=datetime.timedelta(seconds=TIMEOUT),
+            )
+            buffer = io.BytesIO()
+            torch.save(work(rank, size, *arguments), buffer)
+            results.put((rank, buffer.getvalue(), None))
+        except BaseException:
+            results.put((rank, None, traceback.format_exc()))
+        finally:
+            if distributed.is_initialized():
+                distributed.destroy_process_group()
+
+
+class Workers:
+    """Processes that wait for work; they are started when they are first needed."""
+
+    def __init__(self):
+        self.context = multiprocessing.get_context("spawn")
+        self.results = self.context.Queue()
+        self.tasks, self.processes = [], []
+
+    def run(self, size, work, arguments, meeting):
+        """What `work` returns on each rank, and the traceback of each."""
+        for rank in range(len(self.processes), size):
+            self.tasks.append(self.context.Queue())
+            serve = self.context.Process(
+                target=_serve, args=(rank, self.tasks[rank], self.results), daemon=True
+            )
+            serve.start()
+            self.processes.append(serve)
+        for tasks in self.tasks[:size]:
+            tasks.put((size, meeting, work, arguments))
+        found, errors = {}, {}
+        deadline = time.monotonic() + 2 * TIMEOUT
+        while len(errors) < size:
+            with suppress(queue.Empty):
+                rank, value, error = self.results.get(timeout=0.5)
+                found[rank], errors[rank] = value, error
+                continue
+            for rank, process in enumerate(self.processes[:size]):
+                if not process.is_alive():
+                    errors.setdefault(rank, "killed")
+            assert time.monotonic() < deadline, f"ranks {[*errors]} of {size} have ended"
+        return found, errors
+
+    def end(self):
+        for tasks in self.tasks:
+            tasks.put(None)
+        for process in self.processes:
+            process.join(10)
+            process.kill()
+        self.__init__()
+
+
+WORKERS, MEETINGS = Workers(), itertools.count()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_worker_stays():
+    yield
+    WORKERS.end()
 
 
 def on_processes(size, work, *arguments, folder, fails=False):
     """What `work(rank, size, *arguments)` returns on each rank, or the traceback of each."""
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    processes = [
-        context.Process(target=_run, args=(r, size, folder / "meet", work, arguments, results))
-        for r in range(size)
-    ]
-    for process in processes:
-        process.start()
-    found, errors = {}, {}
-    while len(errors) < size:
-        with suppress(queue.Empty):
-            rank, value, error = results.get(timeout=0.5)
-            found[rank], errors[rank] = value, error
-            continue
-        for rank, process in enumerate(processes):
-            if process.exitcode:
-                errors.setdefault(rank, "killed")
-    for process in processes:
-        process.join(2 * TIMEOUT)
-        assert not process.is_alive()
-    (folder / "meet").unlink(missing_ok=True)
+    try:
+        meeting = folder / f"meeting-{next(MEETINGS)}"  # the file of an earlier one may go late
+        found, errors = WORKERS.run(size, work, arguments, meeting)
+    except BaseException:
+        WORKERS.end()
+        raise
+    if "killed" in errors.values():
+        WORKERS.end()
     if fails:
         return [errors[rank] for rank in range(size)]
     assert not any(errors.values()), "\n".join(filter(None, errors.values()))
@@ -231,6 +280,18 @@ def test_collectives_of_a_step(schedule, most, tmp_path):
     assert on_processes(2, count_collectives, schedule, folder=tmp_path) == [most, most]
 
 
+def shard_all_of_backbone(model):
+    """Each layer with parameters, and what is left; some shards of some ranks are empty."""
+    for layer in model.backbone:
+        if [*layer.parameters()]:
+            fully_shard(layer)
+    fully_shard(model.backbone)
+
+
+def shard_backbone_at_once(model):
+    fully_shard(model.backbone)
+
+
 # ---- base optimizers, checkpoints, groups ----
 
 
@@ -248,8 +309,6 @@ def test_a_base_with_state(schedule, tmp_path):
 
 
 def on_a_mesh(rank, size):
-    from torch.distributed.device_mesh import init_device_mesh
-
     mesh = init_device_mesh("cpu", (1, size), mesh_dim_names=("outer", "views"))
     with pytest.raises(ValueError, match="^process_group: expected a DeviceMesh of one dimension"):
         make(process_group=mesh)
@@ -283,6 +342,73 @@ def test_one_loss_at_a_time(tmp_path):
     assert_close(found[0], only_distillation(0, 1), 1e-10)
 
 
+def save(rank, size, folder, shard_parameters, options):
+    """Learn two tasks, save, and learn the third."""
+    model, optimizer = make(process_group=group_of(size), **options)
+    if size > 1:
+        shard_parameters(model)
+    for task in range(2):
+        model.add_head(HEADS[task])
+        learn_task(model, optimizer, task)
+    of_model, of_optimizer = get_state_dict(model, optimizer)
+    checkpoint.save({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=folder)
+    return [learn_last_task(model, optimizer)]
+
+
+def load(rank, size, folder, shard_parameters, options):
+    """Load what was saved into another network, and learn the third."""
+    model, optimizer = make(seed=rank + 1, process_group=group_of(size), **options)
+    if size > 1:
+        shard_parameters(model)
+    for task in range(2):
+        model.add_head(HEADS[task])
+    of_model, of_optimizer = get_state_dict(model, optimizer)
+    checkpoint.load({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=of_model, optim_state_dict=of_optimizer)
+    return [learn_last_task(model, optimizer)]
+
+
+def learn_task(model, optimizer, task):
+    for images, labels in batches(task):
+        optimizer.step(images.to(next(model.parameters()).dtype), labels)
+
+
+def learn_last_task(model, optimizer):
+    head = model.add_head(HEADS[2])
+    for param in head.parameters():
+        nn.init.constant_(param, 0.1)
+    learn_task(model, optimizer, 2)
+    return without_losses(everything(model, optimizer))
+
+
+def unsharded(model):
+    pass
+
+
+def run_on(size, work, *arguments, folder):
+    """What rank 0 returns, of processes if there are several."""
+    if size == 1:
+        return work(0, 1, *arguments)
+    return on_processes(size, work, *arguments, folder=folder)[0]
+
+
+CHECKPOINTS = [
+    (unsharded, {"dtype": torch.float32, "reproducible": True}, 0),
+    (shard_backbone_at_once, {"base": with_momentum}, 1e-9),
+]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.filterwarnings("ignore:BLDOptimizer. SGD keeps state")
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("shard_parameters", "options", "tolerance"), CHECKPOINTS)
+def test_distributed_checkpoints(first, then, shard_parameters, options, tolerance, tmp_path):
+    """Saved by one number of processes and loaded by another."""
+    arguments = (tmp_path / "saved", shard_parameters, options)
+    expected = run_on(first, save, *arguments, folder=tmp_path)
+    assert_close(run_on(then, load, *arguments, folder=tmp_path), expected, tolerance)
+
+
 def resume(rank, size, state):
     model, optimizer = make(seed=rank, process_group=distributed.group.WORLD)
     of_model, of_optimizer = copy.deepcopy(state)
@@ -303,6 +429,144 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
         optimizer.step(*batch)
     found = on_processes(2, resume, state, folder=tmp_path)
     assert_close(found[0], [everything(model, optimizer)], 1e-10)
+
+
+# ---- sharded parameters ----
+
+
+def shard_model(model):
+    fully_shard(model)
+
+
+def shard_in_replicas(model):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    fully_shard(model.backbone, mesh=mesh)
+
+
+def learn_sharded(rank, size, options):
+    """The same network at first, of which each rank takes its shard."""
+    return learn(seed=0, process_group=distributed.group.WORLD, **options)
+
+
+def assert_sharded_is_whole(size, options, shard_parameters, folder):
+    sharded = options | {"shard_parameters": shard_parameters}
+    found = on_processes(size, learn_sharded, sharded, folder=folder)
+    for rank in range(1, size):
+        assert_close(found[rank], found[0], 0)
+    assert_close(found[0], learn(**options), 1e-9)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("size", [2, 3])
+def test_sharded_parameters(size, schedule, tmp_path):
+    """Five views, so that one rank of two, or of three, makes a pass that does not count."""
+    assert_sharded_is_whole(size, {"schedule": schedule}, shard_all_of_backbone, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("size", "shard_parameters"),
+    [(2, shard_backbone_at_once), (2, shard_model), (4, shard_in_replicas)],
+)
+def test_what_is_sharded(size, shard_parameters, tmp_path):
+    assert_sharded_is_whole(size, {}, shard_parameters, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:BLDOptimizer. SGD keeps state")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layer": "network"},
+        {"layer": "tensor", "body": without_batch_norm},  # in front of it a bias has no gradient
+        {"balance": None},
+        {"balance": 0},
+        {"check_finite": True},
+        {"base": with_momentum},
+        {"views_per_pass": 2, "body": without_dropout},
+    ],
+)
+def test_sharded_with_other_settings(options, tmp_path):
+    assert_sharded_is_whole(2, options, shard_backbone_at_once, tmp_path)
+
+
+def learn_own_images_sharded(rank, size, options):
+    share = slice(rank * BATCH // size, (rank + 1) * BATCH // size)
+    group = distributed.group.WORLD
+    return learn(seed=0, rows=share, process_group=group, shard="images", **options)
+
+
+def test_sharded_with_own_images(tmp_path):
+    options = {"body": without_batch_norm}
+    sharded = options | {"shard_parameters": shard_all_of_backbone}
+    found = on_processes(2, learn_own_images_sharded, sharded, folder=tmp_path)
+    assert_close(found[1], found[0], 0)
+    assert_close(found[0], learn(**options), 1e-9)
+
+
+def between_steps(rank, size):
+    """Evaluation, a state_dict and an augmentation that fails, between steps."""
+    model, optimizer = make(process_group=distributed.group.WORLD if size > 1 else None)
+    if size > 1:
+        shard_backbone_at_once(model)
+    model.add_head(2), model.add_head(2)
+    plain, (images, labels) = optimizer.augment, next(batches(0))
+
+    def fails(images, *, views, **where):
+        if 2 in views or 3 in views:  # the second pass of both ranks
+            raise OSError("no such view")
+        return plain(images, views=views, **where)
+
+    optimizer.step(images, labels)
+    before = copy.deepcopy([everything(model, optimizer)])
+    optimizer.augment = fails
+    with pytest.raises(OSError, match="no such view"):
+        optimizer.step(images, labels)
+    optimizer.augment = plain
+    model.eval()
+    assert model(images).shape == (BATCH, 4)  # FSDP leaves the backbone whole after it
+    model.train()
+    names = optimizer.state_dict()["param_groups"][0]["param_names"]
+    assert names == [name for name, _ in model.named_parameters()]
+    optimizer.step(images, labels)
+    return [*before, everything(model, optimizer)]
+
+
+def test_sharded_between_steps(tmp_path):
+    found = on_processes(2, between_steps, folder=tmp_path)
+    assert_close(found[1], found[0], 0)
+    assert_close(found[0], between_steps(0, 1), 1e-9)
+
+
+def wrongly_sharded(rank, size, kind):
+    model, optimizer = make(process_group=distributed.group.WORLD)
+    model.add_head(2)
+    if kind == "tensor parallel":
+        mesh = init_device_mesh("cpu", (size,))
+        parallelize_module(model.backbone, mesh, {"5": RowwiseParallel()})
+    elif kind == "group":
+        optimizer = BLDOptimizer(model, process_group=False)
+        shard_backbone_at_once(model)
+    else:
+        shard_backbone_at_once(model)
+        setattr(optimizer, *kind)
+    before = model.heads[0].weight.detach().clone()
+    try:
+        optimizer.step(*next(batches(0)))
+    finally:
+        assert torch.equal(model.heads[0].weight, before)
+
+
+WRONGLY_SHARDED = {
+    "tensor parallel": "parameter backbone.5.weight is a DTensor with (Shard(dim=1),); expected",
+    "group": "process_group: expected the processes among which parameter backbone.0.weight is",
+    ("views_per_pass", "1 MiB"): "views_per_pass: expected a whole number with sharded parameters",
+    ("reproducible", True): "reproducible: expected False with sharded parameters, got True",
+}
+
+
+@pytest.mark.parametrize("kind", WRONGLY_SHARDED)
+def test_shards_that_do_not_fit_the_step_are_refused(kind, tmp_path):
+    for error in on_processes(2, wrongly_sharded, kind, folder=tmp_path, fails=True):
+        assert WRONGLY_SHARDED[kind] in error
 
 
 # ---- what is refused, and faults ----
@@ -386,12 +650,6 @@ def wrong_models(rank, size, kind):
         convert_view_batchnorm(model, statistics="every_pass")
     elif kind == "capture":
         model, optimizer = make(process_group=group, capture=True)
-    elif kind == "sharded":
-        model, optimizer = make(process_group=group)
-        from torch.distributed.fsdp import fully_shard
-        from torch.distributed.tensor import init_device_mesh
-
-        fully_shard(model.backbone, mesh=init_device_mesh("cpu", (size,)))
     else:
         model, optimizer = make(process_group=group)
         model.backbone[1] = nn.SyncBatchNorm(4)
@@ -403,7 +661,6 @@ def wrong_models(rank, size, kind):
 WRONG = {
     "statistics": "updates its statistics at every pass",
     "capture": "capture: expected False with several processes",
-    "sharded": "is a DTensor, as of fully_shard",
     "sync": "backbone.1 is a SyncBatchNorm",
 }
 
@@ -428,20 +685,28 @@ def test_another_shard_is_refused():
 # ---- the command ----
 
 
-def torchrun(out, *options, size=2):
-    small = "--tasks 2 --seeds 0 --views 3 --limit 40 --methods finetune,lwf --dataset digits"
+ROOT = Path(__file__).parents[1]
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+SMALL = {"tasks": 2, "views": 3, "limit": 40}
+
+
+def torchrun_command(out, *options, restarts=0):
+    small = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
+    small += "--seeds 0 --methods finetune,lwf --dataset digits".split()
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(size), "-m", "benchmarks.paper", *small.split()]
-    root = Path(__file__).parents[1]
-    done = subprocess.run(
-        [*command, "--out", str(out), *options],
-        cwd=root,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    command += ["--nproc-per-node", "2", "--max-restarts", str(restarts)]
+    return [*command, "-m", "benchmarks.paper", *small, "--out", str(out), *options]
+
+
+def torchrun(out, *options):
+    return subprocess.run(
+        torchrun_command(out, *options),
+        cwd=ROOT,
+        env=ONE_THREAD,
         capture_output=True,
         text=True,
         timeout=3 * TIMEOUT,
     )
-    return done
 
 
 def records_of(out):
@@ -464,7 +729,7 @@ def test_the_command_shares_the_views_of_each_run(tmp_path):
 
 def test_a_run_of_one_process_goes_on_with_two(tmp_path):
     """It was interrupted amid its second task."""
-    settings = replace(PRESETS["digits"], tasks=2, views=3, limit=40)
+    settings = replace(PRESETS["digits"], **SMALL)
     dataset, runs = load_dataset("digits"), tmp_path / "runs"
     runs.mkdir()
     batches = []
@@ -486,6 +751,38 @@ def test_a_run_of_one_process_goes_on_with_two(tmp_path):
     found = records_of(tmp_path)["finetune"]
     assert found["accuracy"] == expected["accuracy"] and found["batches"] == expected["batches"]
     assert sorted(path.name for path in runs.iterdir()) == ["finetune-0.json", "lwf-0.json"]
+
+
+def test_torchrun_starts_the_command_again(tmp_path):
+    """A process that is killed amid a run: all go on from the last checkpoint."""
+    command = torchrun_command(tmp_path, "--checkpoint-seconds", "0", restarts=1)
+    with subprocess.Popen(command, cwd=ROOT, env=ONE_THREAD, stderr=subprocess.PIPE) as agent:
+        wait_for(tmp_path / "runs" / "lwf-0.pt")
+        os.kill(children_of(agent.pid)[-1], signal.SIGKILL)
+        errors = agent.communicate(timeout=3 * TIMEOUT)[1].decode()
+    assert agent.returncode == 0, errors
+    dataset, settings = load_dataset("digits"), replace(PRESETS["digits"], **SMALL)
+    for method, found in records_of(tmp_path).items():
+        expected = run(dataset, method, settings, 0)
+        assert found["accuracy"] == expected["accuracy"], method
+        assert found["batches"] == expected["batches"]
+
+
+def wait_for(file):
+    deadline = time.monotonic() + TIMEOUT
+    while not file.exists():
+        assert time.monotonic() < deadline, f"{file} has not come"
+        time.sleep(0.05)
+
+
+def children_of(process):
+    """The processes that it has started, as Linux tells."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it may have ended
+            if int(file.read_text().rpartition(")")[2].split()[1]) == process:
+                found.append(int(file.parent.name))
+    return sorted(found)
 
 
 def test_an_error_of_the_command_ends_all_processes(tmp_path):

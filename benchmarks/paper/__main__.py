@@ -245,6 +245,7 @@ def main(argv: list[str] | None = None) -> int:
     if not shared.is_shared():
         return lead(args)
     device = shared.start(args.device, args.threads)
+    args.resume = args.resume or shared.is_restarted()
     if not shared.leads():
         return shared.follow(device)
     code = lead(args)

@@ -3,7 +3,9 @@
     torchrun --nproc-per-node 2 -m benchmarks.paper --dataset digits
 
 Rank 0 is the command as it is in one process: it prints, and it writes checkpoints and results. It
-tells the others which run comes next; they learn it together with rank 0, and write nothing.
+tells the others which run comes next; they learn it together with rank 0, and write nothing. With
+`--max-restarts`, torchrun starts all of them again when one has failed, and they go on from the
+last checkpoint.
 """
 
 import os
@@ -24,6 +26,11 @@ from benchmarks.paper.streams import load_dataset
 def is_shared() -> bool:
     """Return whether torchrun started several processes."""
     return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def is_restarted() -> bool:
+    """Return whether torchrun --max-restarts has started the processes again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def start(device: str, threads: int) -> str:
