@@ -195,7 +195,7 @@ def test_the_plan_names_parts_limits_and_data(capsys):
     assert order[: len(PARTS)] == [
         "build", "step", "table2", "table3", "tests", "memcheck", "racecheck", "head_softmax",
         "distillation", "warm_up", "joint", "balance", "update", "augment", "norm", "profile",
-        "precision", "index",
+        "precision", "processes", "index",
     ]  # fmt: skip
     assert "MNIST/raw" in shown and "cifar10.npz" in shown and "/nowhere" in shown
 

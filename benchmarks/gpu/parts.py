@@ -194,6 +194,23 @@ def _precision(place: Place) -> list[Command]:
     return [Command("precision", (*argv, "--device", "cuda"))]
 
 
+def _processes(place: Place) -> list[Command]:
+    count = 2 if place.rehearsal else _cards()
+    argv = (PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count))
+    argv += ("-m", "benchmarks.scale", "--rows", str(place.out / "rows.jsonl"))
+    return [Command("processes", argv + (("--smallest",) if place.rehearsal else ()))]
+
+
+def _no_cards(place: Place) -> str | None:
+    return None if place.rehearsal or _cards() > 1 else f"several GPUs, got {_cards()}"
+
+
+def _cards() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def _index(place: Place) -> list[Command]:
     return [Command("index", (PYTHON, "-m", "benchmarks.gpu.index", str(place.out)))]
 
@@ -218,6 +235,8 @@ PARTS = {
         ),
         Part("profile", "where the time of a step goes, kernel by kernel", 1, _profile),
         Part("precision", "what tensor cores leave of the distillation gradient", 3, _precision),
+        Part("processes", "how fast is a step on all GPUs of the machine, and what are reductions",
+             3, _processes, _no_cards),
         Part("index", "every figure beside what was predicted, in index.md", 0.5, _index),
     )
 }  # fmt: skip
