@@ -135,16 +135,26 @@ def view_batch_norm(
     dtype = compute_dtype(input.dtype)
     x = _by_view(input, views, dtype)
     variance, mean = torch.var_mean(x, (1, 3), correction=0)
-    scale = _channels((variance + eps).rsqrt(), dtype)
-    if weight is not None:
-        scale = scale * _channels(weight, dtype)
-    y = (x - _channels(mean, dtype)) * scale
-    if bias is not None:
-        y = y + _channels(bias, dtype)
+    y = _normalised(x, weight, bias, mean, variance, eps)
     if residual is not None:
         y = y + _by_view(residual, views, dtype)
     y = y.relu() if relu else y
     return _laid_out(y, input), mean, variance
+
+
+def _normalised(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float,
+) -> Tensor:
+    scale = _channels((variance + eps).rsqrt(), x.dtype)
+    if weight is not None:
+        scale = scale * _channels(weight, x.dtype)
+    y = (x - _channels(mean, x.dtype)) * scale
+    return y if bias is None else y + _channels(bias, x.dtype)
 
 
 def view_batch_norm_backward(
@@ -152,22 +162,28 @@ def view_batch_norm_backward(
     input: Tensor,
     output: Tensor | None,
     weight: Tensor | None,
+    bias: Tensor | None,
     mean: Tensor,
     variance: Tensor,
     views: int,
     eps: float,
+    relu: bool,
     residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return dL/dx, dL/dw, dL/db and, with `residual`, dL/dresidual (else an empty tensor).
 
     With x̂ = (x - mean) / sqrt(variance + ε) and means over the images and positions of a view:
-    dL/dx = w / sqrt(variance + ε) · (g - mean(g) - x̂ · mean(g · x̂)). `output` is given if there was
-    a relu, and g is then zero where the output is.
+    dL/dx = w / sqrt(variance + ε) · (g - mean(g) - x̂ · mean(g · x̂)). With `relu` g is zero where
+    the output is, which is computed again if it is not given; after a residual it has to be.
     """
     dtype = compute_dtype(input.dtype)
     x, grad = _by_view(input, views, dtype), _by_view(grad_output, views, dtype)
-    if output is not None:
-        grad = grad.where(~(_by_view(output, views, dtype) <= 0), 0)
+    if relu:
+        if output is None:
+            y = _normalised(x, weight, bias, mean, variance, eps)
+        else:
+            y = _by_view(output, views, dtype)
+        grad = grad.where(~(y <= 0), 0)
     inverse = _channels((variance + eps).rsqrt(), dtype)
     x_hat = (x - _channels(mean, dtype)) * inverse
     means = [value.mean((1, 3), keepdim=True) for value in (grad, grad * x_hat)]

@@ -44,8 +44,8 @@ SCHEMAS = {
         " bool relu) -> (Tensor output, Tensor mean, Tensor variance)"
     ),
     "view_batch_norm_backward": (
-        "(Tensor grad_output, Tensor input, Tensor? output, Tensor? weight, Tensor mean,"
-        " Tensor variance, int views, float eps, bool residual)"
+        "(Tensor grad_output, Tensor input, Tensor? output, Tensor? weight, Tensor? bias,"
+        " Tensor mean, Tensor variance, int views, float eps, bool relu, bool residual)"
         " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)"
     ),
     "layer_norms": "(Tensor[] tensors, int[] layers, int num_layers) -> Tensor",
@@ -166,7 +166,7 @@ def _(input, weight, bias, residual, views, eps, relu):
 
 
 @torch.library.register_fake("bld_ext::view_batch_norm_backward")
-def _(grad_output, input, output, weight, mean, variance, views, eps, residual):
+def _(grad_output, input, output, weight, bias, mean, variance, views, eps, relu, residual):
     grad_weight = mean.new_empty(input.shape[1])
     grad_residual = reference.like_input(input) if residual else input.new_empty(0)
     grads = grad_weight, torch.empty_like(grad_weight), grad_residual
@@ -299,7 +299,11 @@ class _ViewBatchNorm(torch.autograd.Function):
         ctx.views, ctx.eps, ctx.relu = views, eps, relu
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(mean, variance)
-        ctx.save_for_backward(input, output if relu else None, weight, mean, variance)
+        # for a ReLU's mask; cheaper than to read the output is to compute it again, where that
+        # takes nothing more and where it is not rounded
+        again = residual is None and compute_dtype(input.dtype) == input.dtype
+        kept = output if relu and not again else None
+        ctx.save_for_backward(input, kept, weight, bias, mean, variance)
         return output, mean, variance
 
     @staticmethod
@@ -309,7 +313,7 @@ class _ViewBatchNorm(torch.autograd.Function):
             return (None,) * 7
         masked = ctx.relu and ctx.needs_input_grad[3]
         *grads, beside = torch.ops.bld_ext.view_batch_norm_backward.default(
-            grad, *ctx.saved_tensors, ctx.views, ctx.eps, masked
+            grad, *ctx.saved_tensors, ctx.views, ctx.eps, ctx.relu, masked
         )
         grads = *grads, beside if masked else grad
         wanted = zip(grads, ctx.needs_input_grad[:4], strict=True)

@@ -85,7 +85,7 @@ def test_rows_of_every_op_and_of_the_step_were_measured(rehearsal):
     measured = rows.read(folder / "out" / "rows.jsonl")
     ops = ["head_softmax", "distillation", "warm_up", "joint", "balance", "update", "augment",
            "norm"]  # fmt: skip
-    assert list(dict.fromkeys(row["params"]["op"] for row in measured)) == ["step", *ops]
+    assert list(dict.fromkeys(row["params"]["op"] for row in measured)) == ["step", *ops, "processes"]
     steps = [row["params"]["name"] for row in measured if row["params"]["op"] == "step"]
     assert steps[:4] == ["straight line, torchvision-batch", "defaults", "shared_forward",
                          "bare passes"]  # fmt: skip

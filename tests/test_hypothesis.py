@@ -398,8 +398,8 @@ def test_view_batch_norm(case):
     # a relu's mask is that of the output
     wanted = [i for i, t in enumerate(inputs) if t is not None]
     found = torch.autograd.grad(results[0], [inputs[i] for i in wanted], upstream.view)
-    mask = out.double() if relu else None
-    backward = upstream.values.double(), x, mask, weight, *statistics, views, eps, True
+    backward = upstream.values.double(), x, out.double(), weight, bias, *statistics
+    backward = *backward, views, eps, relu, True
     expected = reference.view_batch_norm_backward(*backward)
     g, n = largest(expected[3].reshape(shape)), max(1, shape[1] * shape[3])
     of_product = g * of_x_hat + unit * g * x_hat + tiny * inverse

@@ -17,6 +17,7 @@ SHAPES = {  # of one view
     "several-tiles": (5, 17, 5, 5),
     "one-position": (6, 33, 1, 1),
     "one-image": (1, 3, 30, 20),
+    "more-than-registers-hold": (2, 3, 120, 90),
 }
 pytestmark = [
     pytest.mark.usefixtures("triton_counts", "poison", "bounds"),
@@ -46,16 +47,19 @@ def test_parity(shape, parts, dtype, last):
     assert out.dtype == dtype and out.stride() == tensors[0].stride()
 
     grad = laid_out(torch.randn(out.shape, dtype=torch.float64).to(dtype), last).to(DEVICE)
-    given = grad, x, out if relu else None, weight, mean, variance
-    found = kernels.view_batch_norm_backward(*given, views, 1e-5, True)
+    given = grad, x, out, weight, bias, mean, variance
+    found = kernels.view_batch_norm_backward(*given, views, 1e-5, relu, True)
     wide = [t if t is None else t.double() for t in given]
-    exact = reference.view_batch_norm_backward(*wide, views, 1e-5, True)
+    exact = reference.view_batch_norm_backward(*wide, views, 1e-5, relu, True)
     for got, wanted in zip(found, exact, strict=True):
         scale = wanted.abs().max().item() + 1
         torch.testing.assert_close(
             got.double(), wanted, rtol=4 * tolerance, atol=8 * tolerance * scale
         )
     assert found[0].stride() == out.stride() == found[3].stride()
+    if residual is None and dtype == torch.float32:  # the mask is that of the output
+        again = kernels.view_batch_norm_backward(grad, x, None, *given[3:], views, 1e-5, relu, True)
+        assert all(map(torch.equal, again, found))
 
 
 @each_layout
@@ -65,14 +69,15 @@ def test_a_view_does_not_depend_on_the_others_bit_for_bit(shape, last):
     x, weight, bias, residual = on_device(tensors)
     grad = torch.randn_like(x)
     out, mean, variance = kernels.view_batch_norm(x, weight, bias, residual, 3, 1e-5, True)
-    grads = kernels.view_batch_norm_backward(grad, x, out, weight, mean, variance, 3, 1e-5, True)
+    given = out, weight, bias, mean, variance
+    grads = kernels.view_batch_norm_backward(grad, x, *given, 3, 1e-5, True, True)
     for v in range(3):
         part = [t.chunk(3)[v] for t in (x, residual, grad)]
         alone = kernels.view_batch_norm(part[0], weight, bias, part[1], 1, 1e-5, True)
         for a, b in zip((out, mean, variance), alone, strict=True):
             assert torch.equal(a.chunk(3)[v], b)
         lone = kernels.view_batch_norm_backward(
-            part[2], part[0], alone[0], weight, *alone[1:], 1, 1e-5, True
+            part[2], part[0], alone[0], weight, bias, *alone[1:], 1, 1e-5, True, True
         )
         for i in (0, 3):
             assert torch.equal(grads[i].chunk(3)[v], lone[i])
@@ -83,7 +88,7 @@ def test_a_gradient_of_another_layout():
     _, mean, variance = kernels.view_batch_norm(x, None, None, None, 2, 1e-5, False)
     results = [
         kernels.view_batch_norm_backward(
-            laid_out(grad, last), x, None, None, mean, variance, 2, 1e-5, False
+            laid_out(grad, last), x, None, None, None, mean, variance, 2, 1e-5, False, False
         )[0]
         for last in (False, True)
     ]

@@ -82,20 +82,21 @@ def compile_norm(direction, dtype, channels_last, capability):
     """As `compile_kernel`, for view_batch_norm with everything it can have."""
     from bld_ext.triton import batch_norm as kernels
 
-    rows, channels = kernels.tile_shape(256, channels_last)
-    constants = dict(ROWS=rows, CHANNELS=channels)
-    if direction == "forward":
-        constants["RELU"] = True
+    most = kernels.FORWARD_TILES if direction == "forward" else kernels.BACKWARD_TILES
+    constants = kernels.tile_shape(20 * 256, 64, 256, channels_last, most) | {"RELU": True}
+    warps = constants.pop("num_warps")
     kernel = getattr(kernels, f"{direction}_kernel")
     types = {parameter.name: f"*{dtype}" for parameter in kernel.params}
-    types |= dict.fromkeys(("weight_ptr", "bias_ptr", "mean_ptr", "variance_ptr"), "*fp32")
-    types |= dict.fromkeys(("B", "C", "S", "stride_b", "stride_c", "stride_s"), "i32")
-    types |= dict(parts_ptr="*fp64", eps="fp32")
-    types = {p.name: types[p.name] for p in kernel.params if p.name in types}
-    return compile_source(kernel, types, constants, capability, kernels.WARPS)
+    of_channels = ("weight", "bias", "mean", "variance", "grad_weight", "grad_bias")
+    types |= {f"{name}_ptr": "*fp32" for name in of_channels}
+    types |= dict.fromkeys(("n", "C", "S", "stride_b"), "i32")
+    types |= dict(parts_ptr="*fp64", tickets_ptr="*i32", eps="fp32")
+    types = {p.name: types[p.name] for p in kernel.params}
+    return compile_source(kernel, types, constants, capability, warps)
 
 
-def compile_source(kernel, types, constants, capability, warps):
+def compile_source(kernel, types, constants, capability, warps, aligned=()):
+    """`aligned` names arguments that the runtime knows to be divisible by 16."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -106,6 +107,7 @@ def compile_source(kernel, types, constants, capability, warps):
         fn=kernel,
         signature={name: types[name] for name in names},
         constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     target = GPUTarget("cuda", capability, 32)
     options = dict(num_warps=warps, enable_fp_fusion=False)

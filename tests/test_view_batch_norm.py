@@ -198,12 +198,14 @@ def test_opcheck(parts, last):
     tensors, options = arguments((3, 5, 4, 4), parts, last=last)
     args = (*differentiable(tensors), options["views"], 1e-5, options["relu"])
     torch.library.opcheck(torch.ops.bld_ext.view_batch_norm.default, args)
-    x, weight, *_ = tensors
+    x, weight, bias, _ = tensors
     out, mean, variance = torch.ops.bld_ext.view_batch_norm(*tensors, *args[4:])
-    torch.library.opcheck(
-        torch.ops.bld_ext.view_batch_norm_backward.default,
-        (torch.randn_like(x), x, out if parts[2] else None, weight, mean, variance, 3, 1e-5, True),
-    )
+    for output in (out, None):
+        given = torch.randn_like(x), x, output, weight, bias, mean, variance
+        torch.library.opcheck(
+            torch.ops.bld_ext.view_batch_norm_backward.default,
+            (*given, 3, 1e-5, options["relu"], True),
+        )
 
 
 @each_parts

@@ -69,32 +69,36 @@ class Tickets:
     launch in a CUDA graph, for good: nothing tells when a graph is gone.
     """
 
-    SLOTS = 65_536  # 256 KiB
+    SLOTS = 2**18  # 1 MiB
 
     def __init__(self, device: torch.device):
         self.zeros = OnDevice(torch.zeros(self.SLOTS, dtype=torch.int32), device)
         self.slots: dict[object, int] = {}
+        self.taken = 0
         self.lock = threading.Lock()
 
-    def take(self, key: object) -> Tensor | None:
+    def take(self, key: object, count: int) -> Tensor | None:
         with self.lock:
-            if key not in self.slots and len(self.slots) == self.SLOTS:
-                return None
-            slot = self.slots.setdefault(key, len(self.slots))
-        return self.zeros.get()[slot : slot + 1]
+            if (key, count) not in self.slots:
+                if self.taken + count > self.SLOTS:
+                    return None
+                self.slots[key, count] = self.taken
+                self.taken += count
+            slot = self.slots[key, count]
+        return self.zeros.get()[slot : slot + count]
 
 
 _tickets: dict[torch.device, Tickets] = {}
 
 
-def ticket(device: torch.device) -> Tensor:
-    """An int32 zero on the device, `[1]`; the last program of the launch sets it back to zero."""
+def tickets(device: torch.device, count: int = 1) -> Tensor:
+    """int32 zeros on the device, `[count]`; the last program at each sets it back to zero."""
     if device.type == "cuda":
         captured = capturing(device)
         if device not in _tickets and not captured:
             _tickets[device] = Tickets(device)
         key = object() if captured else torch.cuda.current_stream(device).cuda_stream
-        taken = _tickets[device].take(key) if device in _tickets else None
+        taken = _tickets[device].take(key, count) if device in _tickets else None
         if taken is not None:
             return taken
-    return torch.zeros(1, dtype=torch.int32, device=device)  # in a graph, one more node
+    return torch.zeros(count, dtype=torch.int32, device=device)  # in a graph, one more node

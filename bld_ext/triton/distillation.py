@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bld_ext import reference
-from bld_ext.triton.device_data import kept, ticket
+from bld_ext.triton.device_data import kept, tickets
 
 TILE = 1024  # elements of a tile
 MANY = 2**17  # narrow heads in a batch from which on a thread has two at a time
@@ -547,7 +547,7 @@ def _launch(logits, head_sizes, temperature, labels=None, targets=None, bank=Non
             None if labels is None else labels.contiguous(),
             None if targets is None else targets.contiguous(),
             bank, grads[1], grads[0], losses[1], losses[0], partials,
-            ticket(logits.device) if any(wanted) else None,
+            tickets(logits.device) if any(wanted) else None,
             offsets((*head_sizes, *rest), logits.device),
             temperature if on_device else temperature.item(),
             N, C, C_old, S, len(head_sizes), len(rest),

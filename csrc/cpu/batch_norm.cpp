@@ -256,18 +256,33 @@ template <typename T> struct Forward {
 template <typename T> struct Backward {
   using acc_t = T;
   Shape shape;
-  const acc_t *grad_y, *x, *y;     // y, and weight: or null
-  const acc_t *weight;             // [C]
+  const acc_t *grad_y, *x, *y;     // y, weight and bias: or null
+  const acc_t *weight, *bias;      // [C]
   const acc_t *mean, *variance;    // [V, C]
   acc_t *grad_x, *grad_residual;   // grad_residual: or null
   double *grad_weight, *grad_bias; // [V, C], of each view
   double eps;
+  bool relu;
 
+  // x - mean
   template <int64_t W, typename Count>
-  BLD_EXT_INLINE Side<acc_t, W> incoming(int64_t at, Count lanes) const {
+  BLD_EXT_INLINE Side<acc_t, W> away(int64_t at, Count lanes, const Side<acc_t, W> &m) const {
+    const Side<acc_t, W> now = load<acc_t, W>(x + at, lanes);
+    return each<acc_t, W>(
+        [&](int64_t k) BLD_EXT_INLINE_LAMBDA { return now.part[k] - m.part[k]; });
+  }
+
+  // The gradient where the ReLU let y through; without y, it is computed again as in Forward.
+  template <int64_t W, typename Count>
+  BLD_EXT_INLINE Side<acc_t, W> incoming(int64_t at, Count lanes, const Side<acc_t, W> &apart,
+                                         const Side<acc_t, W> &scale,
+                                         const Side<acc_t, W> &shift) const {
     Side<acc_t, W> grad = load<acc_t, W>(grad_y + at, lanes);
-    if (y) {
-      const Side<acc_t, W> out = load<acc_t, W>(y + at, lanes);
+    if (relu) {
+      const Side<acc_t, W> out =
+          y ? load<acc_t, W>(y + at, lanes) : each<acc_t, W>([&](int64_t k) BLD_EXT_INLINE_LAMBDA {
+            return apart.part[k] * scale.part[k] + shift.part[k];
+          });
       for (int64_t k = 0; k < Side<acc_t, W>::K; ++k)
         grad.part[k] = out.part[k] <= 0 ? Lanes<acc_t, W>{} : grad.part[k];
     }
@@ -279,21 +294,30 @@ template <typename T> struct Backward {
     const double n = static_cast<double>(shape.B * shape.S);
     const int64_t first = view * shape.C + shape.first_channel(block);
     alignas(64) acc_t means[SIDE], inverses[SIDE], averages[SIDE], slopes[SIDE];
+    alignas(64) acc_t scales[SIDE], shifts[SIDE] = {};
     read(mean + view * shape.C, shape, block, means);
     read(variance + view * shape.C, shape, block, inverses);
     inverse_deviation(inverses, eps);
     const Numbers m = load<acc_t, W>(means, All{});
+    if (weight)
+      read(weight, shape, block, shifts);
+    for (int64_t i = 0; i < SIDE; ++i)
+      scales[i] = weight ? inverses[i] * shifts[i] : inverses[i];
+    std::fill(shifts, shifts + SIDE, acc_t(0));
+    if (bias)
+      read(bias, shape, block, shifts);
+    const Numbers scale = load<acc_t, W>(scales, All{}), shift = load<acc_t, W>(shifts, All{});
 
     Sum<acc_t, W> sum, product;
     visit(shape, view, block,
           [&](int64_t at, int64_t stride, int64_t count, auto lanes) BLD_EXT_INLINE_LAMBDA {
             Numbers few = sum.few, products = product.few;
             for (int64_t i = 0; i < count; ++i) {
-              const Numbers grad = incoming<W>(at + i * stride, lanes);
-              const Numbers now = load<acc_t, W>(x + at + i * stride, lanes);
+              const Numbers apart = away(at + i * stride, lanes, m);
+              const Numbers grad = incoming<W>(at + i * stride, lanes, apart, scale, shift);
               for (int64_t k = 0; k < Numbers::K; ++k) {
                 few.part[k] += grad.part[k];
-                products.part[k] += grad.part[k] * (now.part[k] - m.part[k]);
+                products.part[k] += grad.part[k] * apart.part[k];
               }
             }
             sum.added(few, count);
@@ -311,22 +335,15 @@ template <typename T> struct Backward {
         grad_bias[first + i] = sum.all[i];
       }
     }
-    if (weight) {
-      read(weight, shape, block, means);
-      for (int64_t i = 0; i < SIDE; ++i)
-        inverses[i] *= means[i];
-    }
 
     const Numbers average = load<acc_t, W>(averages, All{}), slope = load<acc_t, W>(slopes, All{});
-    const Numbers scale = load<acc_t, W>(inverses, All{});
     visit(shape, view, block,
           [&](int64_t at, int64_t stride, int64_t count, auto lanes) BLD_EXT_INLINE_LAMBDA {
             for (int64_t i = 0; i < count; ++i) {
-              const Numbers grad = incoming<W>(at + i * stride, lanes);
-              const Numbers now = load<acc_t, W>(x + at + i * stride, lanes);
+              const Numbers apart = away(at + i * stride, lanes, m);
+              const Numbers grad = incoming<W>(at + i * stride, lanes, apart, scale, shift);
               store(each<acc_t, W>([&](int64_t k) BLD_EXT_INLINE_LAMBDA {
-                      const auto apart = now.part[k] - m.part[k];
-                      return (grad.part[k] - average.part[k] - apart * slope.part[k]) *
+                      return (grad.part[k] - average.part[k] - apart.part[k] * slope.part[k]) *
                              scale.part[k];
                     }),
                     grad_x + at + i * stride, lanes);
@@ -512,19 +529,21 @@ std::tuple<Tensor, Tensor, Tensor> view_batch_norm(const Tensor &input,
 std::tuple<Tensor, Tensor, Tensor, Tensor>
 view_batch_norm_backward(const Tensor &grad_output, const Tensor &input,
                          const std::optional<Tensor> &output, const std::optional<Tensor> &weight,
-                         const Tensor &mean, const Tensor &variance, int64_t views, double eps,
+                         const std::optional<Tensor> &bias, const Tensor &mean,
+                         const Tensor &variance, int64_t views, double eps, bool relu,
                          bool residual) {
   const Layout layout(input, views);
   const Shape &shape = layout.shape;
   check_same("grad_output", grad_output, input);
   check_same("output", output, input);
   check_channels("weight", weight, input);
+  check_channels("bias", bias, input);
   check_statistics("mean", mean, shape, input);
   check_statistics("variance", variance, shape, input);
   if (is_half(input)) {
     const auto [grad_x, grad_weight, grad_bias, grad_residual] =
-        view_batch_norm_backward(wide(grad_output), layout.wide(input), wide(output), weight, mean,
-                                 variance, views, eps, residual);
+        view_batch_norm_backward(wide(grad_output), layout.wide(input), wide(output), weight, bias,
+                                 mean, variance, views, eps, relu, residual);
     return {torch::stable::to(grad_x, input.scalar_type()), grad_weight, grad_bias,
             torch::stable::to(grad_residual, input.scalar_type())};
   }
@@ -537,9 +556,9 @@ view_batch_norm_backward(const Tensor &grad_output, const Tensor &input,
   const auto launch = [&](auto zero) {
     using acc_t = decltype(zero);
     run(Backward<acc_t>{shape, in<acc_t>(grad), in<acc_t>(x), in<acc_t>(y), in<acc_t>(weight),
-                        in<acc_t>(mean), in<acc_t>(variance), out<acc_t>(grad_x),
+                        in<acc_t>(bias), in<acc_t>(mean), in<acc_t>(variance), out<acc_t>(grad_x),
                         residual ? out<acc_t>(grad_residual) : nullptr, parts.get(),
-                        parts.get() + shape.V * shape.C, eps});
+                        parts.get() + shape.V * shape.C, eps, relu});
     for (int64_t c = 0; c < shape.C; ++c) {
       double gain = 0, shift = 0;
       for (int64_t v = 0; v < shape.V; ++v) {

@@ -1,0 +1,235 @@
+"""What the GPU kernels may cost, counted in their machine code: no GPU is needed.
+
+The kernels are compiled for compute capability 9.0 as the runtime specialises them for the shapes
+of the benchmarks. `gpu_budget.json` holds what was counted; more instructions, registers, shuffles,
+barriers or float64, or narrower accesses, are an error. Another version of a compiler counts
+otherwise, so its kernels are left out.
+
+    python tests/test_gpu_budget.py            prints what is counted beside the budget
+    python tests/test_gpu_budget.py --write    makes it the budget
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import machine_code  # noqa: E402
+from test_triton_compile import BENCHMARK, OPS, compile_source  # noqa: E402
+
+FILE = Path(__file__).with_name("gpu_budget.json")
+MOST = ("instructions", "registers", "spilled", "shuffles", "barriers", "float64")
+LEAST = ("load", "store", "occupancy")
+HEADS = {  # of a batch: classes of each head, images
+    "20x5": ([5] * 20, 10**6),
+    "4x2": ([2] * 4, 10**6),
+    "10x100": ([100] * 10, 10**5),
+    "20x5 small": ([5] * 20, 1000),
+}
+NORMS = {  # channels, positions, images of a view, channels last
+    "16x8x8 last": (16, 64, 20, True),
+    "64x8x8 last": (64, 64, 20, True),
+    "64x8x8": (64, 64, 20, False),
+    "256x2x2 last": (256, 4, 20, True),
+    "512x1": (512, 1, 20, True),
+    "64x32x32 last": (64, 1024, 20, True),
+}
+LAYERS = ("measure_kernel", "rescale_kernel", "update_kernel")
+
+
+def counted(code, part, items, threads, shared):
+    """The figures of a kernel, of which `part` computes `items` items in all threads of a block."""
+    return {
+        "instructions": round(len(part.instructions) * threads / items, 1),  # of a thread, an item
+        "registers": code.registers,
+        "spilled": code.spilled,
+        "shuffles": part.count("SHFL"),
+        "barriers": part.count("BAR"),
+        "float64": part.float64,
+        "load": max((i.width for i in part.instructions if i.name == "LDG"), default=0),
+        "store": max((i.width for i in part.instructions if i.name == "STG"), default=0),
+        "occupancy": code.occupancy(threads, shared),
+    }
+
+
+def count_heads(op, sizes, images):
+    """The longest loop: a tile of old heads."""
+    from bld_ext.triton import distillation as kernels
+
+    joint = op in ("joint_loss", "warm_up_loss")
+    old, rest = (sizes[:-1], sizes[-1:]) if joint else (sizes, [])
+    pointers = dict(logits="fp32", labels="i64", targets="fp32", bank="fp32", old_grad="fp32")
+    pointers |= dict(new_grad="fp32", old_loss="fp32", new_loss="fp32", partials="fp32")
+    pointers |= dict(ticket="i32", offsets="i32")
+    constants = dict(AXIS=1, ON_DEVICE=True)
+    for name, of in (("OLD", old), ("REST", rest)):
+        block, classes, narrow = kernels.tile_shape(of, images, False)
+        constants |= {f"{name}_BLOCK": block, f"{name}_CLASSES": classes, f"{name}_NARROW": narrow}
+    constants |= {f"{name}_ptr": None for name in OPS[op]}
+    types = {f"{name}_ptr": f"*{kind}" for name, kind in pointers.items()}
+    types |= dict.fromkeys(("N", "C", "C_old", "S", "old_heads", "rest_heads"), "i32")
+    types["temperature"] = "*fp64"
+    made = compile_source(kernels.heads_kernel, types, constants, 90, kernels.WARPS)
+    code = machine_code.read(made.asm["cubin"], "heads_kernel")
+    items = constants["OLD_BLOCK"] * sizes[0]
+    return counted(code, code.loops[0], items, 32 * kernels.WARPS, made.metadata.shared)
+
+
+def count_norm(direction, C, S, B, last):
+    """All of a program, which has a slab; or, of a slab in pieces, the loop over them."""
+    from bld_ext.triton import batch_norm as kernels
+
+    forward = direction == "forward"
+    most = kernels.FORWARD_TILES if forward else kernels.BACKWARD_TILES
+    tile = kernels.tile_shape(B * S, C, S, last, most)
+    warps = tile.pop("num_warps")
+    kernel = kernels.forward_kernel if forward else kernels.backward_kernel
+    constants = tile | {"RELU": True}
+    constants["residual_ptr" if forward else "grad_residual_ptr"] = None
+    if not forward:
+        constants["y_ptr"] = None
+    types = {parameter.name: "*fp32" for parameter in kernel.params}
+    numbers = dict(n=B * S, C=C, S=S, stride_b=C * S)
+    types |= dict.fromkeys(numbers, "i32")
+    types |= dict(parts_ptr="*fp64", tickets_ptr="*i32", eps="fp32")
+    types = {p.name: types[p.name] for p in kernel.params}
+    pointers = [n for n in types if n.endswith("_ptr") and n not in {*constants, "tickets_ptr"}]
+    aligned = pointers + [name for name, number in numbers.items() if number % 16 == 0]
+    ones = [name for name, number in numbers.items() if number == 1]
+    constants |= dict.fromkeys(ones, 1)
+    made = compile_source(kernel, types, constants, 90, warps, aligned)
+    code = machine_code.read(made.asm["cubin"], kernel.__name__)
+    rows = B * S if tile["WHOLE"] else tile["ROWS"] * tile["TILES"]
+    part = code if tile["WHOLE"] else code.loops[0]
+    return counted(code, part, rows * tile["CHANNELS"], 32 * warps, made.metadata.shared)
+
+
+def count_augment(side):
+    """A tile of pixels: all of a program that has one, else the longest loop."""
+    from bld_ext import SeededAugment
+    from bld_ext.triton.augment import flags, shape, views_kernel
+
+    wanted = flags(SeededAugment(**BENCHMARK).policy, 3)
+    block, warps, _ = shape(side * side, wanted["CONTRASTS"])
+    one = side * side <= block
+    constants = wanted | dict(CHANNELS_LAST=False, BLOCK=block, ONE_TILE=one, indices_ptr=None)
+    types = {parameter.name: "i32" for parameter in views_kernel.params}
+    types |= dict(images_ptr="*u8", views_ptr="*fp32", settings_ptr="*fp32")
+    types |= dict.fromkeys(("seed_ptr", "step_ptr", "indices_ptr"), "*i64")
+    made = compile_source(views_kernel, types, constants, 90, warps)
+    code = machine_code.read(made.asm["cubin"], "views_kernel")
+    part = code if one else code.loops[0]
+    return counted(code, part, block, 32 * warps, made.metadata.shared)
+
+
+TRITON = {
+    **{
+        f"{op} {name}": (count_heads, op, *HEADS[name])
+        for op in ("head_softmax", "distillation_loss", "joint_loss")
+        for name in HEADS
+    },
+    **{
+        f"norm {direction} {name}": (count_norm, direction, *NORMS[name])
+        for direction in ("forward", "backward")
+        for name in NORMS
+    },
+    **{f"augment {side}x{side}": (count_augment, side) for side in (32, 224)},
+}
+
+
+def count_layers():
+    """The longest loop of each kernel in layers.cu, an item of which is four floats of a thread."""
+    from test_cuda_build import ROOT, find_nvcc
+    from torch.utils import cpp_extension
+
+    command = [find_nvcc(), "-std=c++20", "-O3", "-cubin", "-arch=sm_90", "-DUSE_CUDA"]
+    command += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    for folder in cpp_extension.include_paths():
+        command += ["-isystem", folder]
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "layers.cubin"
+        command += [str(ROOT / "csrc/cuda/layers.cu"), "-o", str(cubin)]
+        subprocess.run(command, check=True, capture_output=True)
+        found = {}
+        for name in LAYERS:
+            code = machine_code.read(cubin.read_bytes(), name)
+            found[name] = counted(code, code.loops[0], 4 * 256, 256, 0)
+        return found
+
+
+def nvcc_version():
+    from test_cuda_build import find_nvcc
+
+    said = subprocess.run([find_nvcc(), "--version"], capture_output=True, text=True).stdout
+    return re.search(r"V([\d.]+)", said)[1]
+
+
+def more_than(budget, found):
+    """The figures that are worse than the budget: "registers 70, at most 64"."""
+    worse = [f"{n} {found[n]}, at most {budget[n]}" for n in MOST if found[n] > budget[n]]
+    return worse + [f"{n} {found[n]}, at least {budget[n]}" for n in LEAST if found[n] < budget[n]]
+
+
+@pytest.fixture(scope="module")
+def known():
+    return json.loads(FILE.read_text())
+
+
+@pytest.fixture(scope="module")
+def found(known):
+    triton = pytest.importorskip("triton")
+    if triton.__version__ != known["triton"]:
+        pytest.skip(f"the budget is that of Triton {known['triton']}, not {triton.__version__}")
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, __file__, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", TRITON)
+def test_a_kernel_keeps_its_budget(name, known, found):
+    assert more_than(known["kernels"][name], found[name]) == []
+
+
+def test_cuda_kernels_keep_their_budget(known):
+    pytest.importorskip("triton")  # whose wheel has the disassembler
+    if (version := nvcc_version()) != known["nvcc"]:
+        pytest.skip(f"the budget is that of nvcc {known['nvcc']}, not {version}")
+    found = count_layers()
+    assert {
+        name: more_than(known["kernels"][name], found[name]) for name in LAYERS
+    } == dict.fromkeys(LAYERS, [])
+
+
+def test_a_regression_is_noticed(known):
+    """An instruction more in the loop, a narrower load, a spilled register."""
+    budget = known["kernels"]["norm forward 64x8x8 last"]
+    assert more_than(budget, budget) == []
+    for name, value in {"instructions": 999, "load": 4, "spilled": 8, "occupancy": 0.125}.items():
+        (worse,) = more_than(budget, budget | {name: value})
+        assert worse.startswith(f"{name} {value}, at ")
+
+
+if __name__ == "__main__":
+    counts = {name: count(*arguments) for name, (count, *arguments) in TRITON.items()}
+    if "--json" in sys.argv:
+        json.dump(counts, sys.stdout)
+        sys.exit()
+    import triton
+
+    counts |= count_layers()
+    before = json.loads(FILE.read_text())["kernels"] if FILE.exists() else {}
+    for kernel, figures in counts.items():
+        print(kernel, *(f"{name} {value}" for name, value in figures.items()), sep="  ")
+        for line in more_than(before[kernel], figures) if kernel in before else ["new"]:
+            print(f"    {line}")
+    if "--write" in sys.argv:
+        content = {"triton": triton.__version__, "nvcc": nvcc_version(), "kernels": counts}
+        FILE.write_text(json.dumps(content, indent=1) + "\n")
