@@ -3,8 +3,8 @@
 Run it with `pytest benchmarks/test_batch_norm.py --benchmark-enable`. `loop` calls F.batch_norm and
 relu view by view. `grouped` moves the views into the channels, [B, V·C, *], which needs copies.
 `whole-batch` is one F.batch_norm over all views: a different function, and the least that PyTorch
-can do. The bytes are 20 for each element: x and y in the forward pass, and dL/dy, x and dL/dx in the
-backward pass.
+can do. The bytes are 20 for each element: x and y in the forward pass, and dL/dy, x and dL/dx in
+the backward pass.
 """
 
 import functools

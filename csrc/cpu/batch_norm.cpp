@@ -268,8 +268,7 @@ template <typename T> struct Backward {
   template <int64_t W, typename Count>
   BLD_EXT_INLINE Side<acc_t, W> away(int64_t at, Count lanes, const Side<acc_t, W> &m) const {
     const Side<acc_t, W> now = load<acc_t, W>(x + at, lanes);
-    return each<acc_t, W>(
-        [&](int64_t k) BLD_EXT_INLINE_LAMBDA { return now.part[k] - m.part[k]; });
+    return each<acc_t, W>([&](int64_t k) BLD_EXT_INLINE_LAMBDA { return now.part[k] - m.part[k]; });
   }
 
   // The gradient where the ReLU let y through; without y, it is computed again as in Forward.
@@ -526,12 +525,10 @@ std::tuple<Tensor, Tensor, Tensor> view_batch_norm(const Tensor &input,
   return {y, mean, variance};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor>
-view_batch_norm_backward(const Tensor &grad_output, const Tensor &input,
-                         const std::optional<Tensor> &output, const std::optional<Tensor> &weight,
-                         const std::optional<Tensor> &bias, const Tensor &mean,
-                         const Tensor &variance, int64_t views, double eps, bool relu,
-                         bool residual) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> view_batch_norm_backward(
+    const Tensor &grad_output, const Tensor &input, const std::optional<Tensor> &output,
+    const std::optional<Tensor> &weight, const std::optional<Tensor> &bias, const Tensor &mean,
+    const Tensor &variance, int64_t views, double eps, bool relu, bool residual) {
   const Layout layout(input, views);
   const Shape &shape = layout.shape;
   check_same("grad_output", grad_output, input);
