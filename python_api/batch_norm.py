@@ -34,8 +34,8 @@ class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
     keeps = False  # its running statistics whatever the stage, as it belongs to an old head
     views = 1
     mode: str | None = None
-    pooled: Tensor | None = None  # [2, C], Σ mean and Σ E[x²] over the views
-    counted: Tensor | None = None  # [2]: number of views, and of values a channel in all of them
+    pooled: Tensor | None = None  # [2, C], Σ x and Σ x² over the views
+    counted: Tensor | None = None  # [1], values of a channel in all of them
 
     def forward(self, input: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         if not self.by_view():
@@ -77,7 +77,7 @@ class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
         if self.mode == "pool" and self.track_running_stats:
             like = dict(dtype=torch.float64, device=self.running_mean.device)
             self.pooled = torch.zeros(2, self.num_features, **like)
-            self.counted = torch.zeros(2, **like)
+            self.counted = torch.zeros(1, **like)
 
     def end(self) -> None:
         self.mode = self.pooled = self.counted = None
@@ -89,10 +89,9 @@ class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     @torch.no_grad()
     def _gather(self, mean: Tensor, variance: Tensor, n: int) -> None:  # [V, C]
-        self.pooled[0] += mean.sum(0)
-        self.pooled[1] += (variance + mean * mean).sum(0)
-        self.counted[0] += len(mean)
-        self.counted[1] += n * len(mean)
+        self.pooled[0] += n * mean.sum(0)
+        self.pooled[1] += n * (variance + mean * mean).sum(0)
+        self.counted += n * len(mean)
 
     @torch.no_grad()
     def _move(self, mean: Tensor, variance: Tensor, n: int) -> None:  # [V, C]
@@ -123,8 +122,8 @@ class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
         if self.pooled is None:
             return
         came = self.counted[0] > 0  # a module that was not used keeps its statistics
-        views, n = self.counted.clamp(min=1)
-        mean, square = self.pooled / views
+        n = self.counted[0].clamp(min=1)
+        mean, square = self.pooled / n
         variance = (square - mean**2).clamp(min=0) * (n / (n - 1).clamp(min=1))
         m = self.momentum
         if m:

@@ -13,7 +13,14 @@ from bld_ext.api.batch_norm import ViewBatchNorm
 from bld_ext.api.pass_size import parse_bytes
 from bld_ext.api.precision import PRECISIONS, REFUSED
 from bld_ext.api.processes import Processes
-from bld_ext.api.shards import is_sharded, number_of_shards, ranks_of, sharded_modules
+from bld_ext.api.shards import (
+    fsdp1,
+    is_sharded,
+    number_of_shards,
+    ranks_of,
+    reduced_precision,
+    sharded_modules,
+)
 
 
 def choice(name: str, value: str, choices: Iterable[str]) -> str:
@@ -175,7 +182,7 @@ def learning_rates(groups: Iterable[dict]) -> None:
 
 
 def model(value: nn.Module) -> None:
-    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel, *fsdp1())
     if not isinstance(value, nn.Module):
         raise TypeError(
             f"model: expected a torch.nn.Module, got {type(value).__name__}. BLDOptimizer runs the "
@@ -263,7 +270,7 @@ def sharded(
     managed = {p for module in sharded_modules(value) for p in module.parameters()}
     found = {name: p for name, p in value.named_parameters() if is_sharded(p)}
     for name, param in found.items():
-        if param not in managed or number_of_shards(param) > 1:
+        if param not in managed or number_of_shards(param) != 1:
             raise ValueError(
                 f"model: parameter {name} is a DTensor with {param.placements}; expected those of "
                 "torch.distributed.fsdp.fully_shard alone, which divides each parameter once"
@@ -273,6 +280,13 @@ def sharded(
                 f"process_group: expected the processes among which parameter {name} is divided, "
                 f"ranks {sorted(ranks_of(param))}, got ranks {sorted(processes.ranks)}"
             )
+    for name, module in value.named_modules():
+        if lowered := reduced_precision(module):
+            raise ValueError(
+                f"model: {name or 'it'} is sharded with a MixedPrecisionPolicy of {lowered}; "
+                "expected float32 or none. In reduced precision the distillation gradient is "
+                "rounding noise"
+            )
     if found and isinstance(views_per_pass, str):
         raise ValueError(
             "views_per_pass: expected a whole number with sharded parameters, since all processes "
@@ -280,6 +294,19 @@ def sharded(
         )
     if found and reproducible:
         raise ValueError("reproducible: expected False with sharded parameters, got True")
+
+
+def mixed(value: nn.Module, groups: Iterable[dict]) -> None:
+    """Refuse torch's joint kernels for whole and sharded parameters together."""
+    if len({is_sharded(param) for param in value.parameters()}) < 2:
+        return
+    for i, group in enumerate(groups):
+        for option in ("foreach", "fused"):
+            if group.get(option):
+                raise ValueError(
+                    f"param_groups[{i}]['{option}']: expected None or False with whole and sharded "
+                    "parameters, got True"
+                )
 
 
 def heads(sizes: Iterable[int]) -> list[int]:

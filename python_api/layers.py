@@ -77,18 +77,16 @@ class Layers:
         update: Callable[[list[Tensor]], None],
         measured: Callable[[Tensor], None] | None,
         held: list[int],
-        add_up: Callable[[list[Tensor]], None],
     ) -> Iterator[None]:
         """Call `update(params)` for each layer whose gradient the enclosed backward completes.
 
-        Before each call, the bytes of all gradients held are appended to `held`, `add_up(grads)`
-        adds up those of `params` over all processes, and `measured(norms)` gets their norms in each
-        layer, `[L]`; those of the other layers are 0.
+        Before each call, the bytes of all gradients held are appended to `held`, and
+        `measured(norms)` gets the norms of `params` in each layer, `[L]`; those of the other layers
+        are 0.
         """
 
         def act(params: list[Tensor]) -> None:
             held.append(tensor_bytes(p.grad for p in self.index if p.grad is not None))
-            add_up([p.grad for p in params])
             if measured is not None:
                 measured(self.norms(params))
             update(params)

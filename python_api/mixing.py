@@ -14,6 +14,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from bld_ext.api.batch_norm import RUNNING, ViewBatchNorm
 from bld_ext.api.buffers import Buffers
+from bld_ext.api.shards import reshard
 from bld_ext.api.views import Views
 from bld_ext.api.warn import warn
 
@@ -26,6 +27,7 @@ def no_trace(model: nn.Module) -> Iterator[Buffers]:
         yield before
     finally:
         before.restore()
+        reshard(model)  # which a forward pass without backward leaves whole
 
 
 # A call of a module: its name, its first input and its output.

@@ -223,7 +223,7 @@ class ModelOptimizer(torch.optim.Optimizer):
     @contextmanager
     def _undone_on_error(self) -> Iterator[None]:
         """Restore parameters, buffers, the base's state and the batch count if anything raises."""
-        params, buffers = [*self.model.parameters()], Buffers(self.model)
+        params, buffers = [*self._names()], Buffers(self.model)
         before = [p.detach().clone() for p in params]
         state = {
             p: {k: v.clone() if isinstance(v, Tensor) else v for k, v in entry.items()}

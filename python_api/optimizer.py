@@ -239,7 +239,8 @@ class BLDOptimizer(StepRunner):
                 if not is_out_of_memory(error):
                     raise
                 views = self.views_in_pass
-                if not (self._pass_size.halve() and undo):
+                again = undo and self._processes.alone  # else the others are a step further
+                if not (self._pass_size.halve() and again):
                     raise too_much(views, len(images), self._pass_size.automatic) from error
             else:
                 self._pass_size.on_trial = False

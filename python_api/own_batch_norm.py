@@ -62,11 +62,10 @@ class OwnViewBatchNorm(ViewBatchNorm):
         moved = (torch.stack((mean, variance)) != before).any(2).any(0)  # [V]
         variance = variance * (n - 1) / n
         if self.mode == "pool":
-            weight = moved.double().unsqueeze(1)
+            weight = n * moved.double().unsqueeze(1)
             self.pooled[0] += (mean * weight).sum(0)
             self.pooled[1] += ((variance + mean * mean) * weight).sum(0)
-            self.counted[0] += weight.sum()
-            self.counted[1] += n * weight.sum()
+            self.counted += weight.sum()
         elif moved.any():
             self._move(mean, variance, n)
 

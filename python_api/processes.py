@@ -20,7 +20,9 @@ class Seen:
     error: str  # empty if it has none
     images: int
     digest: int
-    shapes: object
+    shapes: dict[str, object]  # of the parameters, in their order
+    settings: dict[str, str]
+    state: int  # a digest of the base optimizer's
 
 
 class Processes:
@@ -40,6 +42,7 @@ class Processes:
         self.size = 1 if self.group is None else distributed.get_world_size(self.group)
         self.rank = 0 if self.group is None else distributed.get_rank(self.group)
         self.first_image = 0  # number of this rank's first image among those of all ranks
+        self._mark: tuple[int, Tensor | None] = 0, None
         self._known: set[Tensor] = set()
         self._compared = 0
 
@@ -80,6 +83,40 @@ class Processes:
             return
         _flattened(plain(tensors), lambda flat: distributed.all_reduce(flat, group=self.group))
 
+    def mark(self, where: object, images: Tensor | None, labels: Tensor | None) -> None:
+        """Have each sum of gradients compare what this process is doing with the others.
+
+        `where` has the batch's number, the stage and the settings. Images and labels are those that
+        all processes have, or None.
+        """
+        if not self.alone:
+            both = (images, labels)
+            sums = None if images is None else torch.cat([_checksum(t) for t in both])
+            self._mark = zlib.crc32(repr(where).encode()), sums
+
+    def _marks(self, like: Tensor) -> Tensor:
+        """A few whole numbers below 2^15, so that their sum over 512 processes is exact."""
+        digest, sums = self._mark
+        marks = like.new_tensor([digest % 2**15, digest // 2**15 % 2**15])
+        return marks if sums is None else torch.cat((marks, sums.to(marks)))
+
+    def _require_same(self, own: Tensor, total: Tensor) -> None:
+        if not torch.equal(own * self.size, total):
+            raise RuntimeError(
+                "process_group: the processes are no longer at the same step. One of them has left "
+                "out a batch or a step, or has another batch, other settings or other parameters. "
+                "Load the last checkpoint on all of them"
+            )
+
+    def sum_flags(self, flags: Sequence[bool], like: Tensor, sums: Sequence[Tensor]) -> list[bool]:
+        """Add up `sums`, and return which flags are set on some process."""
+        marks = self._marks(like)
+        came = torch.cat((like.new_tensor([float(flag) for flag in flags]), marks))
+        self.sum_([*sums, came])
+        count = len(flags)
+        self._require_same(marks, came[count:])
+        return [n > 0 for n in came[:count].tolist()]
+
     def sum_gradients(self, params: Iterable[Tensor], losses: Sequence[Tensor]) -> None:
         """Add up .grad and the losses; a gradient that no process has stays None."""
         if self.alone:
@@ -107,16 +144,15 @@ class Processes:
         sets: Sequence[list[Tensor | None]],
         losses: Sequence[Tensor],
     ) -> list[list[Tensor | None]]:
+        here = [g is not None for of_params in sets for g in of_params]
         grads = [
             torch.zeros_like(p) if g is None else g
             for of_params in sets
             for p, g in zip(params, of_params, strict=True)
         ]
-        here = [float(g is not None) for of_params in sets for g in of_params]
-        came = torch.tensor(here, dtype=losses[0].dtype, device=losses[0].device)
-        self.sum_([*grads, came, *losses])
-        found = [g if n else None for g, n in zip(grads, came.tolist(), strict=True)]
-        return [found[i : i + len(params)] for i in range(0, len(found), len(params))]
+        came = self.sum_flags(here, losses[0], [*grads, *losses])
+        found = [g if there else None for g, there in zip(grads, came, strict=True)]
+        return [found[i * len(params) : (i + 1) * len(params)] for i in range(len(sets))]
 
     def carry_on(self, params: Iterable[Tensor]) -> None:
         """Keep a gradient that was added up on rank 0 alone, so that a further sum has it once."""
@@ -142,7 +178,11 @@ class Processes:
         if self.alone or self._known >= {*params}:
             return False
         values = plain([*params, *model.buffers()])
-        _flattened(values, lambda flat: distributed.broadcast(flat, group=self.group, group_src=0))
+
+        def broadcast(flat: Tensor) -> None:  # as bytes, since gloo does not know all types
+            distributed.broadcast(flat.view(torch.uint8), group=self.group, group_src=0)
+
+        _flattened(values, broadcast)
         self._known = {*params}
         return True
 
@@ -154,32 +194,51 @@ class Processes:
         return values[0]
 
     def compare(
-        self, error: Exception | None, images: object, labels: object, shapes: object
+        self,
+        error: Exception | None,
+        images: object,
+        labels: object,
+        shapes: dict[str, object],
+        settings: dict[str, str],
+        state: int,
     ) -> None:
-        """Tell the others of an error of this rank, and compare the batches of all.
+        """Tell the others of an error of this rank, and compare the batches and settings of all.
 
-        `shapes` are those of the parameters.
+        `shapes` are those of the parameters, and `state` a digest of the base optimizer's.
 
         Raises:
             Exception: `error`, or on the other ranks a RuntimeError that tells of it.
-            ValueError: the batches differ with shard="views".
+            ValueError: the processes have different settings, parameters, states or, with
+                shard="views", batches.
         """
         self._compared += 1
         seen: list[Seen | None] = [None] * self.size
         tensors = isinstance(images, Tensor) and isinstance(labels, Tensor)
         digest = _digest(images, labels) if tensors and self.shard == "views" else 0
         text = "" if error is None else f"{type(error).__name__}: {error}"
-        own = Seen(text, len(images) if isinstance(images, Tensor) else 0, digest, shapes)
+        count = len(images) if isinstance(images, Tensor) and images.dim() else 0
+        own = Seen(text, count, digest, shapes, settings | {"shard": repr(self.shard)}, state)
         distributed.all_gather_object(seen, own, group=self.group)
         if error is not None:
             raise error
         for rank, other in enumerate(seen):
             if other.error:
                 raise RuntimeError(f"rank {rank} could not begin this batch: {other.error}")
-            if other.shapes != shapes:
+            for name, value in own.settings.items():
+                if other.settings.get(name) != value:
+                    raise ValueError(
+                        f"{name}: expected the same on every rank, got {value} here and "
+                        f"{other.settings.get(name)} on rank {rank}"
+                    )
+            if [*other.shapes.items()] != [*shapes.items()]:
                 raise ValueError(
-                    f"model: expected the same parameters on every rank, got others on rank {rank}."
-                    " Add heads on all ranks"
+                    f"model: expected the same parameters on every rank, got others on rank {rank},"
+                    " or in another order. Add heads and parameter groups on all ranks"
+                )
+            if other.state != state:
+                raise ValueError(
+                    f"base: expected its state to be the same on every rank, got another one on "
+                    f"rank {rank}. Call load_state_dict on all ranks"
                 )
         if self.shard == "views" and len({other.digest for other in seen}) > 1:
             raise ValueError(
@@ -190,8 +249,8 @@ class Processes:
             self.first_image = sum(other.images for other in seen[: self.rank])
 
     def forget(self) -> None:
-        """Take everything over from rank 0 again before the next batch."""
-        self._known = set()
+        """Take everything over from rank 0 again before the next batch, and compare."""
+        self._known, self._compared = set(), 0
 
     def __getstate__(self) -> dict:
         if self.alone:
@@ -238,6 +297,18 @@ def _flattened(tensors: Sequence[Tensor], change: Callable[[Tensor], object]) ->
         change(flat)
         for t, part in zip(own, flat.split([t.numel() for t in own]), strict=True):
             t.copy_(part.view(t.shape))
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    """Two whole numbers below 2^15 that depend on the values and their places, on the device."""
+    values = tensor.detach().contiguous().reshape(-1).view(torch.uint8).to(torch.int64)
+    places = torch.arange(len(values), device=values.device) % 32749 + 1
+    return torch.stack((values.sum() % 32749, (values * places).sum() % 32749))
+
+
+def digest_of(tensors: Iterable[Tensor]) -> int:
+    """A checksum of the values that every process should have alike; it waits for the device."""
+    return _digest(*plain(tensors))
 
 
 def _digest(*tensors: Tensor) -> int:

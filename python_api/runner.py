@@ -17,6 +17,7 @@ from torch import Tensor
 from bld_ext.api import algorithm, checks
 from bld_ext.api import images as inputs
 from bld_ext.api import labels as targets
+from bld_ext.api.augment import is_seeded
 from bld_ext.api.batch_norm import ViewBatchNorm, spare_old_heads, view_statistics
 from bld_ext.api.capture import Recorder, key_of
 from bld_ext.api.convert import convert_view_batchnorm
@@ -28,7 +29,7 @@ from bld_ext.api.model_optimizer import ModelOptimizer
 from bld_ext.api.out_of_memory import too_much, within_memory
 from bld_ext.api.pass_size import PassSize
 from bld_ext.api.precision import dtype_of, exact_float32
-from bld_ext.api.processes import Processes
+from bld_ext.api.processes import Processes, digest_of
 from bld_ext.api.report import Batch, StepReport
 from bld_ext.api.schedules import SCHEDULES
 from bld_ext.api.shards import add_up_gradients, is_sharded
@@ -151,6 +152,24 @@ class StepRunner(ModelOptimizer):
         self._batch = Batch(bank, layers, norms, self.batches, shape, settings)
         self.batches += 1
 
+    def _settings_of_step(self) -> dict[str, str]:
+        """What the processes of a step must have alike; learning rates on a GPU are not read."""
+        names = ("warmup_ratio", "temperature", "balance", "joint_steps", "views", "ignore_index",
+                 "layer", "schedule", "precision", "check_finite", "reproducible")  # fmt: skip
+        found = {name: repr(getattr(self, name)) for name in names}
+        found["augment"] = (
+            repr(self.augment) if is_seeded(self.augment) else type(self.augment).__name__
+        )
+        found["base"] = type(self.base).__name__
+        found["model.training"] = repr(self.model.training)
+        for i, group in enumerate(self.param_groups):
+            for name, value in group.items():
+                read = not isinstance(value, Tensor) or value.device.type == "cpu"
+                if read and name not in ("params", "param_names", "seed", "batches"):
+                    value = value.item() if isinstance(value, Tensor) else value
+                    found[f"param_groups[{i}]['{name}']"] = repr(value)
+        return found
+
     def _settings_of_views(self) -> dict[str, object]:
         names = ("views", "temperature", "augment", "ignore_index", "seed", "layer")
         return {name: getattr(self, name) for name in names}
@@ -176,6 +195,16 @@ class StepRunner(ModelOptimizer):
     def _stage_of(
         self, name: str, ratio: float, views: Views, layers: Layers, report: StepReport
     ) -> Stage:
+        if not self._processes.alone:
+            where = (
+                name,
+                views.number,
+                self.seed,
+                self._settings_of_step(),
+                [*self._names().values()],
+            )
+            shared = self._processes.shard == "views"
+            self._processes.mark(where, *((views.images, views.labels) if shared else (None, None)))
         scalars = self._recorder.scalars
         rates = None if scalars is None else scalars.rates
         on_device = scalars is not None and self.balance is not None
@@ -259,7 +288,14 @@ class StepRunner(ModelOptimizer):
         except Exception as found:
             error = found
         if self._processes.must_compare(self.check_finite):
-            self._processes.compare(error, images, labels, self._shapes())
+            state = digest_of(
+                value
+                for param in self._parameters()
+                for value in self.state.get(param, {}).values()
+                if isinstance(value, Tensor)
+            )
+            settings = self._settings_of_step()
+            self._processes.compare(error, images, labels, self._shapes(), settings, state)
         elif error is not None:
             raise error
         if self._processes.agree(self.model):
@@ -281,6 +317,7 @@ class StepRunner(ModelOptimizer):
             checks.tree(self._processes, self.views_per_pass)
         checks.shared(self.model, self._processes.alone, self._processes.shard, self.capture)
         checks.sharded(self.model, self._processes, self.views_per_pass, self.reproducible)
+        checks.mixed(self.model, self.param_groups)
         checks.learning_rates(self.param_groups)
         self._try_out_base()
         looks = device.type == "cpu" or self.check_finite

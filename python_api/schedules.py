@@ -108,9 +108,13 @@ class InBackward(TwoForward):
     """`TwoForward`, but with updates during the last backward pass of L_t.
 
     Each layer is updated as soon as its gradient is complete, and the gradient is then released.
+    Where processes share the step, a gradient is complete only when it has been added up over all,
+    and their layers need not come in the same order: they learn as with `TwoForward`.
     """
 
     def descend(self, stage, run, measure=False):
+        if not stage.processes.alone:
+            return super().descend(stage, run, measure)
         norms, held = None, []
         if measure:
             norms = stage.layers.zeros()
@@ -121,9 +125,7 @@ class InBackward(TwoForward):
                 norms.add_(found)
 
         needed = measured if measure or stage.check_finite else None
-        add_up = stage.processes.sum_
-        result = run(stage.layers.updating(stage.update, needed, held, add_up))
-        add_up([_loss(result)])
+        result = run(stage.layers.updating(stage.update, needed, held))
         stage.note_held(max(held))
         stage.require_finite(_loss(result), *([] if norms is None else [norms]))
         return result, norms

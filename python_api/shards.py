@@ -30,6 +30,12 @@ def sharded_modules(model: nn.Module) -> Iterator[nn.Module]:
         yield from (m for m in model.modules() if isinstance(m, fsdp.FSDPModule))
 
 
+def fsdp1() -> tuple[type, ...]:
+    """The wrapper class of the first FSDP, if its module has been imported."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return () if fsdp is None else (fsdp.FullyShardedDataParallel,)
+
+
 def reshard(model: nn.Module) -> None:
     """Put the parts back where a forward pass without backward left whole parameters."""
     for module in sharded_modules(model):
@@ -44,6 +50,15 @@ def add_up_gradients(model: nn.Module) -> None:
         module.set_force_sum_reduction_for_comms(True)
         module.set_requires_gradient_sync(True)
         module.set_is_last_backward(True)
+
+
+def reduced_precision(module: nn.Module) -> torch.dtype | None:
+    """The dtype below float32 that a module was told to be sharded with, if there is one."""
+    if not hasattr(module, "_get_fsdp_state"):
+        return None
+    policy = getattr(module._get_fsdp_state(), "_mp_policy", None)
+    dtypes = (getattr(policy, name, None) for name in ("param_dtype", "reduce_dtype"))
+    return next((d for d in dtypes if d in (torch.bfloat16, torch.float16)), None)
 
 
 def layer_norms(grads: Sequence[Tensor], layers: Sequence[int], count: int) -> Tensor:

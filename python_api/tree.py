@@ -70,8 +70,7 @@ class TreeSum:
     def _over_ranks(self, total: Gradients) -> Gradients:
         """Give each rank a part of all sums, let it add these up as the tree does, and share."""
         size, found = self.processes.size, dict[int, Tensor]()
-        came = torch.tensor([float(g is not None) for g in total])
-        self.processes.sum_([flags := came.to(self.params[0].device)])
+        flags = self.processes.sum_flags([g is not None for g in total], self.params[0], [])
         pairs = zip(self.params, total, strict=True)
         own = [torch.zeros_like(p) if g is None else g for p, g in pairs]
         for dtype in dict.fromkeys(g.dtype for g in own):
@@ -89,7 +88,7 @@ class TreeSum:
             sizes = [own[i].numel() for i in where]
             pieces = flat[: sum(sizes)].split(sizes)
             found |= {i: p.view(own[i].shape) for i, p in zip(where, pieces, strict=True)}
-        return [found[i].clone() if n else None for i, n in enumerate(flags.tolist())]
+        return [found[i].clone() if there else None for i, there in enumerate(flags)]
 
 
 def _added(left: Gradients, right: Gradients) -> Gradients:

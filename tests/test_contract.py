@@ -219,7 +219,7 @@ def test_loading_ends_the_batch_that_was_begun():
 
 def test_the_automatic_size_of_a_pass_is_that_of_a_run_that_resumes():
     """Though the network has grown since it was measured; another size has other bits."""
-    options = {"views": 4, "views_per_pass": "11 kB"}
+    options = {"views": 4, "views_per_pass": "10 kB"}
     whole, resumed = make(**options), make((2, 2, 2), **options)
     sizes = [learn(whole, [number], [1]) and whole.views_in_pass for number in (0, 1)]
     hand_over((whole.model, resumed.model), (whole, resumed))

@@ -17,6 +17,7 @@ import time
 import traceback
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from torch import distributed, multiprocessing, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 
 from benchmarks.paper.__main__ import main as paper
@@ -463,6 +464,18 @@ def test_sharded_parameters(size, schedule, tmp_path):
     assert_sharded_is_whole(size, {"schedule": schedule}, shard_all_of_backbone, tmp_path)
 
 
+def shard_model_with_its_head(model):
+    model.add_head(1)
+    fully_shard(model)
+
+
+def test_every_parameter_is_sharded(tmp_path):
+    sharded = {"shard_parameters": shard_model_with_its_head}
+    found = on_processes(2, learn_sharded, sharded, folder=tmp_path)
+    assert_close(found[1], found[0], 0)
+    assert_close(found[0], learn(shard_parameters=lambda model: model.add_head(1)), 1e-9)
+
+
 @pytest.mark.parametrize(
     ("size", "shard_parameters"),
     [(2, shard_backbone_at_once), (2, shard_model), (4, shard_in_replicas)],
@@ -545,6 +558,13 @@ def wrongly_sharded(rank, size, kind):
     elif kind == "group":
         optimizer = BLDOptimizer(model, process_group=False)
         shard_backbone_at_once(model)
+    elif kind == "precision":
+        shard_in_reduced_precision(model)
+    elif kind == "foreach":
+        base = partial(torch.optim.SGD, foreach=True)
+        model, optimizer = make(process_group=distributed.group.WORLD, base=base)
+        model.add_head(2)
+        shard_backbone_at_once(model)
     else:
         shard_backbone_at_once(model)
         setattr(optimizer, *kind)
@@ -555,8 +575,51 @@ def wrongly_sharded(rank, size, kind):
         assert torch.equal(model.heads[0].weight, before)
 
 
+def shard_in_reduced_precision(model):
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float64)
+    fully_shard(model.backbone[0], mp_policy=policy)
+
+
+def nan_at_first(rank, size):
+    """On one rank alone; the network is restored on both."""
+    model, optimizer = make(process_group=distributed.group.WORLD, check_finite=True)
+    shard_backbone_at_once(model)
+    model.add_head(2)
+    before = {k: getattr(v, "full_tensor", v.clone)() for k, v in model.state_dict().items()}
+    plain = optimizer.augment
+
+    def augment(images, *, views, **where):
+        made = plain(images, views=views, **where)
+        return made * float("nan") if views[0] == 3 else made
+
+    optimizer.augment = augment
+    with pytest.raises(FloatingPointError):
+        optimizer.step(*next(batches(0)))
+    for name, value in model.state_dict().items():
+        assert torch.equal(getattr(value, "full_tensor", value.clone)(), before[name]), name
+    optimizer.augment = plain
+    optimizer.step(*next(batches(0)))
+    return [everything(model, optimizer)]
+
+
+def test_a_sharded_network_is_restored(tmp_path):
+    found = on_processes(2, nan_at_first, folder=tmp_path)
+    assert_close(found[1], found[0], 0)
+    assert_close(found[0], [learn_batches(1)], 1e-9)
+
+
+def learn_batches(count, **options):
+    model, optimizer = make(**options)
+    model.add_head(2)
+    for batch, _ in zip(batches(0), range(count), strict=False):
+        optimizer.step(*batch)
+    return everything(model, optimizer)
+
+
 WRONGLY_SHARDED = {
     "tensor parallel": "parameter backbone.5.weight is a DTensor with (Shard(dim=1),); expected",
+    "precision": "model: backbone.0 is sharded with a MixedPrecisionPolicy of torch.bfloat16",
+    "foreach": "param_groups[0]['foreach']: expected None or False with whole and sharded",
     "group": "process_group: expected the processes among which parameter backbone.0.weight is",
     ("views_per_pass", "1 MiB"): "views_per_pass: expected a whole number with sharded parameters",
     ("reproducible", True): "reproducible: expected False with sharded parameters, got True",
@@ -630,6 +693,136 @@ def test_what_goes_wrong_on_one_rank_is_an_error_on_all(kind, tmp_path):
     at_fault, others = FAULTS[kind]
     assert at_fault in second and others in first
     assert "AssertionError" not in first + second
+
+
+# ---- processes that are no longer at the same step ----
+
+CHANGES = {
+    "lr": 0.02,
+    "warmup_lr": 0.5,
+    "temperature": 1.0,
+    "balance": 1.0,
+    "views": 4,
+    "layer": "tensor",
+    "joint_steps": 1,
+    "ignore_index": 1,
+}
+
+
+def constructed_differently(rank, size, name):
+    options = {name: CHANGES[name]} if rank else {}
+    model, optimizer = make(process_group=distributed.group.WORLD, **options)
+    model.add_head(2)
+    optimizer.step(*next(batches(0)))
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_settings_that_differ_from_the_start_are_named(name, tmp_path):
+    named = {"lr": "param_groups[0]['lr']", "warmup_lr": "warmup_ratio"}.get(name, name)
+    expected = f"ValueError: {named}: expected the same on every rank, got"
+    for error in on_processes(2, constructed_differently, name, folder=tmp_path, fails=True):
+        assert expected in error
+
+
+def changed_later(rank, size, change):
+    """A network without BatchNorm, all of whose sums have the same length."""
+    model, optimizer = make(process_group=distributed.group.WORLD, body=without_batch_norm)
+    model.add_head(2)
+    for batch in batches(0):
+        optimizer.step(*batch)
+    before = everything(model, optimizer)
+    (images, labels), (others, _) = itertools.islice(batches(1), 2)
+    labels = labels % 2
+    if rank and change == "another batch":
+        images = others
+    elif rank and change == "a batch less":
+        with pytest.raises(ValueError, match="labels: expected classes"):
+            optimizer.step(images, labels + 7)
+    elif rank and change == "order":
+        optimizer.add_param_group({"params": [model.backbone[0].weight]})
+    elif rank:
+        setattr(optimizer, *change)
+    try:
+        if change == "a batch less" and rank:
+            images = others  # of the next batch
+        optimizer.step(images, labels)
+    finally:
+        after = everything(model, optimizer)
+        moved = [n for n in before if n.startswith("state") and (after[n] != before[n]).any()]
+        assert not moved
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "another batch", "a batch less", "order",
+        ("views", 4), ("balance", 1.0), ("seed", 5), ("ignore_index", 1), ("lr", 0.02),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_differs_later_is_noticed_before_anything_moves(change, tmp_path):
+    for error in on_processes(2, changed_later, change, folder=tmp_path, fails=True):
+        assert "the processes are no longer at the same step" in error
+        assert "AssertionError" not in error
+
+
+class LayerDrop(nn.Module):
+    """Its layers take part at random, in an order that depends on the view."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(192, 192) for _ in range(4))
+        self.last = nn.Linear(192, 6)
+
+    def forward(self, images):
+        x = images.flatten(1)
+        for i in torch.randperm(4)[:3].tolist():
+            x = x + self.layers[i](x).tanh()
+        return self.last(x)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_layers_that_take_part_at_random(schedule, tmp_path):
+    options = {"schedule": schedule, "body": LayerDrop, "tasks": 2}
+    found = on_processes(2, learn_together, options, folder=tmp_path)
+    assert_close(found[1], found[0], 0)
+    assert_close(found[0], learn(**options), 1e-9)
+
+
+def load_on_one_rank(rank, size, state):
+    model, optimizer = make(process_group=distributed.group.WORLD, base=with_momentum)
+    model.add_head(2)
+    if rank == 0:
+        model.load_state_dict(state[0])
+        optimizer.load_state_dict(state[1])
+    optimizer.step(*next(batches(0)))
+
+
+@pytest.mark.filterwarnings("ignore:BLDOptimizer. SGD keeps state")
+def test_a_state_that_one_rank_alone_loaded_is_refused(tmp_path):
+    model, optimizer = make(base=with_momentum)
+    model.add_head(2)
+    optimizer.step(*next(batches(0)))
+    state = model.state_dict(), optimizer.state_dict()
+    for error in on_processes(2, load_on_one_rank, state, folder=tmp_path, fails=True):
+        assert "base: expected its state to be the same on every rank" in error
+
+
+def statistics_of_unequal_images(rank, size):
+    model, optimizer = make(
+        body=without_dropout, views=1, augment=None, process_group=group_of(size), shard="images"
+    )
+    model.add_head(2)
+    images, labels = next(batches(0))
+    share = slice(None) if size == 1 else slice(0, 4) if rank == 0 else slice(4, None)
+    optimizer.step(images[share], labels[share])
+    return model.backbone[1].running_mean
+
+
+def test_statistics_are_those_of_all_images(tmp_path):
+    """The mean of the first layer; behind it images are normalised with others."""
+    found = on_processes(2, statistics_of_unequal_images, folder=tmp_path)
+    torch.testing.assert_close(found[0], statistics_of_unequal_images(0, 1))
 
 
 def too_few_views(rank, size):
