@@ -11,6 +11,7 @@ import json
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -883,12 +884,15 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 SMALL = {"tasks": 2, "views": 3, "limit": 40}
 
 
-def torchrun_command(out, *options, restarts=0):
+def paper_command(out, *options):
     small = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
     small += "--seeds 0 --methods finetune,lwf --dataset digits".split()
+    return ["-m", "benchmarks.paper", *small, "--out", str(out), *options]
+
+
+def torchrun_command(out, *options):
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", "--max-restarts", str(restarts)]
-    return [*command, "-m", "benchmarks.paper", *small, "--out", str(out), *options]
+    return [*command, "--nproc-per-node", "2", *paper_command(out, *options)]
 
 
 def torchrun(out, *options):
@@ -946,14 +950,40 @@ def test_a_run_of_one_process_goes_on_with_two(tmp_path):
     assert sorted(path.name for path in runs.iterdir()) == ["finetune-0.json", "lwf-0.json"]
 
 
-def test_torchrun_starts_the_command_again(tmp_path):
-    """A process that is killed amid a run: all go on from the last checkpoint."""
-    command = torchrun_command(tmp_path, "--checkpoint-seconds", "0", restarts=1)
-    with subprocess.Popen(command, cwd=ROOT, env=ONE_THREAD, stderr=subprocess.PIPE) as agent:
+def started(out, attempt):
+    """The processes that torchrun starts, without its agent, which waits for a quiet machine."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    where = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    where |= {"TORCHELASTIC_RESTART_COUNT": str(attempt)}
+    command = [sys.executable, *paper_command(out, "--checkpoint-seconds", "0")]
+    return [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=ONE_THREAD | where | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]
+
+
+def test_the_command_goes_on_when_torchrun_starts_it_again(tmp_path):
+    """A process is killed amid a run, which ends the other; the next ones are not told --resume."""
+    first, second = started(tmp_path, 0)
+    try:
         wait_for(tmp_path / "runs" / "lwf-0.pt")
-        os.kill(children_of(agent.pid)[-1], signal.SIGKILL)
-        errors = agent.communicate(timeout=3 * TIMEOUT)[1].decode()
-    assert agent.returncode == 0, errors
+        second.kill()
+        assert first.communicate(timeout=TIMEOUT) and first.returncode
+    finally:
+        first.kill(), second.kill()
+    record = (tmp_path / "runs" / "finetune-0.json").read_bytes()
+    for process in started(tmp_path, 1):
+        errors = process.communicate(timeout=TIMEOUT)[1].decode()
+        assert process.returncode == 0, errors
+    assert (tmp_path / "runs" / "finetune-0.json").read_bytes() == record  # not learned again
     dataset, settings = load_dataset("digits"), replace(PRESETS["digits"], **SMALL)
     for method, found in records_of(tmp_path).items():
         expected = run(dataset, method, settings, 0)
@@ -966,16 +996,6 @@ def wait_for(file):
     while not file.exists():
         assert time.monotonic() < deadline, f"{file} has not come"
         time.sleep(0.05)
-
-
-def children_of(process):
-    """The processes that it has started, as Linux tells."""
-    found = []
-    for file in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # it may have ended
-            if int(file.read_text().rpartition(")")[2].split()[1]) == process:
-                found.append(int(file.parent.name))
-    return sorted(found)
 
 
 def test_an_error_of_the_command_ends_all_processes(tmp_path):
