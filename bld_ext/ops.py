@@ -76,7 +76,8 @@ def distillation_loss(
     temperature: float | Tensor = 2.0,
     *,
     check_inputs: bool = False,
-) -> Tensor:
+    with_gradient: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Compute the distillation loss, the cross-entropy between the bank and the softened heads.
 
     L_d = -Σ_o Σ_b ŷ · log softmax(z / τ), equation 2 of Fini et al., ECCV 2020, summed over heads,
@@ -92,10 +93,12 @@ def distillation_loss(
             their sum is C_old ≤ C.
         temperature: τ > 0, the one with which the bank was made.
         check_inputs: whether to check values on a GPU; see the module's docstring.
+        with_gradient: whether to return the gradient, too, and record nothing for autograd.
 
     Returns:
         A scalar, float32 (float64 for float64 logits). Differentiable once; a second derivative
-        raises RuntimeError.
+        raises RuntimeError. With `with_gradient` the loss and dL_d/dlogits in that dtype, which can
+        go to `logits.backward(gradient)`: three kernels fewer than `loss.backward()`.
 
     Raises:
         ValueError: an argument's shape, dtype, device or value is not as described.
@@ -107,7 +110,10 @@ def distillation_loss(
     sizes = checks.logits(logits, head_sizes, exact=False)
     temperature = checks.scalar("temperature", temperature, logits.device, True, check_inputs)
     checks.bank(bank, logits, sizes)
-    return torch.ops.bld_ext.distillation_loss(logits, bank, sizes, temperature)[0]
+    if with_gradient:
+        logits = logits.detach()
+    found = torch.ops.bld_ext.distillation_loss(logits, bank, sizes, temperature)
+    return found if with_gradient else found[0]
 
 
 def warm_up_loss(
@@ -117,7 +123,8 @@ def warm_up_loss(
     temperature: float | Tensor = 2.0,
     *,
     check_inputs: bool = False,
-) -> tuple[Tensor, Tensor]:
+    with_gradient: bool = False,
+) -> tuple[Tensor, ...]:
     """Compute the newest head's cross-entropy and the bank of all older heads (Algorithm 1).
 
     Args:
@@ -126,11 +133,12 @@ def warm_up_loss(
         head_sizes: number of classes of each head, oldest first; their sum is C.
         temperature: τ > 0, for the bank.
         check_inputs: whether to check values on a GPU; see the module's docstring.
+        with_gradient: whether to return the gradient, too, and record nothing for autograd.
 
     Returns:
         (L_t, bank): the loss (equation 1), a scalar summed over images and positions, and the bank,
         `[N, C_old, *]`. Both are float32 (float64 for float64 logits). The bank carries no
-        gradient.
+        gradient. With `with_gradient` also dL_t/dlogits, as of `distillation_loss`.
 
     Raises:
         ValueError: an argument's shape, dtype, device or value is not as described.
@@ -142,8 +150,10 @@ def warm_up_loss(
     sizes = checks.logits(logits, head_sizes, exact=True)
     temperature = checks.scalar("temperature", temperature, logits.device, True, check_inputs)
     checks.labels(labels, logits, sizes[-1], check_inputs)
-    loss, bank, _ = torch.ops.bld_ext.warm_up_loss(logits, labels, sizes, temperature)
-    return loss, bank
+    if with_gradient:
+        logits = logits.detach()
+    found = torch.ops.bld_ext.warm_up_loss(logits, labels, sizes, temperature)
+    return found if with_gradient else found[:2]
 
 
 def joint_loss(
@@ -154,7 +164,8 @@ def joint_loss(
     temperature: float | Tensor = 2.0,
     *,
     check_inputs: bool = False,
-) -> tuple[Tensor, Tensor]:
+    with_gradient: bool = False,
+) -> tuple[Tensor, ...]:
     """Compute the newest head's cross-entropy and the older heads' distillation loss (Algorithm 2).
 
     Args:
@@ -164,10 +175,12 @@ def joint_loss(
         head_sizes: number of classes of each head, oldest first; their sum is C.
         temperature: τ > 0, the one with which the bank was made.
         check_inputs: whether to check values on a GPU; see the module's docstring.
+        with_gradient: whether to return the gradients, too, and record nothing for autograd.
 
     Returns:
         (L_t, L_d), scalars summed over heads, images and positions. The forward pass computes both
-        gradients; each loss can be differentiated on its own.
+        gradients; each loss can be differentiated on its own. With `with_gradient` also
+        dL_t/dlogits and dL_d/dlogits, as of `distillation_loss`.
 
     Raises:
         ValueError: an argument's shape, dtype, device or value is not as described.
@@ -180,7 +193,10 @@ def joint_loss(
     temperature = checks.scalar("temperature", temperature, logits.device, True, check_inputs)
     checks.labels(labels, logits, sizes[-1], check_inputs)
     checks.bank(bank, logits, sizes[:-1])
-    return torch.ops.bld_ext.joint_loss(logits, labels, bank, sizes, temperature)[:2]
+    if with_gradient:
+        logits = logits.detach()
+    found = torch.ops.bld_ext.joint_loss(logits, labels, bank, sizes, temperature)
+    return found if with_gradient else found[:2]
 
 
 # ---- BatchNorm of several views side by side ----

@@ -1,8 +1,6 @@
-"""ViewBatchNorm: normalises each view of a batch by itself, and updates running statistics once."""
+"""ViewBatchNorm: normalises each view of a batch by itself."""
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +18,8 @@ class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
     one after the other, and the attribute `statistics` decides when the running statistics are
     updated:
 
-    "once"        once a batch. In mode "pool" the module gathers every view of the warm-up, and
-                  `commit` makes one update from all of them. In mode "keep" nothing is updated.
+    "once"        once a batch. In mode "pool" the module notes every view of the warm-up, and one
+                  update is made from all of them. In mode "keep" nothing is updated.
     "every_pass"  at each view by PyTorch's rule: running ← (1 - m)·running + m·statistics. If a
                   module is used twice in a forward pass, all views of the first use come first.
 
@@ -34,6 +32,7 @@ class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
     keeps = False  # its running statistics whatever the stage, as it belongs to an old head
     views = 1
     mode: str | None = None
+    found: list[tuple[Tensor, Tensor, int]] | None = None  # mean, variance of views, [V, C], and n
     pooled: Tensor | None = None  # [2, C], Σ x and Σ x² over the views
     counted: Tensor | None = None  # [1], values of a channel in all of them
 
@@ -54,8 +53,10 @@ class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
             input, self.weight, self.bias, residual, views=self.views, eps=self.eps, relu=relu
         )
         if self.mode != "keep" and self.track_running_stats and not recomputing():
-            gather = self._gather if self.mode == "pool" else self._move
-            gather(mean.double(), variance.double(), elements)
+            if self.mode == "pool":
+                self.found.append((mean.detach(), variance.detach(), elements))
+            else:
+                self._move(mean.double(), variance.double(), elements)
         return out
 
     def _require_whole_views(self, input: Tensor) -> None:
@@ -74,24 +75,14 @@ class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
         self.mode = mode if self.statistics == "once" else self.statistics
         if self.keeps:
             self.mode = "keep"
-        if self.mode == "pool" and self.track_running_stats:
-            like = dict(dtype=torch.float64, device=self.running_mean.device)
-            self.pooled = torch.zeros(2, self.num_features, **like)
-            self.counted = torch.zeros(1, **like)
 
     def end(self) -> None:
-        self.mode = self.pooled = self.counted = None
+        self.mode = self.found = self.pooled = self.counted = None
         self.views = 1
 
     def extra_repr(self) -> str:
         own = "" if self.statistics == "once" else f", statistics={self.statistics!r}"
         return super().extra_repr() + own
-
-    @torch.no_grad()
-    def _gather(self, mean: Tensor, variance: Tensor, n: int) -> None:  # [V, C]
-        self.pooled[0] += n * mean.sum(0)
-        self.pooled[1] += n * (variance + mean * mean).sum(0)
-        self.counted += n * len(mean)
 
     @torch.no_grad()
     def _move(self, mean: Tensor, variance: Tensor, n: int) -> None:  # [V, C]
@@ -109,32 +100,6 @@ class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
         ):
             rest = (1 - weights.sum()) * running.double()
             running.copy_(rest + (weights.unsqueeze(1) * new).sum(0))
-
-    @torch.no_grad()
-    def commit(self) -> None:
-        """Update the running statistics once, from all gathered views as if they were one batch.
-
-        The variance is the unbiased one of the pooled views. The moving average has Adam's bias
-        correction, so that the first batch counts in full: m_t = m / (1 - (1 - m)^t). It is not
-        applied to statistics that were loaded without a count, as in torchvision's pretrained
-        weights.
-        """
-        if self.pooled is None:
-            return
-        came = self.counted[0] > 0  # a module that was not used keeps its statistics
-        n = self.counted[0].clamp(min=1)
-        mean, square = self.pooled / n
-        variance = (square - mean**2).clamp(min=0) * (n / (n - 1).clamp(min=1))
-        m = self.momentum
-        if m:
-            initial = (self.running_mean == 0).all() & (self.running_var == 1).all()
-            loaded = came & (self.num_batches_tracked == 0) & ~initial
-            self.num_batches_tracked += loaded * math.ceil(20 / m)  # (1 - m)^(20 / m) < 1e-8
-        self.num_batches_tracked += came
-        t = self.num_batches_tracked.double().clamp(min=1)
-        weight = 1 / t if m is None else m / (1 - (1 - m) ** t) if m > 0 else torch.zeros_like(t)
-        for running, new in ((self.running_mean, mean), (self.running_var, variance)):
-            running.copy_(torch.lerp(running.double(), new, weight * came))
 
 
 class ViewBatchNorm1d(ViewBatchNorm, nn.BatchNorm1d):
@@ -171,46 +136,3 @@ def _outside(module: nn.Module, left_out: set[int]) -> Iterator[nn.Module]:
 def recomputing() -> bool:
     """Return whether backward is running, where a checkpoint recomputes what was counted before."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-@contextmanager
-def not_gathered(layers: Sequence[ViewBatchNorm]) -> Iterator[None]:
-    """Leave the forward passes inside out of the statistics."""
-    modes = [layer.mode for layer in layers]
-    for layer in layers:
-        layer.mode = "keep"
-    try:
-        yield
-    finally:
-        for layer, mode in zip(layers, modes, strict=True):
-            layer.mode = mode
-
-
-@contextmanager
-def view_statistics(
-    layers: Sequence[ViewBatchNorm],
-    mode: str,
-    add_up: Callable[[list[Tensor]], None] = lambda gathered: None,
-) -> Iterator[None]:
-    """Set the modules' mode; after, commit what they gathered, or undo it if anything raises.
-
-    `add_up` adds up what they gathered over several processes.
-    """
-    for layer in layers:
-        layer.begin(mode)
-    moving = [b for layer in layers if layer.mode == "every_pass" for b in layer.buffers()]
-    before = [b.clone() for b in moving]
-    try:
-        yield
-        gathered = [layer for layer in layers if layer.pooled is not None]
-        if gathered:
-            add_up([t for layer in gathered for t in (layer.pooled, layer.counted)])
-        for layer in layers:
-            layer.commit()
-    except BaseException:
-        for buffer, value in zip(moving, before, strict=True):
-            buffer.copy_(value)
-        raise
-    finally:
-        for layer in layers:
-            layer.end()

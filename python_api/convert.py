@@ -122,7 +122,7 @@ def revert_view_batchnorm(module: nn.Module) -> nn.Module:
     for child in module.modules():
         if isinstance(child, ViewBatchNorm):
             child.__class__ = own_class(type(child))
-            for name in ("keeps", "views", "mode", "pooled", "counted"):
+            for name in ("keeps", "views", "mode", "found", "pooled", "counted"):
                 vars(child).pop(name, None)
         elif type(child) is FusedSequential:
             child.__class__ = nn.Sequential

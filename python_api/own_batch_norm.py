@@ -12,6 +12,7 @@ TAKEN = (
     "keeps",
     "views",
     "mode",
+    "found",
     "pooled",
     "counted",
     "fuses",

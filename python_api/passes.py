@@ -16,10 +16,30 @@ from bld_ext.api.precision import backward_arithmetic
 from bld_ext.api.views import Pass, Views
 
 
-def _backward(loss: Tensor, views: Views, each: Pass, last: AbstractContextManager) -> None:
-    weighted = loss / views.count if each.counts else 0 * loss
-    with last if each.is_last else nullcontext(), backward_arithmetic(views.precision):
-        weighted.backward()
+def _backward(
+    gradient: Tensor,
+    views: Views,
+    each: Pass,
+    last: AbstractContextManager | None = None,
+    keep: bool = False,
+) -> None:
+    """Run backward from the gradient of a loss by the logits, averaged over the V views."""
+    around = last if last is not None and each.is_last else nullcontext()
+    with around, backward_arithmetic(views.precision):
+        each.logits.backward(_averaged(gradient, views, each), retain_graph=keep)
+
+
+def _averaged(gradient: Tensor, views: Views, each: Pass) -> Tensor:
+    return gradient.mul_(each.counts / views.count).to(each.logits.dtype)
+
+
+def _note(losses: list[Tensor], loss: Tensor, each: Pass) -> None:
+    if each.counts:
+        losses.append(loss)
+
+
+def _mean(losses: list[Tensor], views: Views) -> Tensor:
+    return torch.stack(losses).sum() / views.count
 
 
 def warm_up_pass(
@@ -31,24 +51,28 @@ def warm_up_pass(
     """
     bank, losses = None, []
     for each in views:
-        loss, targets = ops.warm_up_loss(each.logits, each.labels, views.sizes, temperature)
+        loss, targets, gradient = ops.warm_up_loss(
+            each.logits, each.labels, views.sizes, temperature, with_gradient=True
+        )
         targets = targets if fill_bank else targets[:, :0]
         if bank is None:
             bank = targets.new_empty(views.rows, *targets.shape[1:])
         bank[each.rows] = targets
-        _backward(loss, views, each, last)
+        _backward(gradient, views, each, last)
         _note(losses, loss, each)
-    return torch.stack(losses).sum() / views.count, bank
+    return _mean(losses, views), bank
 
 
 def new_task_pass(views: Views, temperature: float, last: AbstractContextManager) -> Tensor:
     """Add dL_t/dθ to .grad; return L_t."""
     losses = []
     for each in views:
-        loss, _ = ops.warm_up_loss(each.logits, each.labels, views.sizes, temperature)
-        _backward(loss, views, each, last)
+        loss, _, gradient = ops.warm_up_loss(
+            each.logits, each.labels, views.sizes, temperature, with_gradient=True
+        )
+        _backward(gradient, views, each, last)
         _note(losses, loss, each)
-    return torch.stack(losses).sum() / views.count
+    return _mean(losses, views)
 
 
 def distillation_pass(
@@ -57,16 +81,12 @@ def distillation_pass(
     """Add G_d to .grad; return L_d."""
     losses = []
     for each in views:
-        targets = bank[each.rows]
-        loss = ops.distillation_loss(each.logits, targets, views.sizes[:-1], temperature)
-        _backward(loss, views, each, last)
+        loss, gradient = ops.distillation_loss(
+            each.logits, bank[each.rows], views.sizes[:-1], temperature, with_gradient=True
+        )
+        _backward(gradient, views, each, last)
         _note(losses, loss, each)
-    return torch.stack(losses).sum() / views.count
-
-
-def _note(losses: list[Tensor], loss: Tensor, each: Pass) -> None:
-    if each.counts:
-        losses.append(loss.detach())
+    return _mean(losses, views)
 
 
 def shared_pass(
@@ -79,23 +99,23 @@ def shared_pass(
     new_losses, old_losses = [], []
     distilled: dict[Tensor, Tensor] = {}
     for each in views:
-        logits, labels, targets = each.logits, each.labels, bank[each.rows]
-        new, old = ops.joint_loss(logits, labels, targets, views.sizes, temperature)
+        new, old, new_gradient, old_gradient = ops.joint_loss(
+            each.logits, each.labels, bank[each.rows], views.sizes, temperature, with_gradient=True
+        )
         with backward_arithmetic(views.precision):
             grads = torch.autograd.grad(
-                old / views.count, params, retain_graph=True, allow_unused=True
-            )
+                each.logits, params, _averaged(old_gradient, views, each),
+                retain_graph=True, allow_unused=True,
+            )  # fmt: skip
         for param, grad in zip(params, grads, strict=True):
             if grad is not None and param in distilled:
                 distilled[param].add_(grad)
             elif grad is not None:
                 distilled[param] = grad.clone()  # autograd may return one tensor for two parameters
-        with backward_arithmetic(views.precision):
-            (new / views.count).backward()
-        new_losses.append(new.detach())
-        old_losses.append(old.detach())
-    new, old = (torch.stack(x).sum() / views.count for x in (new_losses, old_losses))
-    return new, old, distilled
+        _backward(new_gradient, views, each)
+        new_losses.append(new)
+        old_losses.append(old)
+    return _mean(new_losses, views), _mean(old_losses, views), distilled
 
 
 def one_graph_pass(
@@ -106,9 +126,10 @@ def one_graph_pass(
     Everything comes from one forward pass, so all views must be in it.
     """
     (each,) = views
-    new, old = ops.joint_loss(each.logits, each.labels, bank, views.sizes, temperature)
-    with backward_arithmetic(views.precision):
-        (old / views.count).backward(retain_graph=True)
+    new, old, new_gradient, old_gradient = ops.joint_loss(
+        each.logits, each.labels, bank, views.sizes, temperature, with_gradient=True
+    )
+    _backward(old_gradient, views, each, keep=True)
     rescale()
-    _backward(new, views, each, nullcontext())
-    return new.detach() / views.count, old.detach() / views.count
+    _backward(new_gradient, views, each)
+    return new / views.count, old / views.count

@@ -18,7 +18,7 @@ from bld_ext.api import algorithm, checks
 from bld_ext.api import images as inputs
 from bld_ext.api import labels as targets
 from bld_ext.api.augment import is_seeded
-from bld_ext.api.batch_norm import ViewBatchNorm, spare_old_heads, view_statistics
+from bld_ext.api.batch_norm import ViewBatchNorm, spare_old_heads
 from bld_ext.api.capture import Recorder, key_of
 from bld_ext.api.convert import convert_view_batchnorm
 from bld_ext.api.layers import Layers, release_gradients
@@ -28,6 +28,7 @@ from bld_ext.api.mixing import no_trace, require_repeatable, warn_of_eval_mode
 from bld_ext.api.model_optimizer import ModelOptimizer
 from bld_ext.api.out_of_memory import too_much, within_memory
 from bld_ext.api.pass_size import PassSize
+from bld_ext.api.pooled import view_statistics
 from bld_ext.api.precision import dtype_of, exact_float32
 from bld_ext.api.processes import Processes, digest_of
 from bld_ext.api.report import Batch, StepReport

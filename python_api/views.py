@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from bld_ext.api import labels as targets
 from bld_ext.api.augment import is_seeded
-from bld_ext.api.batch_norm import ViewBatchNorm, not_gathered
+from bld_ext.api.batch_norm import ViewBatchNorm
 from bld_ext.api.images import channels_come_last
 from bld_ext.api.memory_format import NeedsContiguousError, needs_contiguous
 from bld_ext.api.outputs import head_sizes, side_by_side
+from bld_ext.api.pooled import gather, not_gathered
 from bld_ext.api.precision import dtype_of, no_random_numbers, replayable_rng
 from bld_ext.api.tree import TreeSum
 from bld_ext.philox import stream_seed
@@ -75,6 +76,7 @@ class Views:
             made, labels = self.make(views)
             with nullcontext() if counts else not_gathered(self.norms):
                 output = self._run(made, views[0])
+            gather(self.norms)
             logits = side_by_side(output)
             if (found := head_sizes(output)) not in (None, self.sizes):
                 raise ValueError(

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from bld_ext import ViewBatchNorm, convert_view_batchnorm
-from bld_ext.api.batch_norm import view_statistics
+from bld_ext.api.pooled import view_statistics
 
 VIEWS, BATCH = 3, 4
 KINDS = {

@@ -19,8 +19,8 @@ from bld_ext import (
     convert_view_batchnorm,
     revert_view_batchnorm,
 )
-from bld_ext.api.batch_norm import view_statistics
 from bld_ext.api.memory_format import MemoryFormat
+from bld_ext.api.pooled import view_statistics
 
 
 def sequential():

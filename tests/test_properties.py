@@ -18,7 +18,7 @@ from bld_ext import (
     ops,
     tensor_bytes,
 )
-from bld_ext.api.batch_norm import view_statistics
+from bld_ext.api.pooled import view_statistics
 
 AUGMENT = SeededAugment(crop_padding=1, rotation=15, jitter=0.2)
 SCHEDULES = pytest.mark.parametrize("schedule", ["two_forward", "shared_forward", "in_backward"])
