@@ -306,13 +306,16 @@ def test_float64_runs_on_the_reference():
 
 
 def test_launches_side_by_side_have_tickets_of_their_own(monkeypatch):
-    monkeypatch.setattr(device_data.Tickets, "SLOTS", 3)
+    monkeypatch.setattr(device_data.Tickets, "SLOTS", 5)
     tickets = device_data.Tickets(DEVICE)
-    streams = [tickets.take(stream) for stream in ("a", "b", "a", "c")]
+    streams = [tickets.take(stream, 1) for stream in ("a", "b", "a", "c")]
     assert all(ticket.shape == (1,) and ticket.item() == 0 for ticket in streams)
     addresses = [ticket.data_ptr() for ticket in streams]
     assert addresses[0] == addresses[2] and len(set(addresses)) == 3
-    assert tickets.take("d") is None and tickets.take("c").data_ptr() == addresses[3]
+    several = tickets.take("a", 2)  # of a launch that has two groups of programs
+    assert several.shape == (2,) and several.data_ptr() not in addresses
+    assert tickets.take("d", 1) is None and tickets.take("c", 1).data_ptr() == addresses[3]
+    assert tickets.take("a", 2).data_ptr() == several.data_ptr()
 
 
 def test_head_boundaries_are_kept_on_the_device():
