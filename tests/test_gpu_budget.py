@@ -62,6 +62,8 @@ def count_heads(op, sizes, images):
     """The longest loop: a tile of old heads."""
     from bld_ext.triton import distillation as kernels
 
+    if op != "joint_loss" and sizes[0] <= kernels.NARROW and images * len(sizes) >= kernels.MANY:
+        return count_flat(op, sizes[0])
     joint = op in ("joint_loss", "warm_up_loss")
     old, rest = (sizes[:-1], sizes[-1:]) if joint else (sizes, [])
     pointers = dict(logits="fp32", labels="i64", targets="fp32", bank="fp32", old_grad="fp32")
@@ -79,6 +81,25 @@ def count_heads(op, sizes, images):
     code = machine_code.read(made.asm["cubin"], "heads_kernel")
     items = constants["OLD_BLOCK"] * sizes[0]
     return counted(code, code.loops[0], items, 32 * kernels.WARPS, made.metadata.shared)
+
+
+def count_flat(op, width):
+    """The loop over whole tiles."""
+    from bld_ext.triton import flat
+
+    heads = flat.heads_of_a_thread(width)
+    constants = dict(CLASSES=width, HEADS=heads, BLOCK=flat.BLOCK, ON_DEVICE=True)
+    without = (
+        ("targets", "grad", "loss", "partials", "ticket") if op == "head_softmax" else ("bank",)
+    )
+    constants |= {f"{name}_ptr": None for name in without}
+    types = {parameter.name: "*fp32" for parameter in flat.flat_kernel.params}
+    types |= dict(ticket_ptr="*i32", temperature="*fp64", end="i64")
+    aligned = [f"{n}_ptr" for n in ("logits", "targets", "bank", "grad") if n not in without]
+    made = compile_source(flat.flat_kernel, types, constants, 90, flat.WARPS, aligned)
+    code = machine_code.read(made.asm["cubin"], "flat_kernel")
+    items = width * heads * flat.BLOCK
+    return counted(code, code.loops[0], items, 32 * flat.WARPS, made.metadata.shared)
 
 
 def count_norm(direction, C, S, B, last):

@@ -6,7 +6,10 @@ import torch
 from bld_ext import reference
 
 pytest.importorskip("triton")
-from bld_ext.triton import device_data  # noqa: E402
+from bld_ext.triton import (
+    device_data,  # noqa: E402
+    flat,  # noqa: E402
+)
 from bld_ext.triton import distillation as kernels  # noqa: E402
 
 INTERPRETED = not torch.cuda.is_available()
@@ -316,6 +319,60 @@ def test_launches_side_by_side_have_tickets_of_their_own(monkeypatch):
     assert several.shape == (2,) and several.data_ptr() not in addresses
     assert tickets.take("d", 1) is None and tickets.take("c", 1).data_ptr() == addresses[3]
     assert tickets.take("a", 2).data_ptr() == several.data_ptr()
+
+
+# ---- many narrow heads of one width, by a kernel of their own ----
+
+
+def both_kernels(monkeypatch, compute):
+    """What the kernel for heads of one width computes, and what that for any heads does."""
+    found = []
+    for many in (1, 2**62):
+        monkeypatch.setattr(flat, "MANY", many)
+        found.append(compute())
+    return found
+
+
+@dtypes
+@pytest.mark.parametrize("width", [1, 2, 3, 5, 6, 9, 12, 16])
+@pytest.mark.parametrize("N", [1, 131], ids=["few", "several-tiles"])
+def test_heads_of_one_width_have_the_same_bits(width, N, dtype, monkeypatch):
+    sizes = [width] * 5
+    logits, _, bank = make_inputs([*sizes, 1], dtype=dtype, N=N)
+    logits = logits[:, :-1].contiguous()
+    flat_bank, other_bank = both_kernels(
+        monkeypatch, lambda: kernels.head_softmax(logits, sizes, TAU)
+    )
+    assert torch.equal(flat_bank, other_bank)
+    expected = reference.distillation_loss(logits.double(), bank.double(), sizes, TAU)
+    (loss, grad), (other_loss, other_grad) = both_kernels(
+        monkeypatch, lambda: kernels.distillation_loss(logits, bank, sizes, TAU)
+    )
+    assert torch.equal(grad, other_grad)
+    torch.testing.assert_close(loss, other_loss, rtol=4e-7, atol=0)
+    torch.testing.assert_close(loss.double(), expected[0], rtol=2e-6, atol=0)
+    assert_near(grad, expected[1])
+    zeros = [g for _, g in both_kernels(
+        monkeypatch, lambda: kernels.distillation_loss(logits, flat_bank, sizes, TAU)
+    )]  # fmt: skip
+    assert not any(g.any() for g in zeros)
+
+
+def test_which_heads_are_flat(monkeypatch):
+    monkeypatch.setattr(flat, "MANY", 4)
+    logits = torch.zeros(2, 8, device=DEVICE)
+    assert flat.is_flat(logits, [2] * 4) and flat.is_flat(logits, [4, 4])
+    assert not flat.is_flat(logits, [2, 2, 4]) and not flat.is_flat(logits, [2] * 3)
+    assert not flat.is_flat(logits[:1], [4, 4])  # too few
+    assert not flat.is_flat(torch.zeros(17, device=DEVICE)[1:].view(2, 8), [4, 4])  # not aligned
+    assert not flat.is_flat(torch.zeros(8, 2, device=DEVICE).T, [4, 4])
+    assert not flat.is_flat(torch.zeros(9, 13, device=DEVICE), [13])  # 52 floats of a thread
+
+
+def test_heads_of_one_width_with_a_temperature_that_is_none(monkeypatch):
+    monkeypatch.setattr(flat, "MANY", 1)
+    logits, tau = torch.randn(4, 8, device=DEVICE), torch.full_like(TAU, -1)
+    assert kernels.head_softmax(logits, [2] * 4, tau).isnan().all()
 
 
 def test_head_boundaries_are_kept_on_the_device():

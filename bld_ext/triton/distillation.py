@@ -8,6 +8,8 @@ order in which a softmax is summed: it must be the same in the op that fills the
 that reads it. Programs walk over the tiles; the last one to finish adds up the losses of all, in
 order.
 
+Many narrow heads of one width, without other columns, have a kernel of their own in `flat.py`.
+
 Head boundaries are data on the device, so that another number of heads, images or positions runs on
 the kernel that is already compiled; only a head wider than all before, to the next power of two, or
 a batch of very many narrow heads makes a new one.
@@ -23,13 +25,22 @@ import triton.language as tl
 from torch import Tensor
 
 from bld_ext import reference
+from bld_ext.triton import flat
 from bld_ext.triton.device_data import kept, tickets
+from bld_ext.triton.softmax import (
+    MANY,
+    NARROW,
+    PROGRAMS,
+    WARPS,
+    add_up,
+    grad_of,
+    inverse_of,
+    log_total,
+    loss_of,
+    narrow_softmax,
+)
 
 TILE = 1024  # elements of a tile
-MANY = 2**17  # narrow heads in a batch from which on a thread has two at a time
-WARPS = 4
-NARROW = 16  # classes of the widest head that a thread has by itself
-PROGRAMS = tl.constexpr(1024)  # at most; a power of two
 IGNORED = tl.constexpr(reference.IGNORED)
 REST = 1024  # columns that one tile row sets to zero
 
@@ -43,31 +54,7 @@ def _softmax(logits_ptr, at, mask, inverse_temperature, AXIS: tl.constexpr):
     # the largest, where e^x = 1, are counted apart: log Σ e^x keeps its digits where it is near 0
     ones = tl.sum(tl.where(x == 0, 1.0, 0.0), AXIS, keep_dims=True)
     others = tl.sum(tl.where(x == 0, 0.0, e), AXIS, keep_dims=True)
-    return x, e / (others + ones), _log_total(ones, others)
-
-
-@triton.jit
-def _log_total(ones, others):
-    """log(1 + a) = log(s) a / (s - 1) with s the rounded 1 + a, as Kahan has it."""
-    total, a = others + ones, others + (ones - 1)
-    return tl.where(total == 1, a, tl.log(total) * (a / (total - 1)))
-
-
-@triton.jit
-def _narrow_softmax(z, inverse_temperature, CLASSES: tl.constexpr):
-    """`_softmax` of logits of which z has one tensor a class: tuples of x and e^x, Σ and log Σ."""
-    top = z[0]
-    for k in tl.static_range(1, CLASSES):
-        top = tl.maximum(top, z[k])
-    x, e = (), ()
-    ones, others = tl.zeros_like(top), tl.zeros_like(top)
-    for k in tl.static_range(CLASSES):
-        x_k = (z[k] - top) * inverse_temperature
-        e_k = tl.exp(x_k)
-        x, e = x + (x_k,), e + (e_k,)
-        ones += tl.where(x_k == 0, 1.0, 0.0)
-        others += tl.where(x_k == 0, 0.0, e_k)
-    return x, e, others + ones, _log_total(ones, others)
+    return x, e / (others + ones), log_total(ones, others)
 
 
 @triton.jit
@@ -213,30 +200,6 @@ def _zeros(BLOCK: tl.constexpr, CLASSES: tl.constexpr, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _inverse_temperature(temperature, ON_DEVICE: tl.constexpr):
-    """1 / τ, and nan where τ is no temperature."""
-    if ON_DEVICE:
-        tau = tl.load(temperature).to(tl.float32)
-    else:
-        tau = temperature
-    # of a tiny τ finite, so that 0 / τ stays 0
-    inverse_tau = tl.minimum(1.0 / tau, 3.4028234e38)
-    return tl.where((tau > 0) & (tau < float("inf")), inverse_tau, float("nan"))
-
-
-@triton.jit
-def _distillation_loss(x, log_sum, target):
-    # a target of 0 contributes nothing, even where x = -inf
-    return tl.where(target != 0, target * (log_sum - x), 0.0)
-
-
-@triton.jit
-def _distillation_grad(p, target, inverse_tau):
-    # exactly 0 where the targets were made from the same logits
-    return (p - target) * inverse_tau
-
-
-@triton.jit
 def _poison(y, size):
     """nan where y is no class of the head, else 0."""
     return tl.where((y >= 0) & (y < size), 0.0, float("nan"))
@@ -271,7 +234,7 @@ def _walk_old_narrow(
         z = _load_classes(logits_ptr, at, exists, size, -float("inf"), CLASSES)
         if targets_ptr is not None:
             targets = _load_classes(targets_ptr, at_bank, exists, size, 0.0, CLASSES)
-        x, e, total, log_sum = _narrow_softmax(z, inverse_tau, CLASSES)
+        x, e, total, log_sum = narrow_softmax(z, inverse_tau, CLASSES)
         if bank_ptr is not None:
             p = ()
             for k in tl.static_range(CLASSES):
@@ -281,8 +244,8 @@ def _walk_old_narrow(
             grad = ()
             for k in tl.static_range(CLASSES):
                 p_k = e[k] / total
-                losses += _distillation_loss(x[k], log_sum, targets[k])
-                grad = grad + (_distillation_grad(p_k, targets[k], inverse_tau),)
+                losses += loss_of(x[k], log_sum, targets[k])
+                grad = grad + (grad_of(p_k, targets[k], inverse_tau),)
             _store_classes(old_grad_ptr, at, exists, size, grad, BLOCK, CLASSES)
         if new_grad_ptr is not None:
             _clear_classes(new_grad_ptr, at, exists, size, BLOCK, CLASSES)
@@ -310,8 +273,8 @@ def _walk_old(
             tl.store(bank_ptr + at_bank, p, mask=mask)
         if targets_ptr is not None:
             target = tl.load(targets_ptr + at_bank, mask=mask, other=0.0)
-            losses += _distillation_loss(x, log_sum, target)
-            tl.store(old_grad_ptr + at, _distillation_grad(p, target, inverse_tau), mask=mask)
+            losses += loss_of(x, log_sum, target)
+            tl.store(old_grad_ptr + at, grad_of(p, target, inverse_tau), mask=mask)
         if new_grad_ptr is not None:
             tl.store(new_grad_ptr + at, tl.zeros_like(p), mask=mask)
     return losses
@@ -334,7 +297,7 @@ def _walk_rest_narrow(
         if labels_ptr is not None:
             y = tl.load(labels_ptr + n, mask=exists, other=0)
             z = _load_classes(logits_ptr, at, exists, size, -float("inf"), CLASSES)
-            x, e, total, log_sum = _narrow_softmax(z, 1.0, CLASSES)
+            x, e, total, log_sum = narrow_softmax(z, 1.0, CLASSES)
             poison, grad = _poison(y, size), ()
             for k in tl.static_range(CLASSES):
                 counts = exists & _has_loss(k, y, poison)
@@ -373,30 +336,6 @@ def _walk_rest(
     return losses
 
 
-@triton.jit
-def _sum(partials_ptr, mask):
-    # .cg: past the first-level cache, which may hold what was there before
-    partials = tl.load(partials_ptr, mask, 0.0, cache_modifier=".cg")
-    return tl.sum(partials.to(tl.float64))
-
-
-@triton.jit
-def _add_up(
-    old_losses, new_losses, old_loss_ptr, new_loss_ptr, partials_ptr, ticket_ptr, program, programs
-):
-    """The last program to finish adds up the losses of all, in order."""
-    tl.store(partials_ptr + program, tl.sum(old_losses))
-    tl.store(partials_ptr + programs + program, tl.sum(new_losses))
-    tl.debug_barrier()
-    if tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1:
-        tl.store(ticket_ptr, 0)
-        each = tl.arange(0, PROGRAMS)
-        if old_loss_ptr is not None:
-            tl.store(old_loss_ptr, _sum(partials_ptr + each, each < programs))
-        if new_loss_ptr is not None:
-            tl.store(new_loss_ptr, _sum(partials_ptr + programs + each, each < programs))
-
-
 @triton.jit(
     do_not_specialize=["N", "C", "C_old", "S", "old_heads", "rest_heads", "temperature"],
     do_not_specialize_on_alignment=[
@@ -433,7 +372,7 @@ def heads_kernel(
     ON_DEVICE: tl.constexpr,  # temperature is a pointer
 ):
     """A pointer that is None leaves its part out."""
-    inverse_tau = _inverse_temperature(temperature, ON_DEVICE)
+    inverse_tau = inverse_of(temperature, ON_DEVICE)
     program = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0).to(tl.int64)
     old_tiles = _num_tiles(N, S, old_heads, OLD_BLOCK, AXIS)
@@ -466,7 +405,7 @@ def heads_kernel(
         )  # fmt: skip
 
     if partials_ptr is not None:
-        _add_up(
+        add_up(
             old_losses, new_losses, old_loss_ptr, new_loss_ptr, partials_ptr, ticket_ptr,
             program, programs,
         )  # fmt: skip
@@ -571,13 +510,19 @@ def head_softmax(logits, head_sizes, temperature):
     if logits.dtype == torch.float64:
         return reference.head_softmax(logits, head_sizes, temperature)
     bank = _empty_bank(logits, head_sizes)
-    _launch(logits, head_sizes, temperature, bank=bank)
+    if flat.is_flat(logits, head_sizes):
+        flat.launch(logits, head_sizes[0], temperature, bank=bank)
+    else:
+        _launch(logits, head_sizes, temperature, bank=bank)
     return bank
 
 
 def distillation_loss(logits, bank, head_sizes, temperature):
     if logits.dtype == torch.float64:
         return reference.distillation_loss(logits, bank, head_sizes, temperature)
+    if flat.is_flat(logits, head_sizes, bank):
+        _check(logits, head_sizes, None, bank)
+        return flat.launch(logits, head_sizes[0], temperature, targets=bank)
     (_, loss), (_, grad) = _launch(logits, head_sizes, temperature, targets=bank)
     return loss, grad
 
