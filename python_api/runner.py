@@ -155,13 +155,14 @@ class StepRunner(ModelOptimizer):
 
     def _settings_of_step(self) -> dict[str, str]:
         """What the processes of a step must have alike; learning rates on a GPU are not read."""
-        names = ("warmup_ratio", "temperature", "balance", "joint_steps", "views", "ignore_index",
+        names = ("temperature", "balance", "joint_steps", "views", "ignore_index",
                  "layer", "schedule", "precision", "check_finite", "reproducible")  # fmt: skip
         found = {name: repr(getattr(self, name)) for name in names}
         found["augment"] = (
             repr(self.augment) if is_seeded(self.augment) else type(self.augment).__name__
         )
         found["base"] = type(self.base).__name__
+        found["warmup_lr"] = f"{self.warmup_ratio} · lr"
         found["model.training"] = repr(self.model.training)
         for i, group in enumerate(self.param_groups):
             for name, value in group.items():

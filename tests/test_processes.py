@@ -719,7 +719,7 @@ def constructed_differently(rank, size, name):
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_settings_that_differ_from_the_start_are_named(name, tmp_path):
-    named = {"lr": "param_groups[0]['lr']", "warmup_lr": "warmup_ratio"}.get(name, name)
+    named = {"lr": "param_groups[0]['lr']"}.get(name, name)
     expected = f"ValueError: {named}: expected the same on every rank, got"
     for error in on_processes(2, constructed_differently, name, folder=tmp_path, fails=True):
         assert expected in error
