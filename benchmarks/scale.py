@@ -1,6 +1,6 @@
 """Predicts how a step scales with the number of GPUs, and compares a prediction with a measurement.
 
-    python -m benchmarks.scale                                  step times on 1 to 64 H100s
+    python -m benchmarks.scale                                  step times on 1 to 50 H100s
     torchrun --nproc-per-node 2 -m benchmarks.scale             what the processes measure here
 
 The prediction adds the time of one GPU's share of the views to that of the reductions. Operations
@@ -13,6 +13,7 @@ import argparse
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,19 +88,23 @@ class Load:
         return sizes + [self.statistics] * (self.statistics > 0)
 
 
-class _Operators(TorchDispatchMode):
-    """Counts the operators that compute something, and so launch a kernel."""
+class Operators(TorchDispatchMode):
+    """Counts the operators that compute or copy something, each a kernel on a GPU."""
 
-    VIEWS = ("view", "t.", "transpose", "permute", "expand", "detach", "unsqueeze", "alias",
-             "slice", "select", "split", "_unsafe_view", "squeeze", "unbind")  # fmt: skip
+    # they compute nothing, or look at values that are on the CPU
+    FREE = ("view", "t.", "transpose", "permute", "expand", "detach", "unsqueeze", "alias", "slice",
+            "select", "split", "_unsafe_view", "squeeze", "unbind", "empty", "new_empty",
+            "as_strided", "profiler", "_local_scalar", "aminmax", "min.", "max.", "is_pinned",
+            "lift")  # fmt: skip
 
     def __init__(self):
         super().__init__()
-        self.count = 0
+        self.calls = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = str(func).removeprefix("aten.")
-        self.count += not name.startswith(self.VIEWS)
+        if not name.startswith(self.FREE):
+            self.calls[name] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -109,14 +114,14 @@ def load_of(make: Callable[[], nn.Module], size: int) -> Load:
         model, images = make(), torch.empty(2, 3, size, size)
     with FlopCounterMode(display=False) as flops:
         model(images)
-    with _Operators() as forward:
+    with Operators() as forward:
         loss = model(images).sum()
-    with _Operators() as backward:
+    with Operators() as backward:
         loss.backward()
     gradient = sum(p.numel() * p.element_size() for p in model.parameters())
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    statistics = sum(8 * (2 * m.num_features + 2) for m in norms)
-    counted = (forward.count, backward.count)
+    statistics = sum(8 * (2 * m.num_features + 1) for m in norms)
+    counted = (forward.calls.total(), backward.calls.total())
     return Load(flops.get_total_flops() / len(images), counted, gradient, statistics)
 
 

@@ -15,8 +15,8 @@ from bld_ext.api.precision import PRECISIONS, REFUSED
 from bld_ext.api.processes import Processes
 from bld_ext.api.shards import (
     fsdp1,
+    groups_of,
     is_sharded,
-    number_of_shards,
     ranks_of,
     reduced_precision,
     sharded_modules,
@@ -270,7 +270,7 @@ def sharded(
     managed = {p for module in sharded_modules(value) for p in module.parameters()}
     found = {name: p for name, p in value.named_parameters() if is_sharded(p)}
     for name, param in found.items():
-        if param not in managed or number_of_shards(param) != 1:
+        if param not in managed or len(groups_of(param)) != 1:
             raise ValueError(
                 f"model: parameter {name} is a DTensor with {param.placements}; expected those of "
                 "torch.distributed.fsdp.fully_shard alone, which divides each parameter once"

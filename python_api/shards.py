@@ -65,7 +65,7 @@ def layer_norms(grads: Sequence[Tensor], layers: Sequence[int], count: int) -> T
     """Return the norm of each layer's whole gradient, `[count]`."""
     where: dict[object, list[int]] = {}
     for i, grad in enumerate(grads):
-        where.setdefault(_groups(grad), []).append(i)
+        where.setdefault(groups_of(grad), []).append(i)
     if [*where] == [()]:
         return ops.layer_norms(grads, layers, count)
     squares = []
@@ -92,8 +92,8 @@ def balance_layers_(
     return factors, norms
 
 
-def _groups(tensor: Tensor) -> tuple[object, ...]:
-    """The process groups over which a tensor is divided."""
+def groups_of(tensor: Tensor) -> tuple[object, ...]:
+    """The process groups over which a tensor is divided; FSDP divides it over one."""
     if not is_sharded(tensor):
         return ()
     mesh, placements = tensor.device_mesh, tensor.placements
@@ -103,11 +103,6 @@ def _groups(tensor: Tensor) -> tuple[object, ...]:
 def ranks_of(tensor: Tensor) -> set[int]:
     """The global ranks that hold a part of a DTensor."""
     return {*tensor.device_mesh.mesh.flatten().tolist()}
-
-
-def number_of_shards(tensor: Tensor) -> int:
-    """How many dimensions of its mesh divide a DTensor; FSDP divides it in one."""
-    return sum(not p.is_replicate() for p in tensor.placements)
 
 
 def plain(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -88,8 +88,8 @@ class Code:
         return blocks * threads / THREADS
 
 
-def read(cubin: bytes, function: str) -> Code:
-    """Read the kernel whose name, perhaps a mangled one, contains this."""
+def read(cubin: bytes, function: str = "") -> Code:
+    """Read the kernel whose name, perhaps a mangled one, contains this; else the first."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

@@ -1,29 +1,10 @@
 """How many operators a step calls, each of which is a kernel or a copy on a GPU."""
 
-from collections import Counter
-
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.scale import Operators
 from bld_ext import BLDOptimizer, MultiHead, SeededAugment
-
-# they compute nothing, or look at values that are on the CPU
-FREE = ("view", "t.", "transpose", "permute", "expand", "detach", "unsqueeze", "alias", "slice",
-        "select", "split", "_unsafe_view", "squeeze", "unbind", "empty", "new_empty", "as_strided",
-        "profiler", "_local_scalar", "aminmax", "min.", "max.", "is_pinned", "lift")  # fmt: skip
-
-
-class Recorder(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.calls = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = str(func).removeprefix("aten.")
-        if not name.startswith(FREE):
-            self.calls[name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def network(norms):
@@ -43,7 +24,7 @@ def calls_of_a_step(norms, views=4, **options):
     images, labels = torch.randint(256, (4, 3, 4, 4), dtype=torch.uint8), torch.tensor([0, 1, 0, 1])
     for _ in range(3):
         optimizer.step(images, labels)
-    with Recorder() as recorder:
+    with Operators() as recorder:
         optimizer.step(images, labels)
     return recorder.calls
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import machine_code
 import pytest
 from conftest import EVERYTHING, NORMALISED
 
@@ -174,22 +175,6 @@ def inexact(ptx):
     return sorted({*re.findall(pattern, ptx), *re.findall(r"\b(?:add|mul|sub)\.f\d+", ptx)})
 
 
-def resources(cubin):
-    """Bytes of local memory, where registers are spilled to, and registers, by Triton's tools."""
-    import tempfile
-    from pathlib import Path
-
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        done = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True)
-    used = dict(re.findall(r"(LOCAL|REG):(\d+)", done.stdout + done.stderr))
-    return int(used["LOCAL"]), int(used["REG"])
-
-
 if __name__ == "__main__":
     results = {}
     for op, (number, case) in itertools.product(OPS, enumerate(CASES)):
@@ -197,7 +182,7 @@ if __name__ == "__main__":
         results[f"{op} {number}"] = dict(
             cubin=len(asm["cubin"]),
             softmax=sorted(softmax_layouts(asm["ttgir"])),
-            local=resources(asm["cubin"])[0],
+            local=machine_code.read(asm["cubin"]).spilled,
         )
     compilations = {f"augment {name}": (compile_augment, case) for name, case in AUGMENTS.items()}
     for name in NORMS:
@@ -206,8 +191,9 @@ if __name__ == "__main__":
         compilations[f"norm {name}"] = compile_norm, case
     for name, (function, case) in compilations.items():
         asm = function(*case).asm
-        local, registers = resources(asm["cubin"])
+        code = machine_code.read(asm["cubin"])
         results[name] = dict(
-            cubin=len(asm["cubin"]), local=local, registers=registers, inexact=inexact(asm["ptx"])
-        )
+            cubin=len(asm["cubin"]), local=code.spilled, registers=code.registers,
+            inexact=inexact(asm["ptx"]),
+        )  # fmt: skip
     json.dump(results, sys.stdout)
