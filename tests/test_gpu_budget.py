@@ -21,7 +21,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 import machine_code  # noqa: E402
-from test_triton_compile import BENCHMARK, OPS, compile_source  # noqa: E402
+from test_triton_compile import BENCHMARK, compile_heads, compile_source  # noqa: E402
 
 FILE = Path(__file__).with_name("gpu_budget.json")
 MOST = ("instructions", "registers", "spilled", "shuffles", "barriers", "float64")
@@ -30,6 +30,8 @@ HEADS = {  # of a batch: classes of each head, images
     "20x5": ([5] * 20, 10**6),
     "4x2": ([2] * 4, 10**6),
     "10x100": ([100] * 10, 10**5),
+    "10x20": ([20] * 10, 10**5),
+    "4x2000": ([2000] * 4, 10**4),
     "20x5 small": ([5] * 20, 1000),
 }
 NORMS = {  # channels, positions, images of a view, channels last
@@ -59,28 +61,16 @@ def counted(code, part, items, threads, shared):
 
 
 def count_heads(op, sizes, images):
-    """The longest loop: a tile of old heads."""
+    """The longest loop: a tile of old heads, or of all."""
     from bld_ext.triton import distillation as kernels
+    from bld_ext.triton import flat
 
-    if op != "joint_loss" and sizes[0] <= kernels.NARROW and images * len(sizes) >= kernels.MANY:
+    if op != "joint_loss" and sizes[0] <= kernels.NARROW and images * len(sizes) >= flat.MANY:
         return count_flat(op, sizes[0])
-    joint = op in ("joint_loss", "warm_up_loss")
-    old, rest = (sizes[:-1], sizes[-1:]) if joint else (sizes, [])
-    pointers = dict(logits="fp32", labels="i64", targets="fp32", bank="fp32", old_grad="fp32")
-    pointers |= dict(new_grad="fp32", old_loss="fp32", new_loss="fp32", partials="fp32")
-    pointers |= dict(ticket="i32", offsets="i32")
-    constants = dict(AXIS=1, ON_DEVICE=True)
-    for name, of in (("OLD", old), ("REST", rest)):
-        block, classes, narrow = kernels.tile_shape(of, images, False)
-        constants |= {f"{name}_BLOCK": block, f"{name}_CLASSES": classes, f"{name}_NARROW": narrow}
-    constants |= {f"{name}_ptr": None for name in OPS[op]}
-    types = {f"{name}_ptr": f"*{kind}" for name, kind in pointers.items()}
-    types |= dict.fromkeys(("N", "C", "C_old", "S", "old_heads", "rest_heads"), "i32")
-    types["temperature"] = "*fp64"
-    made = compile_source(kernels.heads_kernel, types, constants, 90, kernels.WARPS)
+    made, constants = compile_heads(op, sizes)
     code = machine_code.read(made.asm["cubin"], "heads_kernel")
-    items = constants["OLD_BLOCK"] * sizes[0]
-    return counted(code, code.loops[0], items, 32 * kernels.WARPS, made.metadata.shared)
+    heads = constants["OLD_BLOCK"]
+    return counted(code, code.loops[0], heads * sizes[0], 32 * kernels.WARPS, made.metadata.shared)
 
 
 def count_flat(op, width):
@@ -88,7 +78,7 @@ def count_flat(op, width):
     from bld_ext.triton import flat
 
     heads = flat.heads_of_a_thread(width)
-    constants = dict(CLASSES=width, HEADS=heads, BLOCK=flat.BLOCK, ON_DEVICE=True)
+    constants = dict(CLASSES=width, HEADS=heads, BLOCK=flat.BLOCK, ON_DEVICE=True, PROGRAMS=1024)
     without = (
         ("targets", "grad", "loss", "partials", "ticket") if op == "head_softmax" else ("bank",)
     )

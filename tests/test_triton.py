@@ -382,19 +382,33 @@ def test_head_boundaries_are_kept_on_the_device():
     assert kernels.offsets((2, 3, 1), DEVICE).tolist() == [0, 2, 5, 6]
 
 
-@pytest.mark.parametrize("sizes", [[2] * 5, [5, 3, 8], [16, 9, 1]], ids=str)
-def test_many_narrow_heads_have_larger_tiles_and_the_same_gradients(monkeypatch, sizes):
-    logits, labels, bank = make_inputs(sizes, N=300)
-    few = kernels.joint_loss(logits, labels, bank, sizes, TAU)
-    monkeypatch.setattr(kernels, "MANY", 1)
-    many = kernels.joint_loss(logits, labels, bank, sizes, TAU)
-    assert all(map(torch.equal, few[2:], many[2:]))
-    torch.testing.assert_close(few[:2], many[:2], rtol=1e-6, atol=0)
+@pytest.mark.parametrize("size", [1, 2, 3, 16, 17, 100, 1000, 1024, 1025])
+def test_who_has_a_head_depends_on_the_widest(size):
+    block, each, lanes = kernels.tile_shape([1, size, 1])
+    assert max(2, size) <= each * lanes < 2 * max(2, size)
+    expected = {1: 1, 2: 1, 3: 1, 16: 1, 17: 8, 100: 32, 1000: 32, 1024: 32, 1025: 128}
+    assert lanes == expected[size] and block * lanes % 128 == 0  # every thread has something
+    block, each, lanes = kernels.tile_shape([1, size, 1], S=9)
+    assert size <= each and lanes == 0 and block * each >= kernels.TILE
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 8, 9, 1000, 1024, 1025])
-def test_tile_shape_depends_on_the_widest_head(size):
-    block, classes, narrow = kernels.tile_shape([1, size, 1], 20, dense=False)
-    assert max(2, size) <= classes < 2 * max(2, size)
-    assert narrow == (classes <= kernels.NARROW)
-    assert block * classes == max(kernels.TILE, classes, 128 * classes if narrow else 0)
+@pytest.mark.parametrize("new", [2, 16, 17, 64, 1025])
+@pytest.mark.parametrize("widest", [2, 16, 17, 128, 1025])
+def test_the_new_head_does_not_change_the_bits_of_the_old_ones(widest, new):
+    """It is read beside them, or by itself, as its size allows."""
+    sizes = [widest, 2, 1]
+    logits, labels, bank = make_inputs([*sizes, new])
+    _, filled, _ = kernels.warm_up_loss(logits, labels, [*sizes, new], TAU)
+    assert torch.equal(filled, kernels.head_softmax(logits, sizes, TAU))
+    alone = logits[:, : sum(sizes)].contiguous()
+    assert torch.equal(filled, kernels.head_softmax(alone, sizes, TAU))
+    for heads in (sizes, [*sizes, new]):
+        loss = kernels.distillation_loss if heads is sizes else kernels.joint_loss
+        arguments = (logits, filled) if heads is sizes else (logits, labels, filled)
+        grad = loss(*arguments, heads, TAU)[-1]
+        assert torch.equal(grad, torch.zeros_like(grad))
+    old, tile = kernels.tile_shape(sizes), kernels.tile_shape([new])
+    expected = (
+        old.lanes == tile.lanes and old.lanes > 0 and new <= max(2, 1 << (widest - 1).bit_length())
+    )
+    assert kernels.are_together(sizes, old, tile) == expected

@@ -1,23 +1,26 @@
 """head_softmax, distillation_loss, warm_up_loss and joint_loss in one launch each, for float32,
 bfloat16 and float16 logits; float64 runs on the reference.
 
-A tile is a block of (image, head) pairs by the classes of the widest head, or, where an image has
-several positions, of positions of one pair by classes. Heads of few classes are narrow: a thread
-has a whole one in its registers. Old heads have tiles of their own, because their shape decides the
-order in which a softmax is summed: it must be the same in the op that fills the bank and in the op
-that reads it. Programs walk over the tiles; the last one to finish adds up the losses of all, in
-order.
+A head of one image is read once, into the registers of as many threads as the widest of the old
+heads needs: one up to 16 classes, 8 to 32 up to 1,024, all 128 of a program beyond. Where an image
+has several positions, a program has a block of them by the classes of a head.
+
+The new head is read beside the old ones if it fits there, else in a second walk. The old ones alone
+decide, because the order in which a softmax is summed must be the same in the op that fills the
+bank and in the op that reads it. Programs walk over the tiles; the last one to finish adds up the
+losses of all, in order.
 
 Many narrow heads of one width, without other columns, have a kernel of their own in `flat.py`.
 
 Head boundaries are data on the device, so that another number of heads, images or positions runs on
-the kernel that is already compiled; only a head wider than all before, to the next power of two, or
-a batch of very many narrow heads makes a new one.
+the kernel that is already compiled; only a head wider than all before, to the next power of two,
+makes a new one.
 """
 
 import contextlib
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import triton
@@ -28,41 +31,35 @@ from bld_ext import reference
 from bld_ext.triton import flat
 from bld_ext.triton.device_data import kept, tickets
 from bld_ext.triton.softmax import (
-    MANY,
     NARROW,
     PROGRAMS,
     WARPS,
     add_up,
+    at_most,
     grad_of,
     inverse_of,
     log_total,
     loss_of,
-    narrow_softmax,
+    spread_softmax,
 )
 
-TILE = 1024  # elements of a tile
+WARP, THREADS = 32, 32 * WARPS  # threads of a warp and of a program
+WIDE = 1024  # classes of the widest head that a warp has by itself
+TILE = 1024  # elements of a tile of positions by classes
+REST = tl.constexpr(1024)  # elements of a tile of columns that get no gradient
 IGNORED = tl.constexpr(reference.IGNORED)
-REST = 1024  # columns that one tile row sets to zero
+
+
+# ---- tiles of heads that LANES threads have: EACH tensors [BLOCK, LANES] ----
 
 
 @triton.jit
-def _softmax(logits_ptr, at, mask, inverse_temperature, AXIS: tl.constexpr):
-    """x = (z - max) / τ, softmax(x) and log Σ e^x: the one softmax of all ops."""
-    z = tl.load(logits_ptr + at, mask=mask, other=-float("inf")).to(tl.float32)
-    x = (z - tl.max(z, AXIS, keep_dims=True)) * inverse_temperature
-    e = tl.exp(x)  # 0 beside the head, where z = -inf
-    # the largest, where e^x = 1, are counted apart: log Σ e^x keeps its digits where it is near 0
-    ones = tl.sum(tl.where(x == 0, 1.0, 0.0), AXIS, keep_dims=True)
-    others = tl.sum(tl.where(x == 0, 0.0, e), AXIS, keep_dims=True)
-    return x, e / (others + ones), log_total(ones, others)
-
-
-@triton.jit
-def _load_classes(ptr, first, exists, size, other, CLASSES: tl.constexpr):
-    """The classes of narrow heads, a tensor each."""
+def _load(ptr, first, size, other, EACH: tl.constexpr, LANES: tl.constexpr):
+    """The classes of heads that begin at `first`, LANES of them in each of EACH tensors."""
     values = ()
-    for k in tl.static_range(CLASSES):
-        value = tl.load(ptr + first + k, mask=exists & (k < size), other=other)
+    for k in tl.static_range(EACH):
+        label = k * LANES + tl.arange(0, LANES)[None, :]
+        value = tl.load(ptr + (first + label), mask=label < size, other=other)
         values = values + (value.to(tl.float32),)
     return values
 
@@ -76,127 +73,209 @@ def _join_halves(values, HALF: tl.constexpr):
 
 
 @triton.jit
-def _side_by_side(values, BLOCK: tl.constexpr, CLASSES: tl.constexpr):
-    """[BLOCK, CLASSES] of a tensor a class: what is written in whole pieces of memory."""
-    if CLASSES >= 16:
+def _side_by_side(values, BLOCK: tl.constexpr, EACH: tl.constexpr):
+    """[BLOCK, EACH] of a tensor a class: what is written in whole pieces of memory."""
+    if EACH >= 16:
         values = _join_halves(values, 8)
-    if CLASSES >= 8:
+    if EACH >= 8:
         values = _join_halves(values, 4)
-    if CLASSES >= 4:
+    if EACH >= 4:
         values = _join_halves(values, 2)
     values = _join_halves(values, 1)
-    return tl.reshape(values[0], [BLOCK, CLASSES])
+    return tl.reshape(values[0], [BLOCK, EACH])
 
 
 @triton.jit
-def _elements(first, exists, size, CLASSES: tl.constexpr):
-    """Offsets [BLOCK, CLASSES] of narrow heads' elements, and which exist."""
-    classes = tl.arange(0, CLASSES)[None, :]
-    mask = exists[:, None] & (classes < size[:, None])
-    return first[:, None] + classes, mask
-
-
-@triton.jit
-def _store_classes(
-    ptr, first, exists, size, values, BLOCK: tl.constexpr, CLASSES: tl.constexpr
+def _store(
+    ptr, first, size, values, BLOCK: tl.constexpr, EACH: tl.constexpr, LANES: tl.constexpr
 ):  # fmt: skip
-    """Write values of which there is a tensor a class."""
-    at, mask = _elements(first, exists, size, CLASSES)
-    values = _side_by_side(values, BLOCK, CLASSES)
-    tl.store(ptr + at, values, mask=mask)
-
-
-@triton.jit
-def _clear_classes(ptr, first, exists, size, BLOCK: tl.constexpr, CLASSES: tl.constexpr):
-    at, mask = _elements(first, exists, size, CLASSES)
-    tl.store(ptr + at, tl.zeros([BLOCK, CLASSES], tl.float32), mask=mask)
-
-
-@triton.jit
-def _narrow_place(first_n, first_head, offsets_ptr, N, heads, BLOCK: tl.constexpr):
-    """Image and first column of BLOCK heads in a row, their sizes, and which exist."""
-    pair = first_head + tl.arange(0, BLOCK)
-    ahead = ((pair + 0.5) / heads).to(tl.int32)  # pair // heads, exact below 2^20
-    n = first_n + ahead
-    head = pair - ahead * heads
-    first = tl.load(offsets_ptr + head)
-    return n, first, tl.load(offsets_ptr + head + 1) - first, n < N
+    """Write what `_load` reads."""
+    if LANES == 1:
+        label = tl.arange(0, EACH)[None, :]
+        tl.store(ptr + (first + label), _side_by_side(values, BLOCK, EACH), mask=label < size)
+    else:
+        for k in tl.static_range(EACH):
+            label = k * LANES + tl.arange(0, LANES)[None, :]
+            tl.store(ptr + (first + label), values[k], mask=label < size)
 
 
 @triton.jit
 def _image_and_head(pair, heads):
-    """Of a place among all pairs; 0 where there are no heads."""
-    heads = tl.maximum(heads, 1)
+    """Of a place among all pairs."""
     n = pair // heads
-    return n, (pair - n * heads).to(tl.int32)
+    return n.to(tl.int64), pair - n * heads
 
 
 @triton.jit
-def _advance(n, head, step_n, step_head, heads):
-    """The head that is `step_n` images and `step_head` heads further on."""
-    n, head = n + step_n, head + step_head
-    over = head >= heads
-    return tl.where(over, n + 1, n), tl.where(over, head - heads, head)
+def _heads_of_a_tile(first_n, first_head, offsets_ptr, N, heads, BLOCK: tl.constexpr):
+    """Image, head, first column and size, [BLOCK, 1], of BLOCK heads in a row; size 0: none."""
+    pair = first_head + tl.arange(0, BLOCK)[:, None]
+    ahead = ((pair + 0.5) / heads).to(tl.int32)  # pair // heads, exact below 2^20
+    n, head = first_n + ahead, pair - ahead * heads
+    first = tl.load(offsets_ptr + head)
+    size = tl.load(offsets_ptr + head + 1) - first
+    return n, head, first, tl.where(n < N, size, 0)
 
 
 @triton.jit
-def _num_tiles(N, S, heads, BLOCK: tl.constexpr, AXIS: tl.constexpr):
-    pairs = tl.cast(N, tl.int64) * heads
-    if AXIS == 1:
-        return tl.cdiv(pairs, BLOCK)
+def _walk(
+    logits_ptr, labels_ptr, targets_ptr, bank_ptr, old_grad_ptr, new_grad_ptr, offsets_ptr,
+    inverse_tau, N, C, C_old, old_heads, program, tiles, programs,
+    OLD: tl.constexpr, NEW: tl.constexpr,
+    BLOCK: tl.constexpr, EACH: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """A program's tiles of old heads, of the new one, or of all: bank and gradients.
+
+    Returns the losses of the old heads and of the new one, [BLOCK, LANES].
+    """
+    old_losses = tl.zeros([BLOCK, LANES], tl.float32)
+    new_losses = tl.zeros([BLOCK, LANES], tl.float32)
+    if OLD:
+        heads = tl.maximum(old_heads + (1 if NEW else 0), 1)
     else:
-        return pairs * tl.cdiv(S, BLOCK)
+        heads = 1
+        offsets_ptr += old_heads
+    # from tile to tile without a division; BLOCK * programs is at most 2^20
+    first_n, first_head = _image_and_head(program * BLOCK, heads)
+    step_n, step_head = _image_and_head(programs * BLOCK, heads)
+    for _ in range(program, tiles, programs):
+        n, head, first, size = _heads_of_a_tile(first_n, first_head, offsets_ptr, N, heads, BLOCK)
+        at, at_bank = n * C + first, n * C_old + first
+        old_size, new_size, scale = size, size, inverse_tau
+        if NEW and OLD:
+            is_new = head == old_heads
+            old_size, new_size = tl.where(is_new, 0, size), tl.where(is_new, size, 0)
+            scale = tl.where(is_new, 1.0, inverse_tau)
+        elif NEW:
+            scale = 1.0
+
+        z = _load(logits_ptr, at, size, -float("inf"), EACH, LANES)
+        if OLD and targets_ptr is not None:
+            targets = _load(targets_ptr, at_bank, old_size, 0.0, EACH, LANES)
+        if NEW:
+            y = tl.load(labels_ptr + n, mask=new_size > 0, other=IGNORED)
+            poison = _poison(y, new_size)
+        x, e, total, log_sum = spread_softmax(z, scale, EACH, LANES)
+        p, old_grad, new_grad = (), (), ()
+        for k in tl.static_range(EACH):
+            p_k = e[k] / total
+            p = p + (p_k,)
+            old_grad_k, new_grad_k = tl.zeros_like(p_k), tl.zeros_like(p_k)
+            if OLD and targets_ptr is not None:
+                old_losses += loss_of(x[k], log_sum, targets[k])
+                old_grad_k = grad_of(p_k, targets[k], inverse_tau)
+                if NEW:
+                    old_grad_k = tl.where(is_new, 0.0, old_grad_k)
+            if NEW:
+                label = k * LANES + tl.arange(0, LANES)[None, :]
+                counts = (label < new_size) & _has_loss(label, y, poison)
+                new_losses += tl.where(counts, log_sum - x[k] + poison, 0.0)
+                new_grad_k = _new_grad(p_k, label, y, poison)
+            old_grad, new_grad = old_grad + (old_grad_k,), new_grad + (new_grad_k,)
+        if OLD and bank_ptr is not None:
+            _store(bank_ptr, at_bank, old_size, p, BLOCK, EACH, LANES)
+        if old_grad_ptr is not None:
+            _store(old_grad_ptr, at, size, old_grad, BLOCK, EACH, LANES)
+        if new_grad_ptr is not None:
+            _store(new_grad_ptr, at, size, new_grad, BLOCK, EACH, LANES)
+
+        first_n, first_head = first_n + step_n, first_head + step_head
+        over = first_head >= heads
+        first_n = tl.where(over, first_n + 1, first_n)
+        first_head = tl.where(over, first_head - heads, first_head)
+    return old_losses, new_losses
+
+
+# ---- tiles of one head: [CLASSES, BLOCK positions] ----
 
 
 @triton.jit
-def _place(
-    tile, offsets_ptr, N, S, heads, BLOCK: tl.constexpr, CLASSES: tl.constexpr, AXIS: tl.constexpr
-):
-    """Image n, class of the head, its column, position s; the head's size; which (n, s) exist."""
-    block = tl.arange(0, BLOCK)
-    classes = tl.arange(0, CLASSES)
-    if AXIS == 1:  # [BLOCK pairs, CLASSES]
-        start = tile * BLOCK
-        first_n = start // heads
-        pair = (start - first_n * heads).to(tl.int32) + block
-        ahead = ((pair + 0.5) / heads).to(tl.int32)  # pair // heads, exact below 2^20
-        n = (first_n + ahead)[:, None]
-        head = pair - ahead * heads
-        exists = n < N
-        s = tl.zeros([BLOCK, 1], tl.int64)
-        first = tl.load(offsets_ptr + head)[:, None]
-        last = tl.load(offsets_ptr + head + 1)[:, None]
-        label = classes[None, :]
-    else:  # [CLASSES, BLOCK positions] of one pair
-        blocks = tl.cdiv(S, BLOCK)
-        pair = tile // blocks
-        n = pair // heads
-        head = pair % heads
-        s = ((tile % blocks) * BLOCK + block)[None, :]
-        exists = s < S
-        first = tl.load(offsets_ptr + head)
-        last = tl.load(offsets_ptr + head + 1)
-        label = classes[:, None]
-    column = (first + label).to(tl.int64)
-    return n, label, column, s, last - first, exists
+def _softmax(z, inverse_temperature):
+    """As `spread_softmax`, of heads along axis 0: x, softmax(x) and log Σ e^x."""
+    x = (z - tl.max(z, 0, keep_dims=True)) * inverse_temperature
+    e = tl.exp(x)
+    ones = tl.sum(tl.where(x == 0, 1.0, 0.0), 0, keep_dims=True)
+    others = tl.sum(tl.where(x == 0, 0.0, e), 0, keep_dims=True)
+    return x, e / (others + ones), log_total(ones, others)
 
 
 @triton.jit
-def _index(n, column, s, columns, S, AXIS: tl.constexpr):
-    """Element (n, column, s) of an array [N, columns, S]."""
-    if AXIS == 1:  # S = 1
-        return n * columns + column
-    else:
-        return (n * columns + column) * S + s
+def _place(tile, offsets_ptr, S, heads, BLOCK: tl.constexpr, CLASSES: tl.constexpr):
+    """Image n, classes of the head, its columns, positions s; its size; which elements exist."""
+    blocks = tl.cdiv(S, BLOCK)
+    pair = tile // blocks
+    n = pair // heads
+    head = pair - n * heads
+    s = ((tile - pair * blocks) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    first = tl.load(offsets_ptr + head)
+    size = tl.load(offsets_ptr + head + 1) - first
+    label = tl.arange(0, CLASSES)[:, None]
+    column = first.to(tl.int64) + label
+    return n.to(tl.int64), label, column, s, size, (s < S) & (label < size)
 
 
 @triton.jit
-def _zeros(BLOCK: tl.constexpr, CLASSES: tl.constexpr, AXIS: tl.constexpr):
-    """A tile as `_place` has it."""
-    if AXIS == 1:
-        return tl.zeros([BLOCK, CLASSES], tl.float32)
-    else:
-        return tl.zeros([CLASSES, BLOCK], tl.float32)
+def _walk_old_blocks(
+    logits_ptr, targets_ptr, bank_ptr, old_grad_ptr, new_grad_ptr, offsets_ptr,
+    inverse_tau, C, C_old, S, heads, program, tiles, programs,
+    BLOCK: tl.constexpr, CLASSES: tl.constexpr,
+):  # fmt: skip
+    """A program's tiles of old heads: bank and gradients; returns a tile of losses."""
+    losses = tl.zeros([CLASSES, BLOCK], tl.float32)
+    for tile in range(program, tiles, programs):
+        n, label, column, s, size, mask = _place(tile, offsets_ptr, S, heads, BLOCK, CLASSES)
+        at, at_bank = (n * C + column) * S + s, (n * C_old + column) * S + s
+        z = tl.load(logits_ptr + at, mask=mask, other=-float("inf")).to(tl.float32)
+        x, p, log_sum = _softmax(z, inverse_tau)
+        if bank_ptr is not None:
+            tl.store(bank_ptr + at_bank, p, mask=mask)
+        if targets_ptr is not None:
+            target = tl.load(targets_ptr + at_bank, mask=mask, other=0.0)
+            losses += loss_of(x, log_sum, target)
+            tl.store(old_grad_ptr + at, grad_of(p, target, inverse_tau), mask=mask)
+        if new_grad_ptr is not None:
+            tl.store(new_grad_ptr + at, tl.zeros_like(p), mask=mask)
+    return losses
+
+
+@triton.jit
+def _walk_new_blocks(
+    logits_ptr, labels_ptr, old_grad_ptr, new_grad_ptr, offsets_ptr, old_heads,
+    C, S, program, tiles, programs, BLOCK: tl.constexpr, CLASSES: tl.constexpr,
+):  # fmt: skip
+    """As `_walk_old_blocks`, for the new head."""
+    losses = tl.zeros([CLASSES, BLOCK], tl.float32)
+    for tile in range(program, tiles, programs):
+        n, label, column, s, size, mask = _place(
+            tile, offsets_ptr + old_heads, S, 1, BLOCK, CLASSES
+        )
+        at = (n * C + column) * S + s
+        y = tl.load(labels_ptr + n * S + s, mask=s < S, other=0)
+        z = tl.load(logits_ptr + at, mask=mask, other=-float("inf")).to(tl.float32)
+        x, p, log_sum = _softmax(z, 1.0)
+        poison = _poison(y, size)
+        loss = tl.where(_has_loss(label, y, poison), log_sum - x + poison, 0.0)
+        losses += tl.where(mask, loss, 0.0)
+        tl.store(new_grad_ptr + at, _new_grad(p, label, y, poison), mask=mask)
+        if old_grad_ptr is not None:
+            tl.store(old_grad_ptr + at, tl.zeros_like(p), mask=mask)
+    return losses
+
+
+@triton.jit
+def _walk_rest(grad_ptr, N, C, C_old, S, program, tiles, programs):
+    """Columns behind the old heads that get no gradient."""
+    width = (C - C_old) * S
+    for tile in range(program, tiles, programs):
+        start = tl.cast(tile, tl.int64) * REST
+        first_n = start // width
+        place = (start - first_n * width).to(tl.int32) + tl.arange(0, REST)
+        n = first_n + place // width
+        at = (n * C + C_old) * S + place % width
+        tl.store(grad_ptr + at, tl.zeros([REST], tl.float32), mask=n < N)
+
+
+# ---- the loss of the new head ----
 
 
 @triton.jit
@@ -217,127 +296,9 @@ def _new_grad(p, label, y, poison):
     return tl.where(y == IGNORED, 0.0, p - tl.where(y == label, 1.0, 0.0) + poison)
 
 
-@triton.jit
-def _walk_old_narrow(
-    logits_ptr, targets_ptr, bank_ptr, old_grad_ptr, new_grad_ptr, offsets_ptr,
-    inverse_tau, N, C, C_old, heads, program, tiles, programs,
-    BLOCK: tl.constexpr, CLASSES: tl.constexpr,
-):  # fmt: skip
-    """A program's tiles of narrow old heads: bank and gradients; returns the losses, [BLOCK]."""
-    losses = tl.zeros([BLOCK], tl.float32)
-    # from tile to tile without a division of 64 bits
-    first_n, first_head = _image_and_head(program * BLOCK, heads)
-    step_n, step_head = _image_and_head(programs * BLOCK, heads)
-    for _ in range(program, tiles, programs):
-        n, column, size, exists = _narrow_place(first_n, first_head, offsets_ptr, N, heads, BLOCK)
-        at, at_bank = n * C + column, n * C_old + column
-        z = _load_classes(logits_ptr, at, exists, size, -float("inf"), CLASSES)
-        if targets_ptr is not None:
-            targets = _load_classes(targets_ptr, at_bank, exists, size, 0.0, CLASSES)
-        x, e, total, log_sum = narrow_softmax(z, inverse_tau, CLASSES)
-        if bank_ptr is not None:
-            p = ()
-            for k in tl.static_range(CLASSES):
-                p = p + (e[k] / total,)
-            _store_classes(bank_ptr, at_bank, exists, size, p, BLOCK, CLASSES)
-        if targets_ptr is not None:
-            grad = ()
-            for k in tl.static_range(CLASSES):
-                p_k = e[k] / total
-                losses += loss_of(x[k], log_sum, targets[k])
-                grad = grad + (grad_of(p_k, targets[k], inverse_tau),)
-            _store_classes(old_grad_ptr, at, exists, size, grad, BLOCK, CLASSES)
-        if new_grad_ptr is not None:
-            _clear_classes(new_grad_ptr, at, exists, size, BLOCK, CLASSES)
-        first_n, first_head = _advance(first_n, first_head, step_n, step_head, heads)
-    return losses
-
-
-@triton.jit
-def _walk_old(
-    logits_ptr, targets_ptr, bank_ptr, old_grad_ptr, new_grad_ptr, offsets_ptr,
-    inverse_tau, N, C, C_old, S, heads, program, tiles, programs,
-    BLOCK: tl.constexpr, CLASSES: tl.constexpr, AXIS: tl.constexpr,
-):  # fmt: skip
-    """A program's tiles of other old heads: bank and gradients; returns a tile of losses."""
-    losses = _zeros(BLOCK, CLASSES, AXIS)
-    for tile in range(program, tiles, programs):
-        n, label, column, s, size, exists = _place(
-            tile, offsets_ptr, N, S, heads, BLOCK, CLASSES, AXIS
-        )
-        mask = exists & (label < size)
-        at = _index(n, column, s, C, S, AXIS)
-        at_bank = _index(n, column, s, C_old, S, AXIS)
-        x, p, log_sum = _softmax(logits_ptr, at, mask, inverse_tau, AXIS)
-        if bank_ptr is not None:
-            tl.store(bank_ptr + at_bank, p, mask=mask)
-        if targets_ptr is not None:
-            target = tl.load(targets_ptr + at_bank, mask=mask, other=0.0)
-            losses += loss_of(x, log_sum, target)
-            tl.store(old_grad_ptr + at, grad_of(p, target, inverse_tau), mask=mask)
-        if new_grad_ptr is not None:
-            tl.store(new_grad_ptr + at, tl.zeros_like(p), mask=mask)
-    return losses
-
-
-@triton.jit
-def _walk_rest_narrow(
-    logits_ptr, labels_ptr, old_grad_ptr, new_grad_ptr, offsets_ptr, old_heads,
-    N, C, heads, program, tiles, programs, BLOCK: tl.constexpr, CLASSES: tl.constexpr,
-):  # fmt: skip
-    """As `_walk_old_narrow`, for a narrow new head or columns that get no gradient."""
-    losses = tl.zeros([BLOCK], tl.float32)
-    first_n, first_head = _image_and_head(program * BLOCK, heads)
-    step_n, step_head = _image_and_head(programs * BLOCK, heads)
-    for _ in range(program, tiles, programs):
-        n, column, size, exists = _narrow_place(
-            first_n, first_head, offsets_ptr + old_heads, N, heads, BLOCK
-        )
-        at = n * C + column
-        if labels_ptr is not None:
-            y = tl.load(labels_ptr + n, mask=exists, other=0)
-            z = _load_classes(logits_ptr, at, exists, size, -float("inf"), CLASSES)
-            x, e, total, log_sum = narrow_softmax(z, 1.0, CLASSES)
-            poison, grad = _poison(y, size), ()
-            for k in tl.static_range(CLASSES):
-                counts = exists & _has_loss(k, y, poison)
-                losses += tl.where(counts, log_sum - x[k] + poison, 0.0)
-                grad = grad + (_new_grad(e[k] / total, k, y, poison),)
-            _store_classes(new_grad_ptr, at, exists, size, grad, BLOCK, CLASSES)
-        if old_grad_ptr is not None:
-            _clear_classes(old_grad_ptr, at, exists, size, BLOCK, CLASSES)
-        first_n, first_head = _advance(first_n, first_head, step_n, step_head, heads)
-    return losses
-
-
-@triton.jit
-def _walk_rest(
-    logits_ptr, labels_ptr, old_grad_ptr, new_grad_ptr, offsets_ptr, old_heads,
-    N, C, S, heads, program, tiles, programs,
-    BLOCK: tl.constexpr, CLASSES: tl.constexpr, AXIS: tl.constexpr,
-):  # fmt: skip
-    """As `_walk_old`, for a new head or columns that get no gradient."""
-    losses = _zeros(BLOCK, CLASSES, AXIS)
-    for tile in range(program, tiles, programs):
-        n, label, column, s, size, exists = _place(
-            tile, offsets_ptr + old_heads, N, S, heads, BLOCK, CLASSES, AXIS
-        )
-        mask = exists & (label < size)
-        at = _index(n, column, s, C, S, AXIS)
-        if labels_ptr is not None:
-            y = tl.load(labels_ptr + n * S + s, mask=exists, other=0)
-            x, p, log_sum = _softmax(logits_ptr, at, mask, 1.0, AXIS)
-            poison = _poison(y, size)
-            loss = tl.where(_has_loss(label, y, poison), log_sum - x + poison, 0.0)
-            losses += tl.where(mask, loss, 0.0)
-            tl.store(new_grad_ptr + at, _new_grad(p, label, y, poison), mask=mask)
-        if old_grad_ptr is not None:
-            tl.store(old_grad_ptr + at, tl.zeros([1, 1], tl.float32), mask=mask)
-    return losses
-
-
 @triton.jit(
-    do_not_specialize=["N", "C", "C_old", "S", "old_heads", "rest_heads", "temperature"],
+    do_not_specialize=["N", "C", "C_old", "S", "old_heads", "old_tiles", "new_tiles",
+                       "temperature"],
     do_not_specialize_on_alignment=[
         "logits_ptr", "labels_ptr", "targets_ptr", "bank_ptr", "old_grad_ptr", "new_grad_ptr",
         "old_loss_ptr", "new_loss_ptr", "partials_ptr", "ticket_ptr", "offsets_ptr", "temperature",
@@ -354,60 +315,65 @@ def heads_kernel(
     new_loss_ptr,
     partials_ptr,  # [2, programs]
     ticket_ptr,
-    offsets_ptr,  # [old_heads + rest_heads + 1], the column at which each head begins
+    offsets_ptr,  # [heads + 1], the column at which each head begins
     temperature,  # a number or a pointer to one
     N,
     C,
     C_old,
     S,
     old_heads,
-    rest_heads,
+    old_tiles,  # of all heads, if TOGETHER
+    new_tiles,  # of the new head by itself, or of columns that get no gradient
+    TOGETHER: tl.constexpr,  # the new head is in the tiles of the old ones
     OLD_BLOCK: tl.constexpr,
-    OLD_CLASSES: tl.constexpr,
-    REST_BLOCK: tl.constexpr,
-    REST_CLASSES: tl.constexpr,
-    AXIS: tl.constexpr,  # of the classes in a tile
-    OLD_NARROW: tl.constexpr,
-    REST_NARROW: tl.constexpr,
+    OLD_EACH: tl.constexpr,
+    OLD_LANES: tl.constexpr,  # 0: a block of positions by classes
+    NEW_BLOCK: tl.constexpr,
+    NEW_EACH: tl.constexpr,
+    NEW_LANES: tl.constexpr,
     ON_DEVICE: tl.constexpr,  # temperature is a pointer
+    PROGRAMS: tl.constexpr,  # at most; a power of two
 ):
     """A pointer that is None leaves its part out."""
     inverse_tau = inverse_of(temperature, ON_DEVICE)
-    program = tl.program_id(0).to(tl.int64)
-    programs = tl.num_programs(0).to(tl.int64)
-    old_tiles = _num_tiles(N, S, old_heads, OLD_BLOCK, AXIS)
-    rest_tiles = _num_tiles(N, S, rest_heads, REST_BLOCK, AXIS)
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
 
-    if OLD_NARROW:
-        old_losses = _walk_old_narrow(
+    old_losses, new_losses = 0.0, 0.0
+    if OLD_LANES == 0:
+        old_losses = _walk_old_blocks(
             logits_ptr, targets_ptr, bank_ptr, old_grad_ptr, new_grad_ptr, offsets_ptr,
-            inverse_tau, N, C, C_old, old_heads, program, old_tiles, programs,
-            OLD_BLOCK, OLD_CLASSES,
+            inverse_tau, C, C_old, S, old_heads, program, old_tiles, programs,
+            OLD_BLOCK, OLD_EACH,
         )  # fmt: skip
     else:
-        old_losses = _walk_old(
-            logits_ptr, targets_ptr, bank_ptr, old_grad_ptr, new_grad_ptr, offsets_ptr,
-            inverse_tau, N, C, C_old, S, old_heads, program, old_tiles, programs,
-            OLD_BLOCK, OLD_CLASSES, AXIS,
+        old_losses, new_losses = _walk(
+            logits_ptr, labels_ptr, targets_ptr, bank_ptr, old_grad_ptr, new_grad_ptr, offsets_ptr,
+            inverse_tau, N, C, C_old, old_heads, program, old_tiles, programs,
+            True, TOGETHER, OLD_BLOCK, OLD_EACH, OLD_LANES,
         )  # fmt: skip
 
     # the programs that had one tile less begin
-    begin = (program + programs - old_tiles % programs) % programs
-    if REST_NARROW:
-        new_losses = _walk_rest_narrow(
+    begin = (program + programs - (old_tiles % programs).to(tl.int32)) % programs
+    if labels_ptr is None:
+        if old_grad_ptr is not None:
+            _walk_rest(old_grad_ptr, N, C, C_old, S, begin, new_tiles, programs)
+    elif NEW_LANES == 0:
+        new_losses = _walk_new_blocks(
             logits_ptr, labels_ptr, old_grad_ptr, new_grad_ptr, offsets_ptr, old_heads,
-            N, C, rest_heads, begin, rest_tiles, programs, REST_BLOCK, REST_CLASSES,
+            C, S, begin, new_tiles, programs, NEW_BLOCK, NEW_EACH,
         )  # fmt: skip
-    else:
-        new_losses = _walk_rest(
-            logits_ptr, labels_ptr, old_grad_ptr, new_grad_ptr, offsets_ptr, old_heads,
-            N, C, S, rest_heads, begin, rest_tiles, programs, REST_BLOCK, REST_CLASSES, AXIS,
+    elif not TOGETHER:
+        _, new_losses = _walk(
+            logits_ptr, labels_ptr, targets_ptr, bank_ptr, old_grad_ptr, new_grad_ptr, offsets_ptr,
+            inverse_tau, N, C, C_old, old_heads, begin, new_tiles, programs,
+            False, True, NEW_BLOCK, NEW_EACH, NEW_LANES,
         )  # fmt: skip
 
     if partials_ptr is not None:
         add_up(
             old_losses, new_losses, old_loss_ptr, new_loss_ptr, partials_ptr, ticket_ptr,
-            program, programs,
+            program, programs, PROGRAMS,
         )  # fmt: skip
 
 
@@ -421,13 +387,47 @@ def offsets(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     )
 
 
-def tile_shape(sizes: Sequence[int], N: int, dense: bool) -> tuple[int, int, bool]:
-    """(pairs or positions, classes, narrow) of a tile that holds the widest head."""
+class Tile(NamedTuple):
+    """BLOCK heads, each spread over LANES threads that have EACH of its classes.
+
+    With no lanes: BLOCK positions by EACH classes of one head.
+    """
+
+    block: int
+    each: int
+    lanes: int
+
+    def count(self, N: int, S: int, heads: int) -> int:
+        """How many tiles a batch has."""
+        if self.lanes == 0:
+            return N * heads * triton.cdiv(S, self.block)
+        return triton.cdiv(N * heads, self.block)
+
+
+def tile_shape(sizes: Sequence[int], S: int = 1) -> Tile:
+    """The tile that holds the widest head."""
     classes = max(2, triton.next_power_of_2(max(sizes, default=1)))
-    if dense or classes > NARROW:
-        return max(1, TILE // classes), classes, False
-    elements = 2 * TILE if N * len(sizes) >= MANY else TILE
-    return max(32 * WARPS, elements // classes), classes, True
+    if S > 1:
+        return Tile(max(1, TILE // classes), classes, 0)
+    if classes <= NARROW:
+        lanes, elements = 1, 4
+    else:
+        lanes, elements = min(classes // 4, WARP) if classes <= WIDE else THREADS, 8
+    each = classes // lanes
+    return Tile(THREADS // lanes * max(1, elements // each), each, lanes)
+
+
+def are_together(head_sizes: Sequence[int], old: Tile, new: Tile) -> bool:
+    """Whether the new head is read in the tiles of the old ones."""
+    return bool(head_sizes) and old.lanes == new.lanes > 0 and new.each <= old.each
+
+
+def constants(old: Tile, new: Tile, together: bool) -> dict[str, int | bool]:
+    """Of the kernel."""
+    named = {"OLD": old, "NEW": new}.items()
+    return {"TOGETHER": together} | {
+        f"{name}_{key.upper()}": value for name, t in named for key, value in t._asdict().items()
+    }
 
 
 def _check(logits, head_sizes, labels, targets):
@@ -445,20 +445,6 @@ def _check(logits, head_sizes, labels, targets):
         raise ValueError(f"labels: expected int64 [N, *], got {labels.dtype} {labels.shape}")
 
 
-def _rest_sizes(C, C_old, labels, targets):
-    """Columns behind the old heads: the new head, or columns that get no gradient."""
-    if labels is not None:
-        return [C - C_old]
-    if targets is not None:
-        return [min(REST, C - first) for first in range(C_old, C, REST)]
-    return []
-
-
-def _count_tiles(N, S, heads, block):
-    """As `_num_tiles`, on the host."""
-    return triton.cdiv(N * heads, block) if S == 1 else N * heads * triton.cdiv(S, block)
-
-
 def _launch(logits, head_sizes, temperature, labels=None, targets=None, bank=None):
     """One launch: fills `bank`; returns the losses and the gradients, of labels and of targets."""
     _check(logits, head_sizes, labels, targets)
@@ -469,14 +455,17 @@ def _launch(logits, head_sizes, temperature, labels=None, targets=None, bank=Non
     losses = [torch.empty((), **like) if want else None for want in wanted]
     grads = [torch.empty(logits.shape, **like) if want else None for want in wanted]
 
-    rest = _rest_sizes(C, C_old, labels, targets)
-    old_block, old_classes, old_narrow = tile_shape(head_sizes, N, S > 1)
-    rest_block, rest_classes, rest_narrow = tile_shape(rest, N, S > 1)
-    tiles = _count_tiles(N, S, len(head_sizes), old_block)
-    tiles += _count_tiles(N, S, len(rest), rest_block)
-    if not tiles:
+    heads, new = len(head_sizes), [] if labels is None else [C - C_old]
+    old_tile, new_tile = tile_shape(head_sizes, S), tile_shape(new, S)
+    together = bool(new) and are_together(head_sizes, old_tile, new_tile)
+    old_tiles, new_tiles = old_tile.count(N, S, heads + together), 0
+    if new and not together:
+        new_tiles = new_tile.count(N, S, 1)
+    elif targets is not None and not new:
+        new_tiles = triton.cdiv(N * (C - C_old) * S, REST.value)
+    if not logits.numel() or not old_tiles + new_tiles:
         return [loss if loss is None else loss.zero_() for loss in losses], grads
-    programs = min(tiles, PROGRAMS.value)
+    programs = min(old_tiles + new_tiles, PROGRAMS)
     partials = torch.empty(2, programs, **like) if any(wanted) else None
     on_device = temperature.device == logits.device
     guard = torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext()
@@ -487,14 +476,12 @@ def _launch(logits, head_sizes, temperature, labels=None, targets=None, bank=Non
             None if targets is None else targets.contiguous(),
             bank, grads[1], grads[0], losses[1], losses[0], partials,
             tickets(logits.device) if any(wanted) else None,
-            offsets((*head_sizes, *rest), logits.device),
+            offsets((*head_sizes, *new), logits.device),
             temperature if on_device else temperature.item(),
-            N, C, C_old, S, len(head_sizes), len(rest),
-            OLD_BLOCK=old_block, OLD_CLASSES=old_classes,
-            REST_BLOCK=rest_block, REST_CLASSES=rest_classes,
-            AXIS=0 if S > 1 else 1,
-            OLD_NARROW=old_narrow, REST_NARROW=rest_narrow,
+            N, C, C_old, S, heads, old_tiles, new_tiles,
+            **constants(old_tile, new_tile, together),
             ON_DEVICE=on_device,
+            PROGRAMS=at_most(programs),
             num_warps=WARPS,
             enable_fp_fusion=False,  # p - target is not fused with what makes p
         )  # fmt: skip

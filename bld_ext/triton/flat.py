@@ -19,10 +19,11 @@ from bld_ext.triton.softmax import (
     PROGRAMS,
     WARPS,
     add_up,
+    at_most,
     grad_of,
     inverse_of,
     loss_of,
-    narrow_softmax,
+    spread_softmax,
 )
 
 BLOCK = 32 * WARPS  # threads
@@ -82,7 +83,7 @@ def _tile(
     out = ()
     for head in tl.static_range(HEADS):
         z = _part(logits, head * CLASSES, CLASSES)
-        x, e, total, log_sum = narrow_softmax(z, inverse_tau, CLASSES)
+        x, e, total, log_sum = spread_softmax(z, inverse_tau, CLASSES, 1)
         for k in tl.static_range(CLASSES):
             p = e[k] / total
             if targets_ptr is not None:
@@ -113,6 +114,7 @@ def flat_kernel(
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
     ON_DEVICE: tl.constexpr,  # temperature is a pointer
+    PROGRAMS: tl.constexpr,  # at most; a power of two
 ):
     """A pointer that is None leaves its part out."""
     inverse_tau = inverse_of(temperature, ON_DEVICE)
@@ -133,8 +135,9 @@ def flat_kernel(
         )  # fmt: skip
     if partials_ptr is not None:
         nothing = tl.zeros([BLOCK], tl.float32)
-        add_up(losses, nothing, loss_ptr, None, partials_ptr, ticket_ptr,
-                program, programs)  # fmt: skip
+        add_up(
+            losses, nothing, loss_ptr, None, partials_ptr, ticket_ptr, program, programs, PROGRAMS
+        )
 
 
 def heads_of_a_thread(classes: int) -> int:
@@ -163,7 +166,7 @@ def launch(
     """One launch: fills `bank`, or returns the loss and the gradient against `targets`."""
     like = dict(dtype=torch.float32, device=logits.device)
     heads, distils = heads_of_a_thread(width), targets is not None
-    programs = min(triton.cdiv(logits.numel(), width * heads * BLOCK), PROGRAMS.value)
+    programs = min(triton.cdiv(logits.numel(), width * heads * BLOCK), PROGRAMS)
     loss = torch.empty((), **like) if distils else None
     grad = torch.empty(logits.shape, **like) if distils else None
     partials = torch.empty(2, programs, **like) if distils else None
@@ -175,6 +178,7 @@ def launch(
             tickets(logits.device) if distils else None,
             temperature if on_device else temperature.item(), logits.numel(),
             CLASSES=width, HEADS=heads, BLOCK=BLOCK, ON_DEVICE=on_device,
+            PROGRAMS=at_most(programs),
             num_warps=WARPS,
             enable_fp_fusion=False,  # p - target is not fused with what makes p
         )  # fmt: skip

@@ -6,7 +6,7 @@ import triton.language as tl
 WARPS = 4
 NARROW = 16  # classes of the widest head that a thread has by itself
 MANY = 2**17  # narrow heads in a batch from which on a thread has several at a time
-PROGRAMS = tl.constexpr(1024)  # at most; a power of two
+PROGRAMS = 1024  # at most; a power of two
 
 
 @triton.jit
@@ -29,19 +29,30 @@ def log_total(ones, others):
 
 
 @triton.jit
-def narrow_softmax(z, inverse_temperature, CLASSES: tl.constexpr):
-    """`_softmax` of logits of which z has one tensor a class: tuples of x and e^x, Σ and log Σ."""
+def spread_softmax(z, inverse_temperature, EACH: tl.constexpr, LANES: tl.constexpr):
+    """x = (z - max) / τ and e^x, EACH tensors as z has them; Σ e^x and log Σ e^x.
+
+    A head lies in LANES threads, along axis 1 of each tensor. A thread adds up what it has, then
+    the threads add up theirs, so the order does not depend on how many heads a tile has, nor on
+    how much wider it is than the head.
+    """
     top = z[0]
-    for k in tl.static_range(1, CLASSES):
+    for k in tl.static_range(1, EACH):
         top = tl.maximum(top, z[k])
+    if LANES > 1:
+        top = tl.max(top, 1, keep_dims=True)
     x, e = (), ()
-    ones, others = tl.zeros_like(top), tl.zeros_like(top)
-    for k in tl.static_range(CLASSES):
+    # the largest, where e^x = 1, are counted apart: log Σ e^x keeps its digits where it is near 0
+    ones, others = tl.zeros_like(z[0]), tl.zeros_like(z[0])
+    for k in tl.static_range(EACH):
         x_k = (z[k] - top) * inverse_temperature
-        e_k = tl.exp(x_k)
+        e_k = tl.exp(x_k)  # 0 beside the head, where z = -inf
         x, e = x + (x_k,), e + (e_k,)
         ones += tl.where(x_k == 0, 1.0, 0.0)
         others += tl.where(x_k == 0, 0.0, e_k)
+    if LANES > 1:
+        ones = tl.sum(ones, 1, keep_dims=True)
+        others = tl.sum(others, 1, keep_dims=True)
     return x, e, others + ones, log_total(ones, others)
 
 
@@ -66,11 +77,14 @@ def sum_of(partials_ptr, mask):
 
 @triton.jit
 def add_up(
-    old_losses, new_losses, old_loss_ptr, new_loss_ptr, partials_ptr, ticket_ptr, program, programs
-):
+    old_losses, new_losses, old_loss_ptr, new_loss_ptr, partials_ptr, ticket_ptr, program, programs,
+    PROGRAMS: tl.constexpr,
+):  # fmt: skip
     """The last program to finish adds up the losses of all, in order."""
-    tl.store(partials_ptr + program, tl.sum(old_losses))
-    tl.store(partials_ptr + programs + program, tl.sum(new_losses))
+    if old_loss_ptr is not None:
+        tl.store(partials_ptr + program, tl.sum(old_losses))
+    if new_loss_ptr is not None:
+        tl.store(partials_ptr + programs + program, tl.sum(new_losses))
     tl.debug_barrier()
     if tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1:
         tl.store(ticket_ptr, 0)
@@ -79,3 +93,8 @@ def add_up(
             tl.store(old_loss_ptr, sum_of(partials_ptr + each, each < programs))
         if new_loss_ptr is not None:
             tl.store(new_loss_ptr, sum_of(partials_ptr + programs + each, each < programs))
+
+
+def at_most(programs: int) -> int:
+    """The programs for which `add_up` is compiled: two cases, so that few partials take no time."""
+    return 128 if programs <= 128 else PROGRAMS
