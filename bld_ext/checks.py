@@ -3,6 +3,7 @@
 Each error names the argument, its value, what was expected and the remedy.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from numbers import Integral, Real
@@ -330,13 +331,32 @@ def image_size(size: Sequence[int], argument: str = "size") -> tuple[int, int]:
     return sides
 
 
+REACH = 2**20  # pixels; in 32 bits, points so far from an image keep 9 bits behind the point
+
+
+def reach(policy: Policy, size: tuple[int, int]) -> None:
+    """Refuse images so large that some point of a view can be too far away for 32 bits."""
+    H, W = size
+    (shear_x, shear_y), smallest = map(math.radians, policy.shear), policy.scale[0]
+    steps = (1 + math.tan(shear_x)) / math.cos(shear_y) / smallest  # a bound, between two pixels
+    furthest = steps * (H + W) * (0.5 + max(policy.translate)) + 2 * (H + W + policy.crop_padding)
+    require(
+        furthest < REACH,
+        "images",
+        f"sides for which no pixel of a view shows a point more than {REACH} pixels away, with "
+        f"scale {policy.scale}, shear {policy.shear} and crop_padding {policy.crop_padding}; make "
+        "the images smaller or the ranges narrower",
+        f"{H} x {W}",
+    )
+
+
 def images(images: Tensor, policy: Policy, dtype: torch.dtype, channels_last: bool) -> None:
     tensor("images", images)
     uint8_or_float = images.dtype == torch.uint8 or images.dtype in FLOATS
     require(uint8_or_float, "images", "uint8 or a floating-point dtype", images.dtype)
     require(images.dim() == 4, "images", "shape [N, C, H, W]", tuple(images.shape))
     require(min(images.shape[1:]) > 0, "images", "at least one pixel", tuple(images.shape))
-    image_size(tuple(images.shape[2:]), "images")
+    reach(policy, image_size(tuple(images.shape[2:]), "images"))
     require(images.layout == torch.strided, "images", "a dense tensor", images.layout)
     constant = "a constant, since views have no gradient: detach() it"
     require(not images.requires_grad, "images", constant, "requires_grad=True")

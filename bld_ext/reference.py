@@ -277,7 +277,7 @@ def balanced_sgd_(
 
 GEOMETRY, AFFINE, COLOR, SHAPE, ERASE = range(5)  # the op word of the Philox counter
 GRAY = (0.2989, 0.587, 0.114)  # luma of ITU-R BT.601, as torchvision rounds it
-MEAN_SCALE = 2.0**30
+LEVELS = 2.0**19  # from black to white, in a sum for the mean
 INTERPOLATIONS = ("bilinear", "nearest")
 PADDING_MODES = ("zeros", "reflect", "edge")
 
@@ -481,19 +481,25 @@ def augment(
     """Return views of images; view v of image n is row v·N + n.
 
     Crop from the padded image, flip and the affine map about the centre are one inverse matrix and
-    one resampling. Then follow brightness, contrast and saturation, each clamped to [0, 1], hue,
-    normalisation and erasing.
+    one resampling, at points that are whole multiples of 1/256 pixel. Then follow brightness,
+    contrast and saturation, each clamped to black and white, hue, normalisation and erasing.
+
+    Where an image's levels are whole numbers, nothing is rounded before the colours: products of
+    levels and weights, and their sums, are exact in float32.
     """
     settings = Policy.unpack(policy)
     if indices is None:
         indices = torch.arange(len(images), device=images.device)
     p = view_parameters(settings, seed, step, views, indices, images.shape[2:])
     p = ViewParameters(*(field.flatten() for field in p))  # [V·N]
+    white = 255 if images.dtype == torch.uint8 else 1
     x = resample(images.to(compute_dtype(images.dtype)), p, settings)
-    x = recolor(quotient(x, 255) if images.dtype == torch.uint8 else x, p, settings)
+    x = recolor(x, p, settings, white)
     if settings.mean:
         channels = zip(x.unbind(1), settings.mean, settings.std, strict=True)
-        x = torch.stack([quotient(channel - mean, std) for channel, mean, std in channels], 1)
+        x = torch.stack([c * (1 / (white * std)) - mean / std for c, mean, std in channels], 1)
+    elif white != 1:
+        x = quotient(x, white)
     if settings.erase:
         x = erase(x, p)
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -528,29 +534,43 @@ def inverse_matrix(p: ViewParameters, settings: Policy, size: tuple[int, int]) -
     ]  # fmt: skip
 
 
+FRACTION = 8  # bits of a point's position between two pixels
+
+
+def fixed_point(matrix: list[Tensor], settings: Policy, size: tuple[int, int]) -> list[Tensor]:
+    """Return a matrix in int64, and the number of its fractional bits, which leave room in int32.
+
+    Its last column is that of pixels counted from the corner of the view instead of the centre.
+    """
+    H, W = size
+    a, b, c, d, e, f = matrix
+    across, down = (W - 1) * 0.5, (H - 1) * 0.5
+    reach_x = a.abs() * across + b.abs() * down + c.abs()
+    reach_y = d.abs() * across + e.abs() * down + f.abs()
+    reach = torch.maximum(reach_x, reach_y) + (W + H + settings.crop_padding)
+    bits = 29 - torch.frexp(reach).exponent.long()  # every position is below 2^29
+    bits = bits.clamp(min=FRACTION + 1)  # checks.reach refuses images for which that is not enough
+    c, f = c - (a * across + b * down), f - (d * across + e * down)
+    one = (torch.ones_like(bits) << bits).double()
+    return [*((x * one + 0.5).floor().long() for x in (a, b, c, d, e, f)), bits]
+
+
 def resample(images: Tensor, p: ViewParameters, settings: Policy) -> Tensor:
     """Sample each image at the points that the pixels of its views show."""
     N, C, H, W = images.shape
     V = len(p.angle) // max(N, 1)
     if not (settings.turns or settings.crop_padding or settings.flip):
         return images.repeat(V, 1, 1, 1)
-    matrix = inverse_matrix(p, settings, (H, W))
-    a, b, c, d, e, f = (t.to(images.dtype).view(-1, 1, 1) for t in matrix)
-    x = torch.arange(W, device=images.device, dtype=images.dtype) - (W - 1) / 2  # from the centre
-    y = torch.arange(H, device=images.device, dtype=images.dtype).unsqueeze(1) - (H - 1) / 2
-    source_x, source_y = a * x + (b * y + c), d * x + (e * y + f)
+    matrix = fixed_point(inverse_matrix(p, settings, (H, W)), settings, (H, W))
+    a, b, c, d, e, f, bits = (t.view(-1, 1, 1) for t in matrix)
+    x = torch.arange(W, device=images.device)
+    y = torch.arange(H, device=images.device).unsqueeze(1)
+    source_x, source_y = a * x + b * y + c, d * x + e * y + f
     if settings.resized_crop:
-        source_x = snap(source_x, p.left - settings.crop_padding, p.width)
-        source_y = snap(source_y, p.top - settings.crop_padding, p.height)
+        source_x = snap(source_x, p.left - settings.crop_padding, p.width, bits)
+        source_y = snap(source_y, p.top - settings.crop_padding, p.height, bits)
     if settings.padding_mode == "reflect":
-        source_x, source_y = reflect(source_x, W), reflect(source_y, H)
-    nearest = settings.interpolation == "nearest" or not settings.turns  # a crop: whole pixels
-    if nearest:
-        source_x, source_y = (whole(x, settings.resized_crop is None) for x in (source_x, source_y))
-
-    column, row = source_x.floor(), source_y.floor()
-    right, low = source_x - column, source_y - row  # weights of the right and lower neighbours
-    column, row = column.long(), row.long()  # [V·N, H, W]
+        source_x, source_y = reflect(source_x, W, bits), reflect(source_y, H, bits)
     pixels = images.reshape(N, C, H * W).repeat(V, 1, 1)  # [V·N, C, H·W]
 
     def tap(xs, ys):
@@ -561,41 +581,56 @@ def resample(images: Tensor, p: ViewParameters, settings: Policy) -> Tensor:
             value = torch.where(inside.unsqueeze(1), value, 0)
         return value
 
-    if nearest:
-        return tap(column, row)
+    if settings.interpolation == "nearest" or not settings.turns:  # a crop: whole pixels
+        even = settings.resized_crop is None
+        return tap(whole(source_x, W, bits, even), whole(source_y, H, bits, even))
+    one = 1 << FRACTION
+
+    def rounded(source, size):
+        """To 1/256 pixel; two pixels before the image is far enough, and one behind it."""
+        found = (source + (1 << (bits - FRACTION - 1))) >> (bits - FRACTION)
+        return found.clamp(-2 * one, size * one)
+
+    source_x, source_y = rounded(source_x, W), rounded(source_y, H)
+    column, row = source_x >> FRACTION, source_y >> FRACTION
+    right, low = source_x & (one - 1), source_y & (one - 1)  # weights of these neighbours
     total = 0
-    for dy, wy in ((0, 1 - low), (1, low)):
-        for dx, wx in ((0, 1 - right), (1, right)):
-            total = total + tap(column + dx, row + dy) * (wx * wy).unsqueeze(1)
+    for dy, wy in ((0, one - low), (1, low)):
+        for dx, wx in ((0, one - right), (1, right)):
+            weight = (wx * wy).to(images.dtype) * (1 / one**2)
+            total = total + tap(column + dx, row + dy) * weight.unsqueeze(1)
     return total
 
 
-def whole(source: Tensor, even: bool) -> Tensor:
+def whole(source: Tensor, size: int, bits: Tensor, even: bool) -> Tensor:
     """Round to the nearest whole number, ties upwards or, with `even`, to the even number.
 
-    torchvision's affine map rounds ties to even.
+    torchvision's affine map rounds ties to even. Its resized crop rounds them upwards, and what a
+    point may have lost because the matrix is rounded, `size` units at most, counts as a tie.
     """
-    upper = (source + 0.5).floor()
+    shifted = source + (1 << (bits - 1))
     if not even:
-        return upper
-    tie = (upper - source == 0.5) & ((upper * 0.5).floor() * 2 != upper)
-    return torch.where(tie, upper - 1, upper)
+        return (shifted + size) >> bits
+    upper = shifted >> bits
+    tie = shifted & ((1 << bits) - 1) == 0
+    return torch.where(tie & (upper & 1 == 1), upper - 1, upper)
 
 
-def snap(source: Tensor, first: Tensor, size: Tensor) -> Tensor:
+def snap(source: Tensor, first: Tensor, size: Tensor, bits: Tensor) -> Tensor:
     """Move points on the outer half of a crop's border pixels to the centre of these pixels."""
-    first = first.to(source.dtype).view(-1, 1, 1)
-    last = first + (size - 1).to(source.dtype).view(-1, 1, 1)
-    on = (source >= first - 0.5) & (source <= last + 0.5)
+    first = first.view(-1, 1, 1) << bits
+    last = first + ((size - 1).view(-1, 1, 1) << bits)
+    half = 1 << (bits - 1)
+    on = (source >= first - half) & (source <= last + half)
     return torch.where(on, torch.clamp(source, first, last), source)
 
 
-def reflect(source: Tensor, size: int) -> Tensor:
+def reflect(source: Tensor, size: int, bits: Tensor) -> Tensor:
     """Mirror points outside 0 to size - 1 at the centres of the border pixels."""
     if size == 1:
         return torch.zeros_like(source)
-    period = 2 * (size - 1)
-    folded = source - period * quotient(source, period).floor()
+    period = torch.full_like(bits, 2 * (size - 1)) << bits
+    folded = torch.remainder(source, period)
     return torch.minimum(folded, period - folded)
 
 
@@ -616,19 +651,24 @@ def erase(x: Tensor, p: ViewParameters) -> Tensor:
     return torch.where(inside, 0, x)
 
 
-def recolor(x: Tensor, p: ViewParameters, settings: Policy) -> Tensor:
-    """Apply brightness, contrast, saturation and hue, in this order, defined as in torchvision."""
+def recolor(x: Tensor, p: ViewParameters, settings: Policy, white: int) -> Tensor:
+    """Apply brightness, contrast, saturation and hue, in this order, defined as in torchvision.
+
+    Colours lie between 0 and `white`.
+    """
 
     def blend(x, other, factor):
         factor = factor.to(x.dtype).view(-1, 1, 1, 1)
-        return (factor * x + (1 - factor) * other).clamp(0, 1)
+        return (factor * x + (1 - factor) * other).clamp(0, white)
 
     if settings.brightness:
         x = blend(x, 0, p.brightness)
     if settings.contrast:
         # a sum of integers does not depend on the order of summation, and so not on the batch
-        levels = (gray(x).double() * MEAN_SCALE).round().long().sum((1, 2, 3), keepdim=True)
-        mean = quotient(levels.double(), MEAN_SCALE * x.shape[2] * x.shape[3])
+        unit = LEVELS / (256 if white == 255 else 1)
+        levels = gray(x).nan_to_num().clamp(0, white) * unit
+        mean = levels.round().long().sum((1, 2, 3), keepdim=True).double()
+        mean = quotient(mean, unit * x.shape[2] * x.shape[3])
         x = blend(x, mean.to(x.dtype), p.contrast)
     if x.shape[1] == 3 and settings.saturation:
         x = blend(x, gray(x), p.saturation)
@@ -645,17 +685,22 @@ def gray(x: Tensor) -> Tensor:
 
 
 def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
-    """Convert RGB to HSV, add `turns` to the hue, and convert back."""
+    """Convert RGB to HSV, add `turns` to the hue, and convert back, without a division.
+
+    With the hue h in sextants, a channel is value - chroma · clamp(2 - ||k - 5| - 3|, 0, 1), where
+    k = h + n + 6 · turns in 0 to 12, and n = 5, 3, 1. All of it is multiplied by the chroma.
+    """
     r, g, b = x.unbind(1)
     value, chroma = x.amax(1), x.amax(1) - x.amin(1)
-    safe = torch.where(chroma > 0, chroma, 1)
-    sextant = torch.where(
-        value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
+    twice, thrice = 2 * chroma, 3 * chroma
+    start = torch.where(
+        value == r, g - b, torch.where(value == g, twice + (b - r), 2 * twice + (r - g))
     )
-    hue = sextant + 6 * turns
 
     def channel(n):
-        k = torch.remainder(n + hue, 6)
-        return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+        k = n + 6 * turns
+        k = torch.where(k < 0, k + 6, torch.where(k >= 6, k - 6, k)) - 5
+        distance = ((start + k * chroma).abs() - thrice).abs()
+        return value - torch.minimum((twice - distance).clamp(min=0), chroma)
 
     return torch.stack([channel(5), channel(3), channel(1)], 1)

@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from bld_ext import SeededAugment, backend, ops, reference
 
-LEVEL = 1 / 255
+LEVEL = 1 / 255  # also of pictures of noise, whose points are rounded to 1/256 pixel
 FIVE_SIGMA = 2 * stats.norm.sf(5)
 VIEWS = range(6)
 COORDINATES = dict(seed=2**40 + 3, step=7, views=VIEWS)
@@ -97,7 +97,7 @@ AFFINE = {
 @pytest.mark.parametrize("shape", [(11, 8), (32, 32)], ids=["11x8", "32x32"])
 def test_affine(shape, settings):
     H, W = shape
-    assert_pictures(SeededAugment(**settings), affine, LEVEL / 50, make_images(H=H, W=W))
+    assert_pictures(SeededAugment(**settings), affine, LEVEL, make_images(H=H, W=W))
 
 
 @pytest.mark.parametrize("size, factor", [((9, 9), 2), ((32, 32), 0.5), ((8, 11), 0.5)], ids=str)
@@ -134,7 +134,7 @@ def test_padding_is_that_of_a_padded_image(mode, interpolation):
 
     augment, images = SeededAugment(**settings, padding_mode=mode), make_images(H=12, W=9)
     if interpolation == "bilinear":
-        assert_pictures(augment, padded, LEVEL / 20, images)
+        assert_pictures(augment, padded, LEVEL, images)
     else:
         differs = [(a - padded(b, d)).abs().amax(0) > 0.001 for a, b, d in draws(augment, images)]
         assert torch.stack(differs).float().mean() < 1e-3
@@ -154,7 +154,7 @@ def test_resized_crop(shape, interpolation, flip):
     augment = SeededAugment(resized_crop=(0.08, 1), interpolation=interpolation, flip=flip)
     images = make_images(H=shape[0], W=shape[1])
     if interpolation == "bilinear":
-        assert_pictures(augment, crop, LEVEL / 50, images)
+        assert_pictures(augment, crop, LEVEL, images)
     else:  # where two are equally near, rounding decides
         differs = [
             (a - crop(b, d)).abs().amax(0) > LEVEL / 100 for a, b, d in draws(augment, images)
@@ -174,7 +174,7 @@ def test_crop_flip_and_affine_are_one_resample():
         window = tv.horizontal_flip(window) if drawn.flip else window
         return tv.center_crop(affine(window, drawn), [H, W])
 
-    assert_pictures(SeededAugment(**settings), geometry, LEVEL / 50)
+    assert_pictures(SeededAugment(**settings), geometry, LEVEL)
 
 
 def test_one_resample_is_near_to_several():
@@ -694,6 +694,37 @@ def test_bad_policy(changed, message):
     policy = SeededAugment().policy._replace(**changed)
     with pytest.raises(ValueError, match=f"^policy.{message}$"):
         ops.augment(make_images(), policy, seed=0, step=0, views=[0])
+
+
+@pytest.mark.parametrize(
+    "settings, sides",
+    [
+        ({}, (1, 450_000)),
+        (dict(scale=(1e-3, 1), translate=(1, 1)), (400, 400)),
+        (dict(scale=(0.05, 1), shear=(80, 80)), (1500, 1500)),
+        (dict(crop_padding=2**20), (1, 1)),
+    ],
+    ids=["long", "scale", "shear", "padding"],
+)
+def test_points_too_far_away_for_32_bits_are_refused(settings, sides):
+    images = torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(1, 1, *sides)
+    with pytest.raises(
+        ValueError, match=rf"^images: expected sides .* got {sides[0]} x {sides[1]}"
+    ):
+        SeededAugment(**settings)(images, seed=0, step=0, views=[0])
+
+
+def test_points_as_far_away_as_32_bits_allow():
+    """The furthest point that is not refused is outside, as it is in the definition."""
+    settings = dict(scale=(1e-3, 1e-3), translate=(1, 1), padding_mode="reflect")
+    images = make_images(N=2, H=150, W=150)
+    given = images, SeededAugment(**settings).policy.pack(), torch.tensor(1), torch.tensor(2), [0]
+    given = *given, None, torch.float32, False
+    assert torch.equal(torch.ops.bld_ext.augment(*given), reference.augment(*given))
+    views = SeededAugment(**settings | dict(padding_mode="zeros"))(
+        images, seed=0, step=0, views=[0]
+    )
+    assert (views != 0).float().mean() < 1e-3
 
 
 def test_mean_of_another_number_of_channels():

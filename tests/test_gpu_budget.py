@@ -21,7 +21,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 import machine_code  # noqa: E402
-from test_triton_compile import BENCHMARK, compile_heads, compile_source  # noqa: E402
+from test_triton_compile import BENCHMARK, compile_augment, compile_heads, compile_source  # noqa: E402
 
 FILE = Path(__file__).with_name("gpu_budget.json")
 MOST = ("instructions", "registers", "spilled", "shuffles", "barriers", "float64")
@@ -122,21 +122,21 @@ def count_norm(direction, C, S, B, last):
 
 
 def count_augment(side):
-    """A tile of pixels: all of a program that has one, else the longest loop."""
-    from bld_ext import SeededAugment
-    from bld_ext.triton.augment import flags, shape, views_kernel
+    """Pixels: all of a program that has one tile, else the loop over tiles that writes them."""
+    from bld_ext.triton import augment as kernels
 
-    wanted = flags(SeededAugment(**BENCHMARK).policy, 3)
-    block, warps, _ = shape(side * side, wanted["CONTRASTS"])
-    one = side * side <= block
-    constants = wanted | dict(CHANNELS_LAST=False, BLOCK=block, ONE_TILE=one, indices_ptr=None)
-    types = {parameter.name: "i32" for parameter in views_kernel.params}
-    types |= dict(images_ptr="*u8", views_ptr="*fp32", settings_ptr="*fp32")
-    types |= dict.fromkeys(("seed_ptr", "step_ptr", "indices_ptr"), "*i64")
-    made = compile_source(views_kernel, types, constants, 90, warps)
+    made = compile_augment("views", BENCHMARK, "u8", "fp32", side, False, 90)
+    rows, columns, warps, _ = kernels.shape(side, side, whole=True)
     code = machine_code.read(made.asm["cubin"], "views_kernel")
-    part = code if one else code.loops[0]
-    return counted(code, part, block, 32 * warps, made.metadata.shared)
+    part = code if side <= min(rows, columns) else code.loops[0]
+    return counted(code, part, rows * columns, 32 * warps, made.metadata.shared)
+
+
+def count_draw():
+    """All of a thread, which draws a view and packs a word."""
+    made = compile_augment("prepare", BENCHMARK, "u8", "fp32", 32, False, 90)
+    code = machine_code.read(made.asm["cubin"], "prepare_kernel")
+    return counted(code, code, 128, 128, made.metadata.shared)
 
 
 TRITON = {
@@ -151,6 +151,7 @@ TRITON = {
         for name in NORMS
     },
     **{f"augment {side}x{side}": (count_augment, side) for side in (32, 224)},
+    "augment, draw": (count_draw,),
 }
 
 

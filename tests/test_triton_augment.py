@@ -151,10 +151,12 @@ def test_indices_of_another_number_are_refused():
         kernels.augment(*given)
 
 
-@pytest.mark.parametrize("size", [1, 100, 1024, 1025, 50_176, 2**30])
+@pytest.mark.parametrize("size", [(1, 1), (10, 10), (32, 32), (45, 45), (1, 5000), (224, 224)])
 @pytest.mark.parametrize("whole", [False, True])
-def test_shape_covers_a_view(size, whole):
-    block, warps, programs = kernels.shape(size, whole)
-    assert block & (block - 1) == 0 and 1 <= warps <= 16
-    assert 1 <= programs <= kernels.MOST_PROGRAMS and (programs == 1 or not whole)
-    assert programs <= max(1, -(-size // block))
+def test_tiles_cover_a_view(size, whole):
+    rows, columns, warps, programs = kernels.shape(*size, whole)
+    assert rows & (rows - 1) == 0 and columns & (columns - 1) == 0 and 1 <= warps <= 16
+    assert rows * columns <= kernels.BLOCK * (2 if whole else 1)
+    tiles = -(-size[0] // rows) * -(-size[1] // columns)
+    assert 1 <= programs <= tiles and (programs == 1 or not whole)
+    assert tiles == 1 or max(size) > 16

@@ -36,6 +36,11 @@ AUGMENTS = {  # settings, image and view dtype, side, channels last, capability
     "everything-reflect": (EVERYTHING | dict(padding_mode="reflect"), "fp32", "fp32", 32, True, 90),
     "everything-224": (EVERYTHING | NORMALISED, "bf16", "bf16", 224, False, 90),
 }
+AUGMENTS = {
+    f"{kernel} {name}": (kernel, *case)
+    for kernel in ("prepare", "views")
+    for name, case in AUGMENTS.items()
+}
 
 
 NORMS = [
@@ -47,20 +52,29 @@ NORMS = [
 ]  # fmt: skip
 
 
-def compile_augment(settings, image, view, side, channels_last, capability):
-    """As `compile_heads`, for augment."""
+def compile_augment(kernel, settings, image, view, side, channels_last, capability):
+    """As `compile_heads`, for the two kernels of augment."""
     from bld_ext import SeededAugment
-    from bld_ext.triton.augment import flags, shape, views_kernel
+    from bld_ext.triton import augment as kernels
 
-    wanted = flags(SeededAugment(**settings).policy, 3)
-    block, warps, _ = shape(side * side, wanted["CONTRASTS"])
-    constants = wanted | dict(
-        CHANNELS_LAST=channels_last, BLOCK=block, ONE_TILE=side * side <= block
-    )
-    types = {parameter.name: "i32" for parameter in views_kernel.params}
-    types |= dict(images_ptr=f"*{image}", views_ptr=f"*{view}", settings_ptr="*fp32")
+    policy = SeededAugment(**settings).policy
+    if kernel == "prepare":
+        constants = kernels.draw_flags(policy) | dict(BLOCK=kernels.PREPARED)
+        made, warps = kernels.prepare_kernel, kernels.PREPARED // 32
+        if image != "u8":
+            constants |= dict(images_ptr=None, words_ptr=None)
+    else:
+        made, tile = kernels.views_kernel, kernels.shape(side, side, policy.contrast > 0)
+        constants = kernels.flags(policy, 3) | kernels.constants(tile, side, side)
+        constants |= dict(CHANNELS_LAST=channels_last, PACKED=image == "u8")
+        constants |= dict(WHITE=255 if image == "u8" else 1)
+        warps, image = tile.warps, "i32" if image == "u8" else image
+    types = {parameter.name: "i32" for parameter in made.params}
+    types |= dict(images_ptr=f"*{image}", settings_ptr="*fp32", drawn_ptr="*i32")
+    types |= dict(made_ptr=f"*{view}", words_ptr="*i32")
     types |= dict.fromkeys(("seed_ptr", "step_ptr", "indices_ptr"), "*i64")
-    return compile_source(views_kernel, types, constants, capability, warps)
+    types = {parameter.name: types[parameter.name] for parameter in made.params}
+    return compile_source(made, types, constants, capability, warps)
 
 
 def compile_heads(op, sizes, positions=1, dtype="fp32", on_device=True, capability=90):

@@ -1,10 +1,14 @@
-"""augment in one launch, for uint8, float32, bfloat16 and float16 images; float64 runs on the
+"""augment in two launches, for uint8, float32, bfloat16 and float16 images; float64 runs on the
 reference.
 
-A program makes one view of one image, or some tiles of it: parameters from Philox, one resample,
-colour in registers, one write. Contrast needs the mean of the view first, so there a program walks
-over its view twice. Every operation is rounded by itself and in the order of the reference, sums
-are of integers, so that the bits are the reference's.
+The first draws the parameters of all views, a thread each, and packs images of up to four channels
+of uint8 into words with a border, so that a neighbour of a point is one load. In the second a
+program makes one view of one image, or some tiles of it: one resample, colour in registers, one
+write. Contrast needs the mean of the view first, so where a view is larger than a tile, a program
+walks over it twice.
+
+Points and weights are whole numbers. Colours are float32, of which every operation is rounded by
+itself and in the order of the reference; sums are of integers. So the bits are the reference's.
 
 The policy's numbers are data on the device and seed and step may be; what the policy leaves out is
 left out of the kernel.
@@ -12,6 +16,7 @@ left out of the kernel.
 
 import contextlib
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,26 +27,31 @@ from bld_ext import reference
 from bld_ext.reference import GRAY, INTERPOLATIONS, PADDING_MODES, Policy
 from bld_ext.triton.device_data import kept
 
-BLOCK = 1024  # pixels of a tile
-PIXELS = 4  # of a thread
+BLOCK = 1024  # pixels of a tile; twice as many where contrast asks for a whole view
+PIXELS = 8  # of a thread
 TILES = 4  # that a program makes of a large view
 MOST_PROGRAMS = 65_535  # along the second axis of a grid
+BORDER = tl.constexpr(2)  # pixels around a packed image, where points outside of it end up
+PREPARED = 128  # views, or words of an image, that a program of the first launch has
 
 OP_GEOMETRY, OP_AFFINE, OP_COLOR, OP_SHAPE, OP_ERASE = map(tl.constexpr, range(5))
 (
     ANGLE, SHARE_X, SHARE_Y, SCALE, SHEAR_X, SHEAR_Y, BRIGHTNESS, CONTRAST, SATURATION, HUE,
     CROP_AREA, CROP_RATIO, ERASE_AREA, ERASE_RATIO, RANGES,
 ) = map(tl.constexpr, range(15))  # fmt: skip
+# where the numbers of a view are kept
+MATRIX, BITS, CROP, COLORS, TURNS, ERASED, WORDS = map(tl.constexpr, (0, 6, 7, 11, 14, 17, 24))
 RED, GREEN, BLUE = map(tl.constexpr, GRAY)
 ZEROS, REFLECT = (tl.constexpr(PADDING_MODES.index(mode)) for mode in ("zeros", "reflect"))
-MEAN_SCALE = tl.constexpr(reference.MEAN_SCALE)
-ROUND = tl.constexpr(1.5 * 2.0**52)  # adding it leaves no bits for a fraction
+FRACTION = tl.constexpr(reference.FRACTION)
+ONE = tl.constexpr(1 << reference.FRACTION)
+LEVELS = tl.constexpr(reference.LEVELS)
 RADIANS = tl.constexpr(math.pi / 180)
 UNIT = tl.constexpr(2.0**-24)
 
 
-def settings(policy: Policy) -> Tensor:
-    """What a kernel reads: low, span and high of each range, then mean and std."""
+def settings(policy: Policy, white: int) -> Tensor:
+    """What a kernel reads: low, span and high of each range, then scale and shift a channel."""
     p = policy
     around = [(-x, x) for x in (p.rotation, *p.translate)]
     ranges = [
@@ -51,14 +61,18 @@ def settings(policy: Policy) -> Tensor:
         p.erase_area, tuple(map(math.log, p.erase_ratio)),
     ]  # fmt: skip
     numbers = [x for low, high in ranges for x in (low, high - low, high)]
-    return torch.tensor([*numbers, *p.mean, *p.std], dtype=torch.float32)
+    numbers += [1 / (white * std) for std in p.std]
+    numbers += [mean / std for mean, std in zip(p.mean, p.std, strict=True)]
+    return torch.tensor(numbers, dtype=torch.float32)
 
 
 # ---- what is drawn: view_parameters of the reference ----
 
 
 @triton.jit
-def _counter(n, v, seed_ptr, step_ptr, indices_ptr, seed_low, seed_high, step, first_view):
+def _counter(
+    n, v, exists, seed_ptr, step_ptr, indices_ptr, seed_low, seed_high, step, first_view
+):  # fmt: skip
     """Philox's counter of a view of an image, but for the operation, and then its key."""
     if seed_ptr is not None:
         seed = tl.load(seed_ptr).to(tl.uint64, bitcast=True)
@@ -71,7 +85,7 @@ def _counter(n, v, seed_ptr, step_ptr, indices_ptr, seed_low, seed_high, step, f
     else:
         step_word = step.to(tl.uint32, bitcast=True)
     if indices_ptr is not None:
-        image = tl.load(indices_ptr + n).to(tl.uint32)
+        image = tl.load(indices_ptr + n, mask=exists, other=0).to(tl.uint32)
     else:
         image = n.to(tl.uint32)
     view = (first_view + v.to(tl.int32)).to(tl.uint32, bitcast=True)
@@ -82,7 +96,10 @@ def _counter(n, v, seed_ptr, step_ptr, indices_ptr, seed_low, seed_high, step, f
 def _words(counter, OP: tl.constexpr):
     """Four random words, uint32, for one operation."""
     image, view, step, key_low, key_high = counter
-    return tl.random.philox_impl(image, view, step, tl.zeros_like(image) + OP, key_low, key_high)
+    zeros = tl.zeros_like(image)
+    return tl.random.philox_impl(
+        image, view, zeros + step, zeros + OP, zeros + key_low, zeros + key_high
+    )
 
 
 @triton.jit
@@ -155,33 +172,26 @@ def _crop(w_geometry, w_shape, settings_ptr, padding, H, W, RESIZED: tl.constexp
 
 
 @triton.jit
-def _color_jitter(counter, settings_ptr, JITTERS: tl.constexpr):
+def _color_jitter(counter, settings_ptr):
     """Factors of brightness, contrast and saturation, and by how many turns hue is shifted."""
-    brightness, contrast, saturation, turns = 1.0, 1.0, 1.0, 0.0
-    if JITTERS:
-        w_brightness, w_contrast, w_saturation, w_hue = _words(counter, OP_COLOR)
-        brightness = _between(w_brightness, settings_ptr, BRIGHTNESS)
-        contrast = _between(w_contrast, settings_ptr, CONTRAST)
-        saturation = _between(w_saturation, settings_ptr, SATURATION)
-        turns = _between(w_hue, settings_ptr, HUE)
-    return brightness, contrast, saturation, turns
+    w_brightness, w_contrast, w_saturation, w_hue = _words(counter, OP_COLOR)
+    brightness = _between(w_brightness, settings_ptr, BRIGHTNESS)
+    contrast = _between(w_contrast, settings_ptr, CONTRAST)
+    saturation = _between(w_saturation, settings_ptr, SATURATION)
+    return brightness, contrast, saturation, _between(w_hue, settings_ptr, HUE)
 
 
 @triton.jit
-def _erased(counter, w_shape, settings_ptr, erase_below, H, W, ERASES: tl.constexpr):
+def _erased(counter, w_shape, settings_ptr, erase_below, H, W):
     """First column and row, width and height of what is erased of a view."""
-    column, row, width, height = 0, 0, 0, 0
-    if ERASES:
-        _, _, _, erase = w_shape
-        area, ratio, left, top = _words(counter, OP_ERASE)
-        width, height = _rectangle(area, ratio, settings_ptr, ERASE_AREA, ERASE_RATIO, H, W)
-        column = _below(left, 1 + W - width)
-        row = _below(top, 1 + H - height)
-        width = tl.where((erase >> 8).to(tl.int32) < erase_below, width, 0)
-    return column, row, width, height
+    _, _, _, erase = w_shape
+    area, ratio, left, top = _words(counter, OP_ERASE)
+    width, height = _rectangle(area, ratio, settings_ptr, ERASE_AREA, ERASE_RATIO, H, W)
+    column, row = _below(left, 1 + W - width), _below(top, 1 + H - height)
+    return column, row, tl.where((erase >> 8).to(tl.int32) < erase_below, width, 0), height
 
 
-# ---- the matrix: inverse_matrix of the reference ----
+# ---- the matrix: inverse_matrix and fixed_point of the reference ----
 
 
 @triton.jit
@@ -226,14 +236,156 @@ def _inverse_matrix(
         a, b, d, e, shift_x, shift_y = _inverse_affine(
             counter, w_geometry, w_shape, settings_ptr, H, W
         )
-        c = (zoom_x * -(a * shift_x + b * shift_y) + middle_x).to(tl.float32)
-        f = (zoom_y * -(d * shift_x + e * shift_y) + middle_y).to(tl.float32)
-        a, b = (zoom_x * a).to(tl.float32), (zoom_x * b).to(tl.float32)
-        d, e = (zoom_y * d).to(tl.float32), (zoom_y * e).to(tl.float32)
+        c = zoom_x * -(a * shift_x + b * shift_y) + middle_x
+        f = zoom_y * -(d * shift_x + e * shift_y) + middle_y
+        return zoom_x * a, zoom_x * b, c, zoom_y * d, zoom_y * e, f
     else:
-        a, b, c = zoom_x.to(tl.float32), 0.0, middle_x.to(tl.float32)
-        d, e, f = 0.0, zoom_y.to(tl.float32), middle_y.to(tl.float32)
-    return a, b, c, d, e, f
+        zeros = zoom_x * 0
+        return zoom_x, zeros, middle_x, zeros, zoom_y + zeros, middle_y
+
+
+@triton.jit
+def _whole_number(x, one):
+    return tl.floor(x * one + 0.5).to(tl.int32)
+
+
+@triton.jit
+def _fixed_point(matrix, padding, H, W):
+    """The matrix in int32, for pixels counted from the view's corner, and its fractional bits."""
+    a, b, c, d, e, f = matrix
+    across, down = (W - 1).to(tl.float64) * 0.5, (H - 1).to(tl.float64) * 0.5
+    reach_x = tl.abs(a) * across + tl.abs(b) * down + tl.abs(c)
+    reach_y = tl.abs(d) * across + tl.abs(e) * down + tl.abs(f)
+    reach = tl.maximum(reach_x, reach_y) + (W + H + padding).to(tl.float64)
+    exponent = ((reach.to(tl.int64, bitcast=True) >> 52) & 2047).to(tl.int32) - 1022
+    bits = tl.maximum(29 - exponent, FRACTION + 1)
+    one = ((bits + 1023).to(tl.int64) << 52).to(tl.float64, bitcast=True)
+    c, f = c - (a * across + b * down), f - (d * across + e * down)
+    a, b, c = _whole_number(a, one), _whole_number(b, one), _whole_number(c, one)
+    return a, b, c, _whole_number(d, one), _whole_number(e, one), _whole_number(f, one), bits
+
+
+@triton.jit
+def _from_five(turns, n):
+    """Where a channel lies on the colour wheel, in sextants from the fifth."""
+    k = n + 6 * turns
+    return tl.where(k < 0, k + 6, tl.where(k >= 6, k - 6, k)) - 5
+
+
+@triton.jit
+def _keep(drawn_ptr, at, FIRST: tl.constexpr, values, exists):
+    for k in tl.static_range(len(values)):
+        value = values[k]
+        if value.dtype == tl.float32:
+            value = value.to(tl.int32, bitcast=True)
+        tl.store(drawn_ptr + at + (FIRST + k), value, mask=exists)
+
+
+@triton.jit
+def _draw(
+    place, drawn_ptr, settings_ptr, seed_ptr, step_ptr, indices_ptr, seed_low, seed_high, step,
+    first_view, N, H, W, padding, flip_below, erase_below,
+    RESIZED: tl.constexpr, AFFINE: tl.constexpr, JITTERS: tl.constexpr, ERASES: tl.constexpr,
+    exists,
+):  # fmt: skip
+    """What a view is made from, for the views at `place` of all."""
+    v = place // N
+    n = place - v * N
+    counter = _counter(
+        n, v, exists, seed_ptr, step_ptr, indices_ptr, seed_low, seed_high, step, first_view
+    )
+    w_geometry, w_shape = _words(counter, OP_GEOMETRY), _words(counter, OP_SHAPE)
+    crop = _crop(w_geometry, w_shape, settings_ptr, padding, H, W, RESIZED)
+    matrix = _inverse_matrix(
+        counter, w_geometry, w_shape, settings_ptr, crop, flip_below, H, W, AFFINE
+    )
+    at = place * WORDS
+    _keep(drawn_ptr, at, MATRIX, _fixed_point(matrix, padding, H, W), exists)
+    if RESIZED:
+        _keep(drawn_ptr, at, CROP, crop, exists)
+    if JITTERS:
+        brightness, contrast, saturation, turns = _color_jitter(counter, settings_ptr)
+        _keep(drawn_ptr, at, COLORS, (brightness, contrast, saturation), exists)
+        wheel = (_from_five(turns, 5), _from_five(turns, 3), _from_five(turns, 1))
+        _keep(drawn_ptr, at, TURNS, wheel, exists)
+    if ERASES:
+        erased = _erased(counter, w_shape, settings_ptr, erase_below, H, W)
+        _keep(drawn_ptr, at, ERASED, erased, exists)
+
+
+@triton.jit
+def _pack(images_ptr, words_ptr, at, n, C, H, W, PADDING: tl.constexpr):
+    """Words of an image with its border: a channel a byte."""
+    columns = W + 2 * BORDER
+    row = at // columns - BORDER
+    column = at - (row + BORDER) * columns - BORDER
+    exists = row < H + BORDER
+    if PADDING == ZEROS:
+        inside = exists & (row >= 0) & (row < H) & (column >= 0) & (column < W)
+    else:  # the border pixels outwards
+        inside = exists
+        row = tl.minimum(tl.maximum(row, 0), H - 1)
+        column = tl.minimum(tl.maximum(column, 0), W - 1)
+    pixel_ptr = images_ptr + n * C * H * W + row * W + column
+    word = tl.zeros_like(at)
+    for k in range(C):
+        channel_ptr = pixel_ptr + tl.cast(k, tl.int64) * H * W
+        word |= tl.load(channel_ptr, mask=inside, other=0).to(tl.int32) << (8 * k)
+    tl.store(words_ptr + n * (columns * (H + 2 * BORDER)) + at, word, mask=exists)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "seed_low", "seed_high", "step", "first_view", "views", "N", "C", "H", "W", "padding",
+        "flip_below", "erase_below", "draws",
+    ],
+    do_not_specialize_on_alignment=[
+        "images_ptr", "words_ptr", "drawn_ptr", "settings_ptr", "seed_ptr", "step_ptr",
+        "indices_ptr",
+    ],
+)  # fmt: skip
+def prepare_kernel(
+    images_ptr,  # [N, C, H, W] uint8, or None where nothing is packed
+    words_ptr,  # [N, H + 4, W + 4]
+    drawn_ptr,  # [views · N, WORDS]
+    settings_ptr,  # as `settings` has them
+    seed_ptr,  # int64, or None for what follows
+    step_ptr,  # int64, or None
+    indices_ptr,  # [N] int64, or None for 0 to N - 1
+    seed_low,  # the bits of a uint32, as the three after it
+    seed_high,
+    step,
+    first_view,
+    views,
+    N,
+    C,
+    H,
+    W,
+    padding,
+    flip_below,  # flipped where 24 random bits are below this
+    erase_below,
+    draws,  # programs that draw; the others pack
+    RESIZED: tl.constexpr,
+    AFFINE: tl.constexpr,
+    JITTERS: tl.constexpr,
+    ERASES: tl.constexpr,
+    PADDING: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    each = tl.arange(0, BLOCK)
+    if program < draws:
+        place = program.to(tl.int64) * BLOCK + each
+        _draw(
+            place, drawn_ptr, settings_ptr, seed_ptr, step_ptr, indices_ptr, seed_low, seed_high,
+            step, first_view, N, H, W, padding, flip_below, erase_below,
+            RESIZED, AFFINE, JITTERS, ERASES, place < tl.cast(N, tl.int64) * views,
+        )  # fmt: skip
+    elif images_ptr is not None:
+        tiles = tl.cdiv((H + 2 * BORDER) * (W + 2 * BORDER), BLOCK)
+        n = (program - draws) // tiles
+        tile = program - draws - n * tiles
+        _pack(images_ptr, words_ptr, tile * BLOCK + each, n.to(tl.int64), C, H, W, PADDING)
 
 
 # ---- pixels ----
@@ -242,68 +394,157 @@ def _inverse_matrix(
 @triton.jit
 def _clamp(x, low, high):
     """nan stays."""
-    x = tl.where(x < low, low, x)
-    return tl.where(x > high, high, x)
+    x = tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _reflect(x, size):
-    period = (2 * (size - 1)).to(tl.float32)
-    safe = tl.where(period > 0, period, 1.0)
-    folded = x - period * tl.floor(tl.div_rn(x, tl.zeros_like(x) + safe))
-    folded = tl.where(folded < period - folded, folded, period - folded)
-    return tl.where(period > 0, folded, 0.0)
+def _reflect(x, size, bits):
+    period = (2 * (size - 1)) << bits
+    inverse = tl.div_rn(tl.full([], 1.0, tl.float32), tl.maximum(period, 1).to(tl.float32))
+    times = (x.to(tl.float32) * inverse).to(tl.int32)  # off by one at most
+    folded = x - times * period
+    folded = tl.where(folded < 0, folded + period, folded)
+    folded = tl.where(folded < 0, folded + period, folded)
+    folded = tl.where(folded >= period, folded - period, folded)
+    return tl.where(period > 0, tl.minimum(folded, period - folded), 0)
 
 
 @triton.jit
-def _whole(x, EVEN: tl.constexpr):
-    """The nearest whole number; of two that are as near the upper, or the even one."""
-    upper = tl.floor(x + 0.5)
+def _whole(x, size, bits, EVEN: tl.constexpr):
+    """The nearest whole number; of two that are as near the even one, or the upper."""
+    shifted = x + (1 << (bits - 1))
     if EVEN:
-        odd = upper - tl.floor(upper * 0.5) * 2
-        upper = tl.where(upper - x == 0.5, upper - odd, upper)
-    return upper
-
-
-@triton.jit
-def _snap(x, first, size):
-    low = first.to(tl.float32)
-    high = low + (size - 1).to(tl.float32)
-    return tl.where((x >= low - 0.5) & (x <= high + 0.5), _clamp(x, low, high), x)
-
-
-@triton.jit
-def _tap(image_ptr, column, row, H, W, mask, PADDING: tl.constexpr):
-    if PADDING == ZEROS:
-        mask = mask & (column >= 0) & (column < W) & (row >= 0) & (row < H)
+        upper = shifted >> bits
+        tie = (shifted & ((1 << bits) - 1)) == 0
+        return tl.where(tie, upper - (upper & 1), upper)
     else:
-        column = tl.minimum(tl.maximum(column, 0), W - 1)
-        row = tl.minimum(tl.maximum(row, 0), H - 1)
-    return tl.load(image_ptr + row * W + column, mask=mask, other=0).to(tl.float32)
+        return (shifted + size) >> bits
 
 
 @triton.jit
-def _sample(image_ptr, points, H, W, mask, NEAREST: tl.constexpr, PADDING: tl.constexpr):
-    """One channel of an image at points of it, in [0, 1]."""
-    source_x, source_y = points
-    left, upper = tl.floor(source_x), tl.floor(source_y)
-    column = _clamp(left, -2.0, W.to(tl.float32)).to(tl.int32)
-    row = _clamp(upper, -2.0, H.to(tl.float32)).to(tl.int32)
-    total = _tap(image_ptr, column, row, H, W, mask, PADDING)
+def _snap(x, first, size, bits):
+    low, half = first << bits, 1 << (bits - 1)
+    high = low + ((size - 1) << bits)
+    return tl.where((x >= low - half) & (x <= high + half), _clamp(x, low, high), x)
+
+
+@triton.jit
+def _coordinate(
+    x, first, length, size, bits,
+    RESIZED: tl.constexpr, NEAREST: tl.constexpr, PADDING: tl.constexpr,
+):  # fmt: skip
+    """The pixel before a point of the image, or nearest to it, and the weight of the next one."""
+    if RESIZED:
+        x = _snap(x, first, length, bits)
+    if PADDING == REFLECT:
+        x = _reflect(x, size, bits)
+    if NEAREST:
+        return _clamp(_whole(x, size, bits, not RESIZED), -BORDER, size), 0
+    else:
+        rounded = (x + (1 << (bits - FRACTION - 1))) >> (bits - FRACTION)
+        rounded = _clamp(rounded, -BORDER * ONE, size * ONE)
+        return rounded >> FRACTION, rounded & (ONE - 1)
+
+
+@triton.jit
+def _points(
+    row, column, view_ptr, H, W,
+    RESIZED: tl.constexpr, NEAREST: tl.constexpr, PADDING: tl.constexpr,
+):  # fmt: skip
+    """The points of the image that pixels of a view show: column, row, right and low weight."""
+    a, b, c = tl.load(view_ptr), tl.load(view_ptr + 1), tl.load(view_ptr + 2)
+    d, e, f = tl.load(view_ptr + 3), tl.load(view_ptr + 4), tl.load(view_ptr + 5)
+    bits = tl.load(view_ptr + BITS)
+    left, top, width, height = 0, 0, 0, 0
+    if RESIZED:
+        left, top = tl.load(view_ptr + CROP), tl.load(view_ptr + (CROP + 1))
+        width, height = tl.load(view_ptr + (CROP + 2)), tl.load(view_ptr + (CROP + 3))
+    x, y = a * column + (b * row + c), d * column + (e * row + f)
+    x, right = _coordinate(x, left, width, W, bits, RESIZED, NEAREST, PADDING)
+    y, low = _coordinate(y, top, height, H, bits, RESIZED, NEAREST, PADDING)
+    return x, y, right, low
+
+
+@triton.jit
+def _near(words_ptr, points, W, NEAREST: tl.constexpr):
+    """The words of the four neighbours, or of the nearest one."""
+    x, y, _, _ = points
+    stride = W + 2 * BORDER
+    at = words_ptr + ((y + BORDER) * stride + x + BORDER)
+    if NEAREST:
+        return (tl.load(at),)
+    else:
+        return tl.load(at), tl.load(at + 1), tl.load(at + stride), tl.load(at + stride + 1)
+
+
+@triton.jit
+def _byte(words, points, channel, NEAREST: tl.constexpr):
+    """A channel of packed pixels; products and sums are exact."""
+    shift = 8 * channel
+    if NEAREST:
+        return ((words[0] >> shift) & 255).to(tl.float32)
+    else:
+        _, _, right, low = points
+        upper = ((words[0] >> shift) & 255) * (ONE - right) + ((words[1] >> shift) & 255) * right
+        lower = ((words[2] >> shift) & 255) * (ONE - right) + ((words[3] >> shift) & 255) * right
+        return (upper * (ONE - low) + lower * low).to(tl.float32) * (1.0 / (ONE * ONE))
+
+
+@triton.jit
+def _tap(channel_ptr, x, y, H, W, PADDING: tl.constexpr):
+    if PADDING == ZEROS:
+        mask = (x >= 0) & (x < W) & (y >= 0) & (y < H)
+        return tl.load(channel_ptr + (y * W + x), mask=mask, other=0).to(tl.float32)
+    else:
+        x, y = tl.minimum(tl.maximum(x, 0), W - 1), tl.minimum(tl.maximum(y, 0), H - 1)
+        return tl.load(channel_ptr + (y * W + x)).to(tl.float32)
+
+
+@triton.jit
+def _sample(channel_ptr, points, H, W, NEAREST: tl.constexpr, PADDING: tl.constexpr):
+    """A channel of pixels that are not packed."""
+    x, y, right, low = points
+    total = _tap(channel_ptr, x, y, H, W, PADDING)
     if not NEAREST:
-        right, low = source_x - left, source_y - upper
-        total = total * ((1 - right) * (1 - low))
-        total += _tap(image_ptr, column + 1, row, H, W, mask, PADDING) * (right * (1 - low))
-        total += _tap(image_ptr, column, row + 1, H, W, mask, PADDING) * ((1 - right) * low)
-        total += _tap(image_ptr, column + 1, row + 1, H, W, mask, PADDING) * (right * low)
-    if image_ptr.dtype.element_ty == tl.uint8:
-        total = tl.div_rn(total, tl.full(total.shape, 255.0, tl.float32))
+        unit = 1.0 / (ONE * ONE)
+        left, high = -right + ONE, -low + ONE
+        total = total * ((left * high).to(tl.float32) * unit)
+        weight = (right * high).to(tl.float32) * unit
+        total += _tap(channel_ptr, x + 1, y, H, W, PADDING) * weight
+        weight = (left * low).to(tl.float32) * unit
+        total += _tap(channel_ptr, x, y + 1, H, W, PADDING) * weight
+        weight = (right * low).to(tl.float32) * unit
+        total += _tap(channel_ptr, x + 1, y + 1, H, W, PADDING) * weight
     return total
 
 
 @triton.jit
-def _blend(x, rest, factor):
-    return _clamp(factor * x + rest, 0.0, 1.0)
+def _channel(
+    image_ptr, points, channel, view_ptr, H, W, BRIGHTENS: tl.constexpr, NEAREST: tl.constexpr,
+    PADDING: tl.constexpr, PACKED: tl.constexpr, WHITE: tl.constexpr,
+):  # fmt: skip
+    """One channel of the points, brightened."""
+    if PACKED:
+        value = _byte(_near(image_ptr, points, W, NEAREST), points, channel, NEAREST)
+    else:
+        channel_ptr = image_ptr + tl.cast(channel, tl.int64) * H * W
+        value = _sample(channel_ptr, points, H, W, NEAREST, PADDING)
+    if BRIGHTENS:
+        value = _clamp(tl.load(view_ptr + COLORS).to(tl.float32, bitcast=True) * value, 0.0, WHITE)
+    return value
+
+
+@triton.jit
+def _rgb(
+    image_ptr, points, view_ptr, H, W, BRIGHTENS: tl.constexpr, NEAREST: tl.constexpr,
+    PADDING: tl.constexpr, PACKED: tl.constexpr, WHITE: tl.constexpr,
+):  # fmt: skip
+    """The three channels of the points, brightened. The compiler loads each word once."""
+    r = _channel(image_ptr, points, 0, view_ptr, H, W, BRIGHTENS, NEAREST, PADDING, PACKED, WHITE)
+    g = _channel(image_ptr, points, 1, view_ptr, H, W, BRIGHTENS, NEAREST, PADDING, PACKED, WHITE)
+    b = _channel(image_ptr, points, 2, view_ptr, H, W, BRIGHTENS, NEAREST, PADDING, PACKED, WHITE)
+    return r, g, b
 
 
 @triton.jit
@@ -313,182 +554,114 @@ def _luma(rgb):
 
 
 @triton.jit
-def _level_sum(gray, mask):
-    """In whole multiples of 2^-30 the sum does not depend on the order."""
-    rounded = (gray.to(tl.float64) * MEAN_SCALE + ROUND) - ROUND
-    return tl.sum(tl.where(mask, rounded.to(tl.int64), 0))
+def _level_sum(gray, mask, WHITE: tl.constexpr):
+    """Of whole numbers, so that the order of the sum does not matter."""
+    unit: tl.constexpr = LEVELS if WHITE == 1 else LEVELS / 256
+    offset: tl.constexpr = 1.5 * 2**23 / unit  # adding it leaves the rounded number in the low bits
+    rounded = tl.minimum(tl.maximum(gray, 0.0), WHITE) + offset  # nan is black
+    levels = rounded.to(tl.int32, bitcast=True) - tl.full([], offset, tl.float32).to(
+        tl.int32, bitcast=True
+    )
+    return tl.sum(tl.where(mask, levels, 0))
 
 
 @triton.jit
-def _mean(level_sum, pixels):
-    return (level_sum.to(tl.float64) / pixels).to(tl.float32)
+def _mean(level_sum, H, W, WHITE: tl.constexpr):
+    unit: tl.constexpr = LEVELS if WHITE == 1 else LEVELS / 256
+    return (level_sum.to(tl.float64) / ((H * W).to(tl.float64) * unit)).to(tl.float32)
 
 
 @triton.jit
-def _from_hue(hue, n, value, chroma):
-    k = n + hue
-    k = tl.where(k >= 12, k - 12, tl.where(k >= 6, k - 6, tl.where(k < 0, k + 6, k)))
-    k = tl.where(k < 4 - k, k, 4 - k)
-    return value - chroma * _clamp(k, 0.0, 1.0)
-
-
-@triton.jit
-def _shift_hue(rgb, turns):
+def _shift_hue(rgb, view_ptr):
+    """By how much less than the value a channel is, times the chroma, so without a division."""
     r, g, b = rgb
-    value = tl.where(r > g, r, g)
-    value = tl.where(value > b, value, b)
-    smallest = tl.where(r < g, r, g)
-    chroma = value - tl.where(smallest < b, smallest, b)
-    numerator = tl.where(value == r, g - b, tl.where(value == g, b - r, r - g))
-    start = tl.where(value == r, 0.0, tl.where(value == g, 2.0, 4.0))
-    hue = start + tl.div_rn(numerator, tl.where(chroma > 0, chroma, 1.0)) + 6 * turns
-    r, g = _from_hue(hue, 5, value, chroma), _from_hue(hue, 3, value, chroma)
-    return r, g, _from_hue(hue, 1, value, chroma)
-
-
-@triton.jit
-def _points(
-    at, matrix, crop, H, W,
-    RESIZED: tl.constexpr, NEAREST: tl.constexpr, PADDING: tl.constexpr,
-):  # fmt: skip
-    """The points of the image that the pixels `at` of a view show."""
-    a, b, c, d, e, f = matrix
-    row = at // W
-    x = (at - row * W).to(tl.float32) - (W - 1).to(tl.float32) * 0.5
-    y = row.to(tl.float32) - (H - 1).to(tl.float32) * 0.5
-    source_x, source_y = a * x + (b * y + c), d * x + (e * y + f)
-    if RESIZED:
-        first_column, first_row, width, height = crop
-        source_x = _snap(source_x, first_column, width)
-        source_y = _snap(source_y, first_row, height)
-    if PADDING == REFLECT:
-        source_x, source_y = _reflect(source_x, W), _reflect(source_y, H)
-    if NEAREST:
-        source_x, source_y = _whole(source_x, not RESIZED), _whole(source_y, not RESIZED)
-    return source_x, source_y
-
-
-@triton.jit
-def _channel(
-    image_ptr, points, H, W, mask, brightness,
-    BRIGHTENS: tl.constexpr, NEAREST: tl.constexpr, PADDING: tl.constexpr,
-):  # fmt: skip
-    """One channel of the points, brightened."""
-    value = _sample(image_ptr, points, H, W, mask, NEAREST, PADDING)
-    if BRIGHTENS:
-        value = _blend(value, 0, brightness)
-    return value
-
-
-@triton.jit
-def _rgb(
-    image_ptr, points, H, W, mask, brightness,
-    BRIGHTENS: tl.constexpr, NEAREST: tl.constexpr, PADDING: tl.constexpr,
-):  # fmt: skip
-    """The three channels of the points, brightened."""
-    plane = H.to(tl.int64) * W
-    r = _sample(image_ptr, points, H, W, mask, NEAREST, PADDING)
-    g = _sample(image_ptr + plane, points, H, W, mask, NEAREST, PADDING)
-    b = _sample(image_ptr + 2 * plane, points, H, W, mask, NEAREST, PADDING)
-    if BRIGHTENS:
-        r, g, b = _blend(r, 0, brightness), _blend(g, 0, brightness), _blend(b, 0, brightness)
-    return r, g, b
-
-
-@triton.jit
-def _view_mean(
-    image_ptr, matrix, crop, brightness, pixels, H, W, RGB: tl.constexpr, RESIZED: tl.constexpr,
-    BRIGHTENS: tl.constexpr, NEAREST: tl.constexpr, PADDING: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The mean of a gray view, of several tiles: what contrast blends with."""
-    total = tl.zeros([], tl.int64)
-    for tile in range(tl.program_id(1), tl.cdiv(H * W, BLOCK), tl.num_programs(1)):
-        at = tile * BLOCK + tl.arange(0, BLOCK)
-        mask = at < H * W
-        points = _points(at, matrix, crop, H, W, RESIZED, NEAREST, PADDING)
-        if RGB:
-            gray = _luma(
-                _rgb(image_ptr, points, H, W, mask, brightness, BRIGHTENS, NEAREST, PADDING)
-            )
-        else:
-            gray = _channel(image_ptr, points, H, W, mask, brightness, BRIGHTENS, NEAREST, PADDING)
-        total += _level_sum(gray, mask)
-    return _mean(total, pixels)
+    value = tl.maximum(tl.maximum(r, g), b)
+    chroma = value - tl.minimum(tl.minimum(r, g), b)
+    twice, thrice = 2 * chroma, 3 * chroma
+    unlike_red = tl.where(value == g, twice + (b - r), 2 * twice + (r - g))
+    hue = tl.where(value == r, g - b, unlike_red)
+    shifted = ()
+    for k in tl.static_range(3):
+        turns = tl.load(view_ptr + (TURNS + k)).to(tl.float32, bitcast=True)
+        less = twice - tl.abs(tl.abs(hue + turns * chroma) - thrice)
+        shifted = shifted + (value - tl.minimum(tl.maximum(less, 0.0), chroma),)
+    return shifted
 
 
 @triton.jit
 def _recolor(
-    rgb, mean, contrast, saturation, turns,
-    CONTRASTS: tl.constexpr, SATURATES: tl.constexpr, SHIFTS_HUE: tl.constexpr,
+    rgb, mean, view_ptr, CONTRASTS: tl.constexpr, SATURATES: tl.constexpr,
+    SHIFTS_HUE: tl.constexpr, WHITE: tl.constexpr,
 ):  # fmt: skip
-    r, g, b = rgb
+    """Contrast, saturation and hue of one channel or three."""
     if CONTRASTS:
-        rest = (1 - contrast) * mean
-        r, g, b = _blend(r, rest, contrast), _blend(g, rest, contrast), _blend(b, rest, contrast)
+        contrast = tl.load(view_ptr + (COLORS + 1)).to(tl.float32, bitcast=True)
+        rest, changed = (1 - contrast) * mean, ()
+        for k in tl.static_range(len(rgb)):
+            changed = changed + (_clamp(contrast * rgb[k] + rest, 0.0, WHITE),)
+        rgb = changed
     if SATURATES:
-        rest = (1 - saturation) * _luma((r, g, b))
-        r, g = _blend(r, rest, saturation), _blend(g, rest, saturation)
-        b = _blend(b, rest, saturation)
+        saturation = tl.load(view_ptr + (COLORS + 2)).to(tl.float32, bitcast=True)
+        rest, changed = (1 - saturation) * _luma(rgb), ()
+        for k in tl.static_range(3):
+            changed = changed + (_clamp(saturation * rgb[k] + rest, 0.0, WHITE),)
+        rgb = changed
     if SHIFTS_HUE:
-        r, g, b = _shift_hue((r, g, b), turns)
-    return r, g, b
+        rgb = _shift_hue(rgb, view_ptr)
+    return rgb
 
 
 @triton.jit
 def _store(
-    view_ptr, settings_ptr, value, channel, C, at, mask, erased, H, W,
+    made_ptr, settings_ptr, value, channel, C, row, column, mask, view_ptr, H, W,
     NORMALISES: tl.constexpr, ERASES: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    WHITE: tl.constexpr,
 ):  # fmt: skip
-    """Normalise, erase, and write a channel of a view's pixels `at`."""
+    """Normalise, erase, and write a channel of a view."""
     if NORMALISES:
-        mean = tl.load(settings_ptr + 3 * RANGES + channel)
-        std = tl.load(settings_ptr + 3 * RANGES + C + channel)
-        value = tl.div_rn(value - mean, tl.zeros_like(value) + std)
+        scale = tl.load(settings_ptr + 3 * RANGES + channel)
+        value = value * scale - tl.load(settings_ptr + 3 * RANGES + C + channel)
+    elif WHITE != 1:
+        value = tl.div_rn(value, tl.full(value.shape, WHITE, tl.float32))
     if ERASES:
-        first_column, first_row, width, height = erased
-        row = at // W
-        column = at - row * W
-        covered = (column >= first_column) & (column < first_column + width)
-        covered = covered & (row >= first_row) & (row < first_row + height)
-        value = tl.where(covered, 0.0, value)
+        left, top = tl.load(view_ptr + ERASED), tl.load(view_ptr + (ERASED + 1))
+        width, height = tl.load(view_ptr + (ERASED + 2)), tl.load(view_ptr + (ERASED + 3))
+        covered = (column >= left) & (column < left + width)
+        value = tl.where(covered & (row >= top) & (row < top + height), 0.0, value)
     if CHANNELS_LAST:
-        where = at.to(tl.int64) * C + channel
+        where = (row * W + column).to(tl.int64) * C + channel
     else:
-        where = at + tl.cast(channel, tl.int64) * (H * W)
-    tl.store(view_ptr + where, value, mask=mask)
+        where = row * W + column + tl.cast(channel, tl.int64) * (H * W)
+    tl.store(made_ptr + where, value, mask=mask)
+
+
+@triton.jit
+def _pixels(tile, H, W, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows and columns of a tile, and which exist."""
+    across = tl.cdiv(W, COLUMNS)
+    first_row = tile // across
+    first_column = (tile - first_row * across) * COLUMNS
+    row = first_row * ROWS + tl.arange(0, ROWS)[:, None]
+    column = first_column + tl.arange(0, COLUMNS)[None, :]
+    return row, column, (row < H) & (column < W)
 
 
 @triton.jit(
-    do_not_specialize=[
-        "seed_low", "seed_high", "step", "first_view", "N", "C", "H", "W", "padding",
-        "flip_below", "erase_below",
-    ],
-    do_not_specialize_on_alignment=[
-        "images_ptr", "views_ptr", "settings_ptr", "seed_ptr", "step_ptr", "indices_ptr",
-    ],
-)  # fmt: skip
+    do_not_specialize=["N", "C", "H", "W"],
+    do_not_specialize_on_alignment=["images_ptr", "made_ptr", "drawn_ptr", "settings_ptr"],
+)
 def views_kernel(
-    images_ptr,  # [N, C, H, W]
-    views_ptr,  # [V, N, C, H, W], or [V, N, H, W, C]
+    images_ptr,  # [N, C, H, W], or [N, H + 4, W + 4] of packed ones
+    made_ptr,  # [V, N, C, H, W], or [V, N, H, W, C]
+    drawn_ptr,  # [V, N, WORDS]
     settings_ptr,  # as `settings` has them
-    seed_ptr,  # int64, or None for what follows
-    step_ptr,  # int64, or None
-    indices_ptr,  # [N] int64, or None for 0 to N - 1
-    seed_low,  # the bits of a uint32, as the three after it
-    seed_high,
-    step,
-    first_view,
     N,
     C,
     H,
     W,
-    padding,
-    flip_below,  # flipped where 24 random bits are below this
-    erase_below,
     RGB: tl.constexpr,  # C = 3
     CHANNELS_LAST: tl.constexpr,
     RESIZED: tl.constexpr,
-    AFFINE: tl.constexpr,
     BRIGHTENS: tl.constexpr,
     CONTRASTS: tl.constexpr,
     SATURATES: tl.constexpr,
@@ -497,61 +670,67 @@ def views_kernel(
     ERASES: tl.constexpr,
     NEAREST: tl.constexpr,
     PADDING: tl.constexpr,
-    BLOCK: tl.constexpr,
+    PACKED: tl.constexpr,
+    WHITE: tl.constexpr,
+    ROWS: tl.constexpr,  # of a tile
+    COLUMNS: tl.constexpr,
     ONE_TILE: tl.constexpr,  # holds a view
 ):
     place = tl.program_id(0).to(tl.int64)
-    v = place // N
-    n = place - v * N
+    n = place % N
+    view_ptr = drawn_ptr + place * WORDS
+    if PACKED:
+        image_ptr = images_ptr + n * ((H + 2 * BORDER) * (W + 2 * BORDER))
+    else:
+        image_ptr = images_ptr + n * C * H * W
+    made_ptr += place * C * H * W
+    tiles = tl.cdiv(H, ROWS) * tl.cdiv(W, COLUMNS)
 
-    counter = _counter(n, v, seed_ptr, step_ptr, indices_ptr, seed_low, seed_high, step, first_view)
-    w_geometry, w_shape = _words(counter, OP_GEOMETRY), _words(counter, OP_SHAPE)
-    crop = _crop(w_geometry, w_shape, settings_ptr, padding, H, W, RESIZED)
-    matrix = _inverse_matrix(
-        counter, w_geometry, w_shape, settings_ptr, crop, flip_below, H, W, AFFINE
-    )
-    brightness, contrast, saturation, turns = _color_jitter(
-        counter, settings_ptr, BRIGHTENS or CONTRASTS or SATURATES or SHIFTS_HUE
-    )
-    erased = _erased(counter, w_shape, settings_ptr, erase_below, H, W, ERASES)
-
-    size = H * W
-    image_ptr = images_ptr + n * C * size
-    view_ptr = views_ptr + place * C * size
-    pixels = size.to(tl.float64) * MEAN_SCALE
     mean = 0.0
     if CONTRASTS and not ONE_TILE:
-        mean = _view_mean(
-            image_ptr, matrix, crop, brightness, pixels, H, W,
-            RGB, RESIZED, BRIGHTENS, NEAREST, PADDING, BLOCK,
-        )  # fmt: skip
-    for tile in range(tl.program_id(1), tl.cdiv(size, BLOCK), tl.num_programs(1)):
-        at = tile * BLOCK + tl.arange(0, BLOCK)
-        mask = at < size
-        points = _points(at, matrix, crop, H, W, RESIZED, NEAREST, PADDING)
+        total = tl.zeros([], tl.int64)
+        for tile in range(tl.program_id(1), tiles, tl.num_programs(1)):
+            row, column, mask = _pixels(tile, H, W, ROWS, COLUMNS)
+            points = _points(row, column, view_ptr, H, W, RESIZED, NEAREST, PADDING)
+            if RGB:
+                gray = _luma(
+                    _rgb(
+                        image_ptr, points, view_ptr, H, W, BRIGHTENS, NEAREST, PADDING, PACKED,
+                        WHITE,
+                    )
+                )  # fmt: skip
+            else:
+                gray = _channel(
+                    image_ptr, points, 0, view_ptr, H, W, BRIGHTENS, NEAREST, PADDING, PACKED, WHITE
+                )
+            total += _level_sum(gray, mask, WHITE)
+        mean = _mean(total, H, W, WHITE)
+    for tile in range(tl.program_id(1), tiles, tl.num_programs(1)):
+        row, column, mask = _pixels(tile, H, W, ROWS, COLUMNS)
+        points = _points(row, column, view_ptr, H, W, RESIZED, NEAREST, PADDING)
         if RGB:
-            rgb = _rgb(image_ptr, points, H, W, mask, brightness, BRIGHTENS, NEAREST, PADDING)
+            rgb = _rgb(
+                image_ptr, points, view_ptr, H, W, BRIGHTENS, NEAREST, PADDING, PACKED, WHITE
+            )
             if CONTRASTS and ONE_TILE:
-                mean = _mean(_level_sum(_luma(rgb), mask), pixels)
-            rgb = _recolor(rgb, mean, contrast, saturation, turns, CONTRASTS, SATURATES, SHIFTS_HUE)
+                mean = _mean(_level_sum(_luma(rgb), mask, WHITE), H, W, WHITE)
+            rgb = _recolor(rgb, mean, view_ptr, CONTRASTS, SATURATES, SHIFTS_HUE, WHITE)
             for k in tl.static_range(3):
                 _store(
-                    view_ptr, settings_ptr, rgb[k], k, 3, at, mask, erased, H, W,
-                    NORMALISES, ERASES, CHANNELS_LAST,
+                    made_ptr, settings_ptr, rgb[k], k, 3, row, column, mask, view_ptr, H, W,
+                    NORMALISES, ERASES, CHANNELS_LAST, WHITE,
                 )  # fmt: skip
         else:
             for k in range(C):
-                channel_ptr = image_ptr + tl.cast(k, tl.int64) * size
                 value = _channel(
-                    channel_ptr, points, H, W, mask, brightness, BRIGHTENS, NEAREST, PADDING
+                    image_ptr, points, k, view_ptr, H, W, BRIGHTENS, NEAREST, PADDING, PACKED, WHITE
                 )
-                if CONTRASTS:
-                    if ONE_TILE:
-                        mean = _mean(_level_sum(value, mask), pixels)
-                    value = _blend(value, (1 - contrast) * mean, contrast)
+                if CONTRASTS and ONE_TILE:
+                    mean = _mean(_level_sum(value, mask, WHITE), H, W, WHITE)
+                changed = _recolor((value,), mean, view_ptr, CONTRASTS, False, False, WHITE)
                 _store(
-                    view_ptr, settings_ptr, value, k, C, at, mask, erased, H, W,
-                    NORMALISES, ERASES, CHANNELS_LAST,
+                    made_ptr, settings_ptr, changed[0], k, C, row, column, mask, view_ptr, H, W,
+                    NORMALISES, ERASES, CHANNELS_LAST, WHITE,
                 )  # fmt: skip
 
 
@@ -570,12 +749,10 @@ def runs(views: list[int]) -> list[range]:
 
 
 def flags(policy: Policy, C: int) -> dict[str, object]:
-    """What of the kernel a policy needs."""
-    affine = policy._replace(resized_crop=None, interpolation="bilinear", padding_mode="zeros")
+    """What of the second kernel a policy needs."""
     return dict(
         RGB=C == 3,
         RESIZED=policy.resized_crop is not None,
-        AFFINE=affine.turns,
         BRIGHTENS=policy.brightness > 0,
         CONTRASTS=policy.contrast > 0,
         SATURATES=policy.saturation > 0 and C == 3,
@@ -588,12 +765,42 @@ def flags(policy: Policy, C: int) -> dict[str, object]:
     )
 
 
-def shape(size: int, whole: bool) -> tuple[int, int, int]:
-    """(pixels of a tile, warps, programs a view) of views of `size` pixels."""
-    block = min(2 * BLOCK if whole else BLOCK, max(128, triton.next_power_of_2(size)))
-    programs = triton.cdiv(size, block * (TILES if size > TILES * block else 1))
-    warps = max(1, block // (32 * PIXELS))
-    return block, warps, 1 if whole else min(programs, MOST_PROGRAMS)
+def draw_flags(policy: Policy) -> dict[str, object]:
+    """What of the first kernel a policy needs."""
+    affine = policy._replace(resized_crop=None, interpolation="bilinear", padding_mode="zeros")
+    return dict(
+        RESIZED=policy.resized_crop is not None,
+        AFFINE=affine.turns,
+        JITTERS=any((policy.brightness, policy.contrast, policy.saturation, policy.hue)),
+        ERASES=policy.erase > 0,
+        PADDING=PADDING_MODES.index(policy.padding_mode),
+    )
+
+
+class Tile(NamedTuple):
+    rows: int
+    columns: int
+    warps: int
+    programs: int  # that share a view
+
+
+def shape(H: int, W: int, whole: bool) -> Tile:
+    """The tile for views of H x W pixels, of which a program needs the whole or not."""
+    rows, columns = triton.next_power_of_2(H), triton.next_power_of_2(W)
+    most = 2 * BLOCK if whole else BLOCK
+    if rows * columns > most:
+        columns = min(columns, 32)
+        rows = min(rows, most // columns)
+    tiles = triton.cdiv(H, rows) * triton.cdiv(W, columns)
+    programs = 1 if whole else min(triton.cdiv(tiles, TILES) if tiles > TILES else tiles,
+                                   MOST_PROGRAMS)  # fmt: skip
+    return Tile(rows, columns, max(1, rows * columns // (32 * PIXELS)), programs)
+
+
+def constants(tile: Tile, H: int, W: int) -> dict[str, int | bool]:
+    """Of the second kernel, for a tile."""
+    one = H <= tile.rows and W <= tile.columns
+    return dict(ROWS=tile.rows, COLUMNS=tile.columns, ONE_TILE=one)
 
 
 def signed(word: int) -> int:
@@ -607,21 +814,30 @@ def on_device(scalar: Tensor, device: torch.device) -> bool:
 
 
 def launch(images, made, policy, seed, step, views, indices, channels_last):
-    """Writes the views into `made`, in one launch for each stretch of consecutive views."""
+    """Writes the views into `made`, in a launch for each stretch of consecutive views, and one."""
     N, C, H, W = images.shape
     settled, device = Policy.unpack(policy), images.device
-    wanted = flags(settled, C)
-    block, warps, programs = shape(H * W, wanted["CONTRASTS"])
-    numbers = kept(("augment", *policy), device, "policy", lambda: settings(settled))
+    packed, white = (
+        images.dtype == torch.uint8 and C <= 4,
+        255 if images.dtype == torch.uint8 else 1,
+    )
+    numbers = kept(("augment", white, *policy), device, "policy", lambda: settings(settled, white))
     there = [x if on_device(x, device) else None for x in (seed, step)]
     seed, step = (x.item() if at is None else 0 for x, at in zip((seed, step), there, strict=True))
+    border = 2 * BORDER.value
+    words = images.new_empty((N, H + border, W + border), dtype=torch.int32) if packed else None
+    drawn = images.new_empty((len(views) * N, WORDS.value), dtype=torch.int32)
+    tile = shape(H, W, settled.contrast > 0)
     guard = torch.cuda.device(device) if images.is_cuda else contextlib.nullcontext()
     first = 0
-    for run in runs(views):
-        with guard:
-            views_kernel[(N * len(run), programs)](
-                images,
-                made[first * N :],
+    with guard:
+        for run in runs(views):
+            draws = triton.cdiv(N * len(run), PREPARED)
+            packs = N * triton.cdiv(words[0].numel(), PREPARED) if packed and not first else 0
+            prepare_kernel[(draws + packs,)](
+                images if packed else None,
+                words,
+                drawn[first * N :],
                 numbers,
                 *there,
                 indices,
@@ -629,6 +845,7 @@ def launch(images, made, policy, seed, step, views, indices, channels_last):
                 seed >> 32,
                 signed(step),
                 signed(run.start),
+                len(run),
                 N,
                 C,
                 H,
@@ -636,14 +853,30 @@ def launch(images, made, policy, seed, step, views, indices, channels_last):
                 settled.crop_padding,
                 math.ceil(settled.flip * 2**24),
                 math.ceil(settled.erase * 2**24),
-                CHANNELS_LAST=channels_last,
-                BLOCK=block,
-                ONE_TILE=H * W <= block,
-                **wanted,
-                num_warps=warps,
+                draws,
+                BLOCK=PREPARED,
+                **draw_flags(settled),
+                num_warps=PREPARED // 32,
                 enable_fp_fusion=False,  # every operation is rounded by itself
             )
-        first += len(run)
+            first += len(run)
+        views_kernel[(N * len(views), tile.programs)](
+            words if packed else images,
+            made,
+            drawn,
+            numbers,
+            N,
+            C,
+            H,
+            W,
+            CHANNELS_LAST=channels_last,
+            PACKED=packed,
+            WHITE=white,
+            **constants(tile, H, W),
+            **flags(settled, C),
+            num_warps=tile.warps,
+            enable_fp_fusion=False,
+        )
 
 
 def augment(images, policy, seed, step, views, indices, dtype, channels_last):

@@ -9,6 +9,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <optional>
@@ -111,20 +112,23 @@ template <typename acc_t, typename Word> struct Image {
   }
 };
 
-// Memory of one thread besides.
-template <typename acc_t> struct Planes {
-  std::vector<acc_t> view; // [C, H, W], in levels or in [0, 1]
-  std::vector<acc_t> gray; // [H, W]
+constexpr int64_t SUMMED = 2048; // pixels whose levels add up to less than 2^31
 
-  explicit Planes(const Call &call) : view(call.C * call.H * call.W), gray(call.H * call.W) {}
-};
+template <int64_t W> using Ints = Lanes<int32_t, W>;
+template <int64_t W> using Words = Lanes<uint32_t, W>;
+
+// Two choices one after the other; nan stays.
+template <typename T, typename V> BLD_EXT_INLINE V within(const V &x, T low, T high) {
+  const V from_low = x < low ? V{} + low : x;
+  return from_low > high ? V{} + high : from_low;
+}
 
 // ---- geometry ----
 
 // A view that is a window of the mirrored or plain image, moved by whole pixels, zero outside.
 template <typename acc_t, typename Word>
-BLD_EXT_INLINE void move(const Call &call, const View &view, Image<acc_t, Word> &image,
-                         Planes<acc_t> &planes) {
+BLD_EXT_INLINE void move(const Call &call, const View &view, Image<acc_t, Word> &image, acc_t *to,
+                         int64_t plane) {
   const int64_t H = call.H, W = call.W;
   const int64_t dx = view.crop.left - call.policy.crop_padding;
   const int64_t dy = view.crop.top - call.policy.crop_padding;
@@ -132,333 +136,409 @@ BLD_EXT_INLINE void move(const Call &call, const View &view, Image<acc_t, Word> 
   // mirrored at W - 1 - x + dx
   const int64_t first = std::clamp<int64_t>(view.flip ? dx : -dx, 0, W);
   const int64_t last = std::clamp<int64_t>(view.flip ? W + dx : W - dx, first, W);
-  for (int64_t c = 0; c < call.C; ++c)
+  for (int64_t c = 0; c < call.C; ++c, to += plane)
     for (int64_t y = 0; y < H; ++y) {
-      acc_t *const to = planes.view.data() + (c * H + y) * W;
-      if (y + dy < 0 || y + dy >= H) {
-        std::fill_n(to, W, acc_t(0));
+      acc_t *const line = to + y * W;
+      std::fill_n(line, W, acc_t(0));
+      if (y + dy < 0 || y + dy >= H)
         continue;
-      }
       const Word *const from = image.row(c / image.PER_WORD, y + dy) + dx;
-      std::fill_n(to, first, acc_t(0));
       if (view.flip)
         for (int64_t x = first; x < last; ++x)
-          to[x] = image.value(from[W - 1 - x], c);
+          line[x] = image.value(from[W - 1 - x], c);
       else
         for (int64_t x = first; x < last; ++x)
-          to[x] = image.value(from[x], c);
-      std::fill(to + last, to + W, acc_t(0));
+          line[x] = image.value(from[x], c);
     }
 }
 
-// Two choices one after the other, which vectorise; nan stays.
-template <typename acc_t> BLD_EXT_INLINE acc_t within(acc_t x, acc_t low, acc_t high) {
-  x = x < low ? low : x;
-  return x > high ? high : x;
-}
+// One coordinate of the points that a view shows, 2^bits a pixel.
+struct Axis {
+  int32_t bits, half, first, last; // first, last: the middles of a resized crop's border pixels
+  int32_t period;                  // of a reflected image
+  int32_t lowest, greatest;        // the range of neighbours that are read, in pixels
+  float per_period;
 
-// The nearest whole number; of two that are as near the upper, or the even one.
-template <typename acc_t, bool even> BLD_EXT_INLINE acc_t whole(acc_t x) {
-  const acc_t upper = std::floor(x + acc_t(0.5));
-  if constexpr (even) {
-    const acc_t odd = upper - std::floor(upper * acc_t(0.5)) * 2; // 0 or 1
-    return upper - x == acc_t(0.5) ? upper - odd : upper;
-  }
-  return upper;
-}
+  Axis(int32_t bits_, int64_t start, int64_t length, int64_t size)
+      : bits(bits_), half(1 << (bits - 1)), first(static_cast<int32_t>(start << bits)),
+        last(static_cast<int32_t>((start + length - 1) << bits)),
+        period(static_cast<int32_t>((2 * (size - 1)) << bits)), lowest(-BORDER),
+        greatest(static_cast<int32_t>(size)), per_period(period ? 1.f / float(period) : 0) {}
 
-// One coordinate of the points that a view shows.
-template <typename acc_t> struct Axis {
-  acc_t first, last;      // the middles of a resized crop's border pixels
-  acc_t before, after;    // half a pixel beyond them; an empty interval where nothing is resized
-  acc_t period;           // of a reflected image
-  acc_t lowest, greatest; // the range of neighbours that are read
-
-  Axis(const Policy &policy, int64_t start, int64_t length, int64_t size)
-      : first(static_cast<acc_t>(start - policy.crop_padding)),
-        last(first + static_cast<acc_t>(length - 1)), before(first - acc_t(0.5)),
-        after(policy.resized ? last + acc_t(0.5) : before - 1),
-        period(static_cast<acc_t>(2 * (size - 1))), lowest(-BORDER),
-        greatest(static_cast<acc_t>(size)) {}
-
-  BLD_EXT_INLINE acc_t readable(acc_t x) const { // not even nan is outside
-    x = x > lowest ? x : lowest;
-    return x < greatest ? x : greatest;
+  template <typename V> BLD_EXT_INLINE V snap(const V &x) const {
+    return (x >= first - half) & (x <= last + half) ? within(x, first, last) : x;
   }
 
-  BLD_EXT_INLINE acc_t snap(acc_t x) const {
-    return x >= before ? (x <= after ? within<acc_t>(x, first, last) : x) : x;
-  }
-
-  BLD_EXT_INLINE acc_t reflect(acc_t x) const {
+  template <int64_t W> BLD_EXT_INLINE Ints<W> reflect(const Ints<W> &x) const {
+    typedef Ints<W> V;
     if (period == 0)
-      return 0;
-    const acc_t folded = x - period * std::floor(x / period), other = period - folded;
-    return folded < other ? folded : other;
+      return V{};
+    const Lanes<float, W> quotient = __builtin_convertvector(x, Lanes<float, W>) * per_period;
+    const V times = __builtin_convertvector(quotient, V); // off by one at most
+    V folded = (V)((Words<W>)x - (Words<W>)times * uint32_t(period));
+    folded += folded < 0 ? V{} + period : V{};
+    folded += folded < 0 ? V{} + period : V{};
+    folded -= folded >= period ? V{} + period : V{};
+    return period - folded < folded ? period - folded : folded;
+  }
+
+  // The nearest pixel; of two that are as near the even one, or the upper.
+  template <bool even, typename V> BLD_EXT_INLINE V nearest(const V &x) const {
+    const V shifted = x + half;
+    if constexpr (!even)
+      return within((shifted + greatest) >> bits, lowest, greatest);
+    const V upper = shifted >> bits;
+    const V odd = (shifted & (2 * half - 1)) == 0 ? upper & 1 : V{};
+    return within(upper - odd, lowest, greatest);
+  }
+
+  // Rounded to 2^-FRACTION pixels.
+  template <typename V> BLD_EXT_INLINE V between(const V &x) const {
+    const V rounded = (x + (1 << (bits - FRACTION - 1))) >> (bits - FRACTION);
+    return within(rounded, lowest << FRACTION, greatest << FRACTION);
   }
 };
 
-constexpr int64_t BLOCK = 16; // points of a row side by side
-
-// Where the points of a block are, and how much each of four neighbours counts.
-template <typename acc_t> struct Points {
-  int32_t where[BLOCK]; // the upper left neighbour, of the one that is nearest
-  acc_t weights[4][BLOCK];
+// Where W points side by side are, and how much their right and lower neighbours count.
+template <int64_t W> struct Points {
+  Ints<W> where; // the upper left neighbour, or the one that is nearest
+  Ints<W> right, low;
 
   template <bool reflects, bool nearest, bool resized>
-  BLD_EXT_INLINE void locate(const Axis<acc_t> &across, const Axis<acc_t> &down, acc_t first_x,
-                             acc_t a, acc_t shift_x, acc_t d, acc_t shift_y, int32_t stride) {
-    for (int32_t i = 0; i < BLOCK; ++i) {
-      const acc_t x = first_x + static_cast<acc_t>(i);
-      acc_t source_x = a * x + shift_x, source_y = d * x + shift_y;
-      if constexpr (resized)
-        source_x = across.snap(source_x), source_y = down.snap(source_y);
-      if constexpr (reflects)
-        source_x = across.reflect(source_x), source_y = down.reflect(source_y);
-      if constexpr (nearest)
-        source_x = whole<acc_t, !resized>(source_x), source_y = whole<acc_t, !resized>(source_y);
-      const acc_t left = std::floor(source_x), upper = std::floor(source_y);
-      // what is far outside is read in the border
-      const acc_t column = across.readable(left), line = down.readable(upper);
-      where[i] = static_cast<int32_t>(line) * stride + static_cast<int32_t>(column);
-      const acc_t right = source_x - left, low = source_y - upper;
-      weights[0][i] = (1 - right) * (1 - low);
-      weights[1][i] = right * (1 - low);
-      weights[2][i] = (1 - right) * low;
-      weights[3][i] = right * low;
+  BLD_EXT_INLINE void locate(const Axis &across, const Axis &down, const FixedMatrix &matrix,
+                             int64_t column, int64_t row, int32_t stride) {
+    Words<W> columns;
+    for (int64_t i = 0; i < W; ++i)
+      columns[i] = static_cast<uint32_t>(column + i);
+    const uint32_t c = uint32_t(matrix.b) * uint32_t(row) + uint32_t(matrix.c);
+    const uint32_t f = uint32_t(matrix.e) * uint32_t(row) + uint32_t(matrix.f);
+    Ints<W> x = (Ints<W>)(columns * uint32_t(matrix.a) + c); // sums may wrap around on the way
+    Ints<W> y = (Ints<W>)(columns * uint32_t(matrix.d) + f);
+    if constexpr (resized)
+      x = across.snap(x), y = down.snap(y);
+    if constexpr (reflects)
+      x = across.reflect<W>(x), y = down.reflect<W>(y);
+    if constexpr (nearest) {
+      where = down.nearest<!resized>(y) * stride + across.nearest<!resized>(x);
+    } else {
+      x = across.between(x), y = down.between(y);
+      where = (y >> FRACTION) * stride + (x >> FRACTION);
+      right = x & ((1 << FRACTION) - 1), low = y & ((1 << FRACTION) - 1);
     }
   }
 };
 
-// A view's pixels at the points of the image that they show.
-template <typename acc_t, typename Word, bool reflects, bool nearest, bool resized>
-BLD_EXT_INLINE void resample(const Call &call, const View &view, Image<acc_t, Word> &image,
-                             Planes<acc_t> &planes) {
-  const int64_t H = call.H, W = call.W;
-  const Matrix matrix(view, call.policy, H, W);
-  const acc_t a = acc_t(matrix.a), b = acc_t(matrix.b), c0 = acc_t(matrix.c);
-  const acc_t d = acc_t(matrix.d), e = acc_t(matrix.e), f = acc_t(matrix.f);
-  const Axis<acc_t> across(call.policy, view.crop.left, view.crop.width, W);
-  const Axis<acc_t> down(call.policy, view.crop.top, view.crop.height, H);
-  const int32_t stride = static_cast<int32_t>(image.stride);
-  Points<acc_t> points;
-  for (int64_t row = 0; row < H; ++row) {
-    const acc_t y = static_cast<acc_t>(row) - static_cast<acc_t>((H - 1) / 2.);
-    const acc_t shift_x = b * y + c0, shift_y = e * y + f;
-    for (int64_t first = 0; first < W; first += BLOCK) {
-      const acc_t first_x = static_cast<acc_t>(first) - static_cast<acc_t>((W - 1) / 2.);
-      points.template locate<reflects, nearest, resized>(across, down, first_x, a, shift_x, d,
-                                                         shift_y, stride);
-      Word taps[4][BLOCK];
-      for (int64_t c = 0; c < call.C; ++c) {
-        if (c % image.PER_WORD == 0) {
-          const Word *const upper = image.row(c / image.PER_WORD, 0), *const lower = upper + stride;
-          for (int64_t i = 0; i < BLOCK; ++i) {
-            taps[0][i] = upper[points.where[i]];
-            if constexpr (!nearest) {
-              taps[1][i] = upper[points.where[i] + 1];
-              taps[2][i] = lower[points.where[i]];
-              taps[3][i] = lower[points.where[i] + 1];
-            }
-          }
-        }
-        acc_t values[BLOCK];
-        for (int64_t i = 0; i < BLOCK; ++i) {
-          values[i] = image.value(taps[0][i], c);
-          if constexpr (!nearest) {
-            values[i] = values[i] * points.weights[0][i];
-            values[i] = values[i] + image.value(taps[1][i], c) * points.weights[1][i];
-            values[i] = values[i] + image.value(taps[2][i], c) * points.weights[2][i];
-            values[i] = values[i] + image.value(taps[3][i], c) * points.weights[3][i];
-          }
-        }
-        acc_t *const to = planes.view.data() + (c * H + row) * W + first;
-        if (first + BLOCK <= W)
-          std::memcpy(to, values, sizeof values);
-        else
-          std::copy_n(values, W - first, to);
-      }
+constexpr int32_t ONE = 1 << FRACTION;
+
+// Four channels of uint8 at the points of a block, in two steps of whole numbers: two channels at a
+// time from left to right, then one from top to bottom. Exact, as sums in float32 would be.
+template <int64_t W>
+BLD_EXT_INLINE void blend(const Points<W> &at, const uint32_t *from, int32_t stride, int64_t C,
+                          float *to, int64_t plane) {
+  // left and right neighbour in one load; put together in registers, since a wide load of what was
+  // just written in parts has to wait
+  typedef Lanes<uint64_t, W / 2> Pairs;
+  Pairs pairs[2][2] = {};
+  for (int64_t line = 0; line < 2; ++line)
+    for (int64_t i = 0; i < W; ++i) {
+      uint64_t pair;
+      std::memcpy(&pair, from + at.where[i] + line * stride, 8);
+      pairs[line][i / (W / 2)][i % (W / 2)] = pair;
     }
+  Words<W> lefts;
+  for (int64_t i = 0; i < W; ++i)
+    lefts[i] = static_cast<uint32_t>(2 * i);
+  const Words<W> wr = (Words<W>)at.right, wl = ONE - wr, lower_weight = (Words<W>)at.low;
+  const uint32_t mask = 0xff00ff;
+  Words<W> even[2], odd[2];
+  for (int line = 0; line < 2; ++line) {
+    const Words<W> first = (Words<W>)pairs[line][0], second = (Words<W>)pairs[line][1];
+    const Words<W> left = __builtin_shuffle(first, second, lefts);
+    const Words<W> right = __builtin_shuffle(first, second, lefts + 1);
+    even[line] = (left & mask) * wl + (right & mask) * wr;
+    odd[line] = (left >> 8 & mask) * wl + (right >> 8 & mask) * wr;
+  }
+  for (int64_t c = 0; c < C; ++c) {
+    const Words<W> *const lines = c % 2 ? odd : even;
+    const int shift = static_cast<int>(c / 2 * 16);
+    const Words<W> upper = lines[0] >> shift & 0xffff, lower = lines[1] >> shift & 0xffff;
+    const Ints<W> total = (Ints<W>)(upper * (ONE - lower_weight) + lower * lower_weight);
+    const Lanes<float, W> value = __builtin_convertvector(total, Lanes<float, W>);
+    const Lanes<float, W> scaled = value * (1.f / (ONE * ONE));
+    std::memcpy(to + c * plane, &scaled, sizeof scaled);
   }
 }
 
-template <typename acc_t, typename Word>
-BLD_EXT_INLINE void sample(const Call &call, const View &view, Image<acc_t, Word> &image,
-                           Planes<acc_t> &planes) {
+// One channel of numbers.
+template <int64_t W, typename acc_t>
+BLD_EXT_INLINE void blend(const Points<W> &at, const acc_t *from, int32_t stride, int64_t,
+                          acc_t *to, int64_t) {
+  Lanes<acc_t, W> taps[4] = {};
+  for (int64_t i = 0; i < W; ++i) {
+    const acc_t *const near = from + at.where[i];
+    taps[0][i] = near[0], taps[1][i] = near[1];
+    taps[2][i] = near[stride], taps[3][i] = near[stride + 1];
+  }
+  const Ints<W> right = at.right, left = ONE - right, low = at.low, high = ONE - low;
+  const Ints<W> weights[4] = {left * high, right * high, left * low, right * low};
+  Lanes<acc_t, W> total = {};
+  for (int k = 0; k < 4; ++k) {
+    const Lanes<acc_t, W> weight = __builtin_convertvector(weights[k], Lanes<acc_t, W>);
+    total = total + taps[k] * (weight * (acc_t(1) / (ONE * ONE)));
+  }
+  std::memcpy(to, &total, sizeof total);
+}
+
+// A view's pixels at the points of the image that they show. A block may run over the end of a row:
+// the next row is written later, and behind the last one there is room.
+template <int64_t L, typename acc_t, typename Word, bool reflects, bool nearest, bool resized>
+BLD_EXT_INLINE void resample(const Call &call, const View &view, Image<acc_t, Word> &image,
+                             acc_t *to, int64_t plane) {
+  const int64_t H = call.H, W = call.W, P = image.PER_WORD;
+  const FixedMatrix matrix(Matrix(view, call.policy, H, W), call.policy, H, W);
+  const int64_t padding = call.policy.crop_padding;
+  const Axis across(matrix.bits, view.crop.left - padding, view.crop.width, W);
+  const Axis down(matrix.bits, view.crop.top - padding, view.crop.height, H);
+  const int32_t stride = static_cast<int32_t>(image.stride);
+  Points<L> points;
+  for (int64_t row = 0; row < H; ++row)
+    for (int64_t column = 0; column < W; column += L) {
+      points.template locate<reflects, nearest, resized>(across, down, matrix, column, row, stride);
+      acc_t *const block = to + row * W + column;
+      for (int64_t c = 0; c < call.C; c += P) {
+        const Word *const from = image.row(c / P, 0);
+        if constexpr (!nearest)
+          blend<L>(points, from, stride, std::min(P, call.C - c), block + c * plane, plane);
+        else
+          for (int64_t k = c; k < std::min(c + P, call.C); ++k)
+            for (int64_t i = 0; i < L; ++i)
+              block[k * plane + i] = image.value(from[points.where[i]], k);
+      }
+    }
+}
+
+template <int64_t L, typename acc_t, typename Word>
+BLD_EXT_INLINE void sample(const Call &call, const View &view, Image<acc_t, Word> &image, acc_t *to,
+                           int64_t plane) {
   const Policy &policy = call.policy;
   const bool reflects = policy.padding_mode == PaddingMode::reflect;
   if (!policy.turns)
-    move(call, view, image, planes);
+    move(call, view, image, to, plane);
   else if (policy.nearest && policy.resized)
-    reflects ? resample<acc_t, Word, true, true, true>(call, view, image, planes)
-             : resample<acc_t, Word, false, true, true>(call, view, image, planes);
+    reflects ? resample<L, acc_t, Word, true, true, true>(call, view, image, to, plane)
+             : resample<L, acc_t, Word, false, true, true>(call, view, image, to, plane);
   else if (policy.nearest)
-    reflects ? resample<acc_t, Word, true, true, false>(call, view, image, planes)
-             : resample<acc_t, Word, false, true, false>(call, view, image, planes);
-  else if (reflects)
-    resample<acc_t, Word, true, false, true>(call, view, image, planes);
+    reflects ? resample<L, acc_t, Word, true, true, false>(call, view, image, to, plane)
+             : resample<L, acc_t, Word, false, true, false>(call, view, image, to, plane);
   else if (policy.resized)
-    resample<acc_t, Word, false, false, true>(call, view, image, planes);
+    reflects ? resample<L, acc_t, Word, true, false, true>(call, view, image, to, plane)
+             : resample<L, acc_t, Word, false, false, true>(call, view, image, to, plane);
   else
-    resample<acc_t, Word, false, false, false>(call, view, image, planes);
-  if constexpr (image.packed)
-    for (acc_t &x : planes.view)
-      x = x / 255;
+    reflects ? resample<L, acc_t, Word, true, false, false>(call, view, image, to, plane)
+             : resample<L, acc_t, Word, false, false, false>(call, view, image, to, plane);
 }
 
 // ---- colour ----
 
-template <typename acc_t> BLD_EXT_INLINE acc_t clamp01(acc_t x) { return within<acc_t>(x, 0, 1); }
-
-template <typename acc_t> BLD_EXT_INLINE void brighten(acc_t *x, int64_t size, acc_t factor) {
-  for (int64_t i = 0; i < size; ++i)
-    x[i] = clamp01(factor * x[i]);
+// Luma of ITU-R BT.601 as torchvision rounds it.
+template <typename acc_t, typename V> BLD_EXT_INLINE V luma(const V &r, const V &g, const V &b) {
+  return acc_t(0.2989) * r + acc_t(0.587) * g + acc_t(0.114) * b;
 }
 
-// Luma of ITU-R BT.601 as torchvision rounds it; images of one channel are their own.
-template <typename acc_t>
-BLD_EXT_INLINE void luma(const acc_t *x, int64_t C, int64_t size, acc_t *gray) {
-  const acc_t red = 0.2989, green = 0.587, blue = 0.114;
-  for (int64_t i = 0; i < size; ++i)
-    gray[i] = C == 1 ? x[i] : red * x[i] + green * x[size + i] + blue * x[2 * size + i];
+// One channel, by how much less than the value; k and hue are times chroma.
+template <typename acc_t, typename V>
+BLD_EXT_INLINE V from_hue(const V &hue, acc_t k, const V &value, const V &chroma) {
+  const V from_five = hue + k * chroma;
+  const V distance = (from_five < 0 ? -from_five : from_five) - 3 * chroma;
+  const V less = 2 * chroma - (distance < 0 ? -distance : distance);
+  const V positive = less < 0 ? V{} : less;
+  return value - (positive < chroma ? positive : chroma);
 }
 
-// In whole multiples of 2^-30 the mean does not depend on the order of summation.
-template <typename acc_t> BLD_EXT_INLINE acc_t mean_of(const acc_t *gray, int64_t size) {
-  const double to_integer = 0x1.8p52; // adding it leaves the rounded number in the low bits
-  int64_t offset, sum = 0;
-  std::memcpy(&offset, &to_integer, sizeof offset);
-  for (int64_t i = 0; i < size; ++i) {
-    const double shifted = static_cast<double>(gray[i]) * 0x1p30 + to_integer;
-    int64_t bits;
-    std::memcpy(&bits, &shifted, sizeof bits);
-    sum += bits - offset;
+// What happens to the colours of a view.
+template <int64_t L, typename acc_t> struct Colours {
+  typedef Lanes<acc_t, L> Block;
+  const Call &call;
+  // unit: levels of the mean, a whole number for each pixel; offset: what rounds to them
+  const acc_t white, unit, offset;
+  acc_t brightness, contrast, saturation, rest = 0, turns[3];
+  std::vector<acc_t> scales, shifts;
+
+  explicit Colours(const Call &call_)
+      : call(call_), white(call.image_dtype == ScalarType::Byte ? 255 : 1),
+        unit(white == 255 ? 0x1p11 : 0x1p19),
+        offset((sizeof(acc_t) == 4 ? 0x1.8p23 : 0x1.8p52) / unit) {
+    for (size_t c = 0; c < call.policy.mean.size(); ++c) {
+      const double mean = call.policy.mean[c], std = call.policy.std[c];
+      scales.push_back(static_cast<acc_t>(1 / (static_cast<double>(white) * std)));
+      shifts.push_back(static_cast<acc_t>(mean / std));
+    }
   }
-  return static_cast<acc_t>(static_cast<double>(sum) / (0x1p30 * static_cast<double>(size)));
-}
 
-template <typename acc_t>
-BLD_EXT_INLINE void contrast(acc_t *x, int64_t size, acc_t factor, acc_t mean) {
-  const acc_t rest = (1 - factor) * mean;
-  for (int64_t i = 0; i < size; ++i)
-    x[i] = clamp01(factor * x[i] + rest);
-}
-
-template <typename acc_t>
-BLD_EXT_INLINE void saturate(acc_t *x, int64_t size, acc_t factor, const acc_t *gray) {
-  for (int64_t c = 0; c < 3; ++c)
-    for (int64_t i = 0; i < size; ++i)
-      x[c * size + i] = clamp01(factor * x[c * size + i] + (1 - factor) * gray[i]);
-}
-
-// One channel of hue (in sextants), chroma and value. hue + n is within -3 to 13.
-template <typename acc_t>
-BLD_EXT_INLINE acc_t from_hue(acc_t hue, acc_t n, acc_t value, acc_t chroma) {
-  const acc_t k = n + hue;
-  const acc_t r = k >= 12 ? k - 12 : k >= 6 ? k - 6 : k < 0 ? k + 6 : k;
-  return value - chroma * clamp01(r < 4 - r ? r : 4 - r);
-}
-
-template <typename acc_t> BLD_EXT_INLINE void shift_hue(acc_t *x, int64_t size, acc_t turns) {
-  acc_t *const red = x, *const green = x + size, *const blue = x + 2 * size;
-#pragma GCC ivdep
-  for (int64_t i = 0; i < size; ++i) {
-    const acc_t r = red[i], g = green[i], b = blue[i];
-    const acc_t larger = r > g ? r : g, smaller = r < g ? r : g;
-    const acc_t value = larger > b ? larger : b;
-    const acc_t chroma = value - (smaller < b ? smaller : b);
-    const acc_t unlike_red = value == g ? b - r : r - g, sextant = value == g ? acc_t(2) : acc_t(4);
-    const acc_t numerator = value == r ? g - b : unlike_red, start = value == r ? 0 : sextant;
-    const acc_t hue = start + numerator / (chroma > 0 ? chroma : acc_t(1)) + 6 * turns;
-    red[i] = from_hue<acc_t>(hue, 5, value, chroma);
-    green[i] = from_hue<acc_t>(hue, 3, value, chroma);
-    blue[i] = from_hue<acc_t>(hue, 1, value, chroma);
+  void set(const View &view) {
+    brightness = view.brightness, contrast = view.contrast, saturation = view.saturation;
+    for (int c = 0; c < 3; ++c) {
+      const acc_t k = static_cast<acc_t>(5 - 2 * c) + 6 * static_cast<acc_t>(view.hue);
+      turns[c] = (k < 0 ? k + 6 : k >= 6 ? k - 6 : k) - 5;
+    }
   }
-}
 
-template <typename acc_t>
-BLD_EXT_INLINE void recolor(const Call &call, const View &view, Planes<acc_t> &planes) {
-  const Policy &policy = call.policy;
-  const int64_t size = call.H * call.W;
-  acc_t *const x = planes.view.data(), *const gray = planes.gray.data();
-  if (policy.brightens)
-    brighten<acc_t>(x, call.C * size, view.brightness);
-  if (policy.contrasts) {
-    luma(x, call.C, size, gray);
-    contrast<acc_t>(x, call.C * size, view.contrast, mean_of(gray, size));
+  template <typename V> BLD_EXT_INLINE V clamp(const V &x) const {
+    return within<acc_t>(x, acc_t(0), white);
   }
-  if (call.C == 3 && policy.saturates) {
-    luma(x, call.C, size, gray);
-    saturate<acc_t>(x, size, view.saturation, gray);
-  }
-  if (call.C == 3 && policy.shifts_hue)
-    shift_hue<acc_t>(x, size, view.hue);
-  for (int64_t c = 0; c < static_cast<int64_t>(policy.mean.size()); ++c) {
-    const acc_t mean = static_cast<acc_t>(policy.mean[c]), std = static_cast<acc_t>(policy.std[c]);
-    for (int64_t i = c * size; i < (c + 1) * size; ++i)
-      x[i] = (x[i] - mean) / std;
-  }
-  for (int64_t c = 0; c < call.C; ++c)
-    for (int64_t y = view.erased.top; y < view.erased.top + view.erased.height; ++y)
-      std::fill_n(x + c * size + y * call.W + view.erased.left, view.erased.width, acc_t(0));
-}
 
-template <typename acc_t>
-BLD_EXT_INLINE void store_view(const Call &call, int64_t row, const Planes<acc_t> &planes) {
+  typedef std::conditional_t<sizeof(acc_t) == 4, int32_t, int64_t> Bits;
+
+  // Adding 1.5 2^p leaves the rounded number in the low bits of a float or a double.
+  BLD_EXT_INLINE Bits level(acc_t gray) const {
+    const acc_t positive = gray > 0 ? gray : acc_t(0); // nan is black
+    const acc_t shifted = (positive < white ? positive : white) + offset;
+    return std::bit_cast<Bits>(shifted) - std::bit_cast<Bits>(offset);
+  }
+
+  // Brightness, in place, and the mean for contrast, which does not depend on the order of a sum.
+  BLD_EXT_INLINE void begin(acc_t *x, int64_t plane) {
+    const int64_t size = call.H * call.W;
+    if (call.policy.brightens)
+      for (int64_t i = 0; i < call.C * plane; ++i) {
+        const acc_t bright = brightness * x[i], low = bright < 0 ? acc_t(0) : bright;
+        x[i] = low > white ? white : low;
+      }
+    if (!call.policy.contrasts)
+      return;
+    int64_t sum = 0;
+    for (int64_t first = 0; first < size; first += SUMMED) {
+      Bits part = 0;
+      const acc_t *const r = x + first, *const g = r + plane, *const b = g + plane;
+      const int64_t count = std::min(SUMMED, size - first);
+      if (call.C == 1)
+        for (int64_t i = 0; i < count; ++i)
+          part += level(r[i]);
+      else
+        for (int64_t i = 0; i < count; ++i)
+          part += level(luma<acc_t>(r[i], g[i], b[i]));
+      sum += part;
+    }
+    const double pixels = static_cast<double>(unit) * static_cast<double>(size);
+    rest = (1 - contrast) * static_cast<acc_t>(static_cast<double>(sum) / pixels);
+  }
+
+  // The rest of it for a block of pixels; three channels, or the only one.
+  template <int channels> BLD_EXT_INLINE void change(Block (&x)[channels]) const {
+    if (call.policy.contrasts)
+      for (Block &channel : x)
+        channel = clamp(contrast * channel + rest);
+    if constexpr (channels == 3) {
+      if (call.policy.saturates) {
+        const Block gray = (1 - saturation) * luma<acc_t>(x[0], x[1], x[2]);
+        for (Block &channel : x)
+          channel = clamp(saturation * channel + gray);
+      }
+      if (call.policy.shifts_hue) {
+        const Block r = x[0], g = x[1], b = x[2];
+        const Block larger = r > g ? r : g, smaller = r < g ? r : g;
+        const Block value = larger > b ? larger : b;
+        const Block chroma = value - (smaller < b ? smaller : b), twice = 2 * chroma;
+        const Block unlike_red = value == g ? twice + (b - r) : 2 * twice + (r - g);
+        const Block hue = value == r ? g - b : unlike_red;
+        for (int c = 0; c < 3; ++c)
+          x[c] = from_hue(hue, turns[c], value, chroma);
+      }
+    }
+  }
+
+  BLD_EXT_INLINE Block normalised(const Block &x, int64_t c) const {
+    return !scales.empty() ? x * scales[c] - shifts[c] : white != 1 ? x / white : x;
+  }
+};
+
+// Colour, normalise and write a view; erase a rectangle of it.
+template <int64_t L, typename acc_t>
+BLD_EXT_INLINE void finish(const Call &call, const View &view, const Colours<L, acc_t> &colours,
+                           const acc_t *from, int64_t plane, int64_t row) {
   const int64_t size = call.H * call.W, C = call.C;
-  const acc_t *const from = planes.view.data();
+  const int64_t step = call.channels_last ? C : 1, apart = call.channels_last ? 1 : size;
   with_dtype(call.dtype, "dtype", [&](auto kind) BLD_EXT_INLINE_LAMBDA {
     typedef decltype(kind) T;
     T *const to = static_cast<T *>(call.views) + row * C * size;
-    if (!call.channels_last)
-      for (int64_t i = 0; i < C * size; ++i)
-        to[i] = static_cast<T>(from[i]);
+    typedef Lanes<acc_t, L> Block; // of some channels, from the first of them
+    const auto change = [&](auto channels, int64_t c, int64_t first) BLD_EXT_INLINE_LAMBDA {
+      Block x[decltype(channels)::value];
+      for (int64_t k = 0; k < channels; ++k)
+        std::memcpy(&x[k], from + (c + k) * plane + first, sizeof x[k]);
+      colours.change(x);
+      for (int64_t k = 0; k < channels; ++k) {
+        acc_t values[L];
+        const Block value = colours.normalised(x[k], c + k);
+        std::memcpy(values, &value, sizeof values);
+        T *const out = to + (c + k) * apart + first * step;
+        if (step == 1 && first + L <= size)
+          for (int64_t i = 0; i < L; ++i)
+            out[i] = static_cast<T>(values[i]);
+        else
+          for (int64_t i = 0; i < std::min(L, size - first); ++i)
+            out[i * step] = static_cast<T>(values[i]);
+      }
+    };
+    if (C == 3)
+      for (int64_t first = 0; first < size; first += L)
+        change(std::integral_constant<int, 3>(), 0, first);
     else
       for (int64_t c = 0; c < C; ++c)
-        for (int64_t i = 0; i < size; ++i)
-          to[i * C + c] = static_cast<T>(from[c * size + i]);
+        for (int64_t first = 0; first < size; first += L)
+          change(std::integral_constant<int, 1>(), c, first);
+    for (int64_t c = 0; c < C; ++c)
+      for (int64_t y = view.erased.top; y < view.erased.top + view.erased.height; ++y)
+        for (int64_t x = view.erased.left; x < view.erased.left + view.erased.width; ++x)
+          to[c * apart + (y * call.W + x) * step] = T(0);
   });
 }
 
 // Views [begin, end) in the order image by image, view by view.
-template <typename acc_t, typename Word>
+template <typename acc_t, typename Word, int64_t BYTES>
 BLD_EXT_INLINE void make_views(const Call &call, int64_t begin, int64_t end) {
   const int64_t V = static_cast<int64_t>(call.view_numbers.size());
+  constexpr int64_t L = BYTES / sizeof(acc_t); // pixels side by side
+  const int64_t plane = (call.H * call.W + 2 * L - 1) / L * L;
   Image<acc_t, Word> image(call);
-  Planes<acc_t> planes(call);
+  Colours<L, acc_t> colours(call);
+  std::vector<acc_t> pixels(call.C * plane); // [C, H, W] of a view, in levels or in [0, 1]
   for (int64_t k = begin; k < end; ++k) {
     const int64_t n = k / V, v = k % V;
     if (k == begin || v == 0)
       image.load(call, n);
     const View view(call.policy, call.seed, call.step, static_cast<uint32_t>(call.view_numbers[v]),
                     static_cast<uint32_t>(call.indices ? call.indices[n] : n), call.H, call.W);
-    sample(call, view, image, planes);
-    recolor(call, view, planes);
-    store_view(call, v * call.N + n, planes);
+    sample<L>(call, view, image, pixels.data(), plane);
+    colours.set(view);
+    colours.begin(pixels.data(), plane);
+    finish(call, view, colours, pixels.data(), plane, v * call.N + n);
   }
 }
 
 typedef void (*MakeViews)(const Call &, int64_t begin, int64_t end);
 
+// For registers of so many bytes.
+template <int64_t BYTES>
 BLD_EXT_INLINE void make_any_views(const Call &call, int64_t begin, int64_t end) {
   if (call.image_dtype == ScalarType::Byte)
-    make_views<float, uint32_t>(call, begin, end);
+    make_views<float, uint32_t, BYTES>(call, begin, end);
   else if (call.image_dtype == ScalarType::Double)
-    make_views<double, double>(call, begin, end);
+    make_views<double, double, BYTES>(call, begin, end);
   else
-    make_views<float, float>(call, begin, end);
+    make_views<float, float, BYTES>(call, begin, end);
 }
 
 void make_views_baseline(const Call &call, int64_t begin, int64_t end) {
-  make_any_views(call, begin, end);
+  make_any_views<16>(call, begin, end);
 }
 #if defined(__x86_64__)
 [[gnu::target("avx2,fma")]] void make_views_avx2(const Call &call, int64_t begin, int64_t end) {
-  make_any_views(call, begin, end);
+  make_any_views<32>(call, begin, end);
 }
 [[gnu::target("avx512f,avx512dq,avx512vl,avx512bw")]] void
 make_views_avx512(const Call &call, int64_t begin, int64_t end) {
-  make_any_views(call, begin, end);
+  make_any_views<64>(call, begin, end);
 }
 #endif
 

@@ -13,6 +13,7 @@
 namespace bld_ext {
 
 enum Op : uint32_t { GEOMETRY, AFFINE, COLOR, SHAPE, ERASE }; // the last word of a Philox counter
+constexpr int32_t FRACTION = 8; // bits of a point's position between two pixels
 enum class PaddingMode { zeros, reflect, edge };
 
 // As it comes packed: 24 numbers, then mean and std of each channel.
@@ -195,6 +196,26 @@ struct Matrix {
     a *= zoom_x, b *= zoom_x, d *= zoom_y, e *= zoom_y;
     c = zoom_x * c + (double(crop.left - policy.crop_padding) + double(crop.width - 1) * 0.5);
     f = zoom_y * f + (double(crop.top - policy.crop_padding) + double(crop.height - 1) * 0.5);
+  }
+};
+
+// The same in whole numbers, 2^bits of them a pixel, with x and y counted from the view's corner.
+struct FixedMatrix {
+  int32_t a, b, c, d, e, f, bits;
+
+  FixedMatrix(const Matrix &m, const Policy &policy, int64_t H, int64_t W) {
+    const double across = double(W - 1) * 0.5, down = double(H - 1) * 0.5;
+    const double reach_x = std::abs(m.a) * across + std::abs(m.b) * down + std::abs(m.c);
+    const double reach_y = std::abs(m.d) * across + std::abs(m.e) * down + std::abs(m.f);
+    const double reach = std::max(reach_x, reach_y) + double(W + H + policy.crop_padding);
+    std::frexp(reach, &bits);
+    bits = std::max(29 - bits, FRACTION + 1); // every position is below 2^29
+    const auto whole = [&](double x) {
+      x = std::floor(x * double(int64_t(1) << bits) + 0.5);
+      return static_cast<int32_t>(std::clamp(x, -0x1p30, 0x1p30));
+    };
+    a = whole(m.a), b = whole(m.b), c = whole(m.c - (m.a * across + m.b * down));
+    d = whole(m.d), e = whole(m.e), f = whole(m.f - (m.d * across + m.e * down));
   }
 };
 
