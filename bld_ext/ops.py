@@ -401,9 +401,13 @@ def augment(
     horizontal flip; shear, scale, rotation and translation about the centre. All of these are
     combined into one inverse matrix and one resampling, so a rotation brings back what the crop
     alone would have cut off. Then follow brightness, contrast (against the view's own mean) and
-    saturation, each clamped to [0, 1], hue, normalisation, and erasing to 0. uint8 images are
-    divided by 255 after the resampling and are never rounded to integers, which torchvision does
-    after each operation.
+    saturation, each clamped to black and white, hue, normalisation, and erasing to 0.
+
+    The points that a view shows are rounded to 1/256 pixel and kept in whole numbers, so every
+    device makes the same views. Each operation differs from torchvision's by at most one level of
+    255, on pictures of noise. Levels of uint8 images are exact until the colours change, and are
+    divided by 255 at the end; they are never rounded to integers, which torchvision does after each
+    operation.
 
     Random words are Philox4x32-10 with key = seed and counter = (image index, view, step, op): op 0
     gives (left, top, flip, angle), op 1 (scale, translate x, translate y, shear x), op 2
@@ -427,7 +431,8 @@ def augment(
         `[V·N, C, H, W]`, view by view. Not differentiable.
 
     Raises:
-        ValueError: an argument's shape, dtype, device or value is not as described.
+        ValueError: an argument's shape, dtype, device or value is not as described, or a view may
+            show points more than 2**20 pixels away from the image.
 
     Equivalent to:
         parameters = view_parameters(policy, seed, step, views, indices, size)

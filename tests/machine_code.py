@@ -98,10 +98,10 @@ def read(cubin: bytes, function: str = "") -> Code:
     bodies = re.split(r"\n\s*Function : ", text)[1:]
     body = next(each for each in bodies if function in each.split()[0])
     resources = re.search(rf"Function {re.escape(body.split()[0])}:\s*\n(.*)", used)[1]
-    numbers = dict(re.findall(r"(REG|LOCAL):(\d+)", resources))
+    numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", resources))
     lines = re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(.*?);", body)
     instructions = [_instruction(int(address, 16), line.strip()) for address, line in lines]
-    return Code(instructions, int(numbers["REG"]), int(numbers["LOCAL"]))
+    return Code(instructions, int(numbers["REG"]), int(numbers["STACK"]) + int(numbers["LOCAL"]))
 
 
 def _instruction(address: int, line: str) -> Instruction:

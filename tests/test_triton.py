@@ -130,27 +130,28 @@ def test_gradient_is_exactly_zero_until_a_logit_moves(dtype, spatial, scale):
 
 
 @pytest.mark.parametrize("spatial", [(), (2,)], ids=["flat", "dense"])
-@pytest.mark.parametrize("label", [-1, 5, 2**40])
-def test_a_label_that_is_no_class_makes_its_image_nan(label, spatial):
-    sizes = [3, 5]
+@pytest.mark.parametrize("sizes", [[3, 5], [5, 5], [40, 33]], ids=["apart", "together", "warps"])
+@pytest.mark.parametrize("label", [-1, 0, 2**40], ids=["below", "next", "huge"])
+def test_a_label_that_is_no_class_makes_its_image_nan(label, sizes, spatial):
+    old_columns, label = sizes[0], label or sizes[1]
     logits, labels, bank = make_inputs(sizes, spatial)
     good = kernels.joint_loss(logits, labels, bank, sizes, TAU)
     labels[1] = label
     for run in (kernels, reference):
         new, old, new_grad, old_grad = run.joint_loss(logits, labels, bank, sizes, TAU)
         assert new.isnan() and old.isfinite() and old_grad.isfinite().all()
-        assert new_grad[1, 3:].isnan().all() and not new_grad[:, :3].any()
+        assert new_grad[1, old_columns:].isnan().all() and not new_grad[:, :old_columns].any()
         torch.testing.assert_close(new_grad[[0, 2]], good[2][[0, 2]])
         assert run.warm_up_loss(logits, labels, sizes, TAU)[0].isnan()
 
 
-@pytest.mark.parametrize("sizes", [[3, 5], [3, 70]], ids=["narrow", "wide"])
+@pytest.mark.parametrize("sizes", [[3, 5], [3, 70], [5, 3], [40, 33]], ids=str)
 @pytest.mark.parametrize("spatial", [(), (2,)], ids=["flat", "dense"])
 def test_an_ignored_label_has_no_loss_and_no_gradient(spatial, sizes):
     logits, labels, bank = make_inputs(sizes, spatial)
     labels[1] = -100
     expected = reference.joint_loss(logits.double(), labels, bank.double(), sizes, TAU)
-    logits[1, 3:] = torch.nan  # they do not matter
+    logits[1, sizes[0] :] = torch.nan  # they do not matter
     new, old, new_grad, old_grad = kernels.joint_loss(logits, labels, bank, sizes, TAU)
     torch.testing.assert_close(new.double(), expected[0], rtol=2e-6, atol=0)
     torch.testing.assert_close(old.double(), expected[1], rtol=2e-6, atol=0)
@@ -248,14 +249,16 @@ def test_no_heads_and_no_columns_behind_them():
     assert loss == 0 and not grad.any()
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="the limit is compiled into the kernel")
 @pytest.mark.parametrize("programs", [1, 2, 4])
-@pytest.mark.parametrize("spatial", [(), (150,)], ids=["flat", "dense"])
-def test_programs_share_the_tiles(monkeypatch, programs, spatial):
-    sizes = [2, 2, 2, 3]
+@pytest.mark.parametrize(
+    "sizes, spatial",
+    [([2, 2, 2, 3], ()), ([3, 2, 2, 2], ()), ([40, 20, 33], ()), ([2, 2, 2, 3], (150,))],
+    ids=["apart", "together", "warps", "dense"],
+)
+def test_programs_share_the_tiles(monkeypatch, programs, sizes, spatial):
     logits, labels, bank = make_inputs(sizes, spatial, N=3 if spatial else 700)
     many = kernels.joint_loss(logits, labels, bank, sizes, TAU)
-    monkeypatch.setattr(kernels, "PROGRAMS", kernels.tl.constexpr(programs))
+    monkeypatch.setattr(kernels, "PROGRAMS", programs)
     few = kernels.joint_loss(logits, labels, bank, sizes, TAU)
     assert torch.equal(few[2], many[2]) and torch.equal(few[3], many[3])
     torch.testing.assert_close(few[:2], many[:2], rtol=1e-6, atol=0)
@@ -283,12 +286,26 @@ def test_results_stay_inside_their_buffers():
         assert torch.equal(inside, original)
 
 
-def test_confident_predictions_keep_their_digits():
-    logits = torch.tensor([[13.0, 0.0]], device=DEVICE).repeat(100, 1)
-    labels = torch.zeros(100, dtype=torch.int64, device=DEVICE)
-    exact = reference.warm_up_loss(logits.double(), labels, [2], TAU)[0]
-    loss = kernels.warm_up_loss(logits, labels, [2], TAU)[0]
+@pytest.mark.parametrize("classes", [2, 40, 600])
+@pytest.mark.parametrize("positions", [(), (3,)], ids=["flat", "dense"])
+def test_confident_predictions_keep_their_digits(classes, positions):
+    logits = torch.zeros(10, classes, *positions, device=DEVICE)
+    logits[:, 0] = 17.0
+    labels = torch.zeros(10, *positions, dtype=torch.int64, device=DEVICE)
+    exact = reference.warm_up_loss(logits.double(), labels, [classes], TAU)[0]
+    loss = kernels.warm_up_loss(logits, labels, [classes], TAU)[0]
     torch.testing.assert_close(loss.double(), exact, rtol=2e-6, atol=0)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a stand-in for a scalar on the host")
+@pytest.mark.parametrize("width", [2, 40])
+def test_a_temperature_by_value(width, monkeypatch):
+    logits, labels, bank = make_inputs([width, 3])
+    monkeypatch.setattr(kernels, "on_device", lambda temperature, device: False)
+    expected = reference.joint_loss(logits.double(), labels, bank.double(), [width, 3], TAU)
+    found = kernels.joint_loss(logits, labels, bank, [width, 3], TAU)
+    torch.testing.assert_close(found[1].double(), expected[1], rtol=2e-6, atol=0)
+    assert_near(found[3], expected[3])
 
 
 @pytest.mark.parametrize("argument", ["head_sizes", "bank", "labels"])
@@ -382,11 +399,12 @@ def test_head_boundaries_are_kept_on_the_device():
     assert kernels.offsets((2, 3, 1), DEVICE).tolist() == [0, 2, 5, 6]
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 16, 17, 100, 1000, 1024, 1025])
+@pytest.mark.parametrize("size", [1, 2, 3, 16, 17, 100, 512, 1000, 1025, 3000])
 def test_who_has_a_head_depends_on_the_widest(size):
     block, each, lanes = kernels.tile_shape([1, size, 1])
     assert max(2, size) <= each * lanes < 2 * max(2, size)
-    expected = {1: 1, 2: 1, 3: 1, 16: 1, 17: 8, 100: 32, 1000: 32, 1024: 32, 1025: 128}
+    expected = {1: 1, 2: 1, 3: 1, 16: 1, 17: 8, 100: 32, 512: 32, 1000: 128, 1025: 128}
+    expected |= {3000: 256}
     assert lanes == expected[size] and block * lanes % 128 == 0  # every thread has something
     block, each, lanes = kernels.tile_shape([1, size, 1], S=9)
     assert size <= each and lanes == 0 and block * each >= kernels.TILE

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from bld_ext import reference
 from bld_ext.reference import GRAY, INTERPOLATIONS, PADDING_MODES, Policy
-from bld_ext.triton.device_data import kept
+from bld_ext.triton.device_data import kept, on_device
 
 BLOCK = 1024  # pixels of a tile; twice as many where contrast asks for a whole view
-PIXELS = 8  # of a thread
+PIXELS = 4  # of a thread, and twice as many where a program has one tile
 TILES = 4  # that a program makes of a large view
 MOST_PROGRAMS = 65_535  # along the second axis of a grid
 BORDER = tl.constexpr(2)  # pixels around a packed image, where points outside of it end up
@@ -792,9 +792,10 @@ def shape(H: int, W: int, whole: bool) -> Tile:
         columns = min(columns, 32)
         rows = min(rows, most // columns)
     tiles = triton.cdiv(H, rows) * triton.cdiv(W, columns)
-    programs = 1 if whole else min(triton.cdiv(tiles, TILES) if tiles > TILES else tiles,
-                                   MOST_PROGRAMS)  # fmt: skip
-    return Tile(rows, columns, max(1, rows * columns // (32 * PIXELS)), programs)
+    pixels = 2 * PIXELS if tiles == 1 else PIXELS
+    programs = triton.cdiv(tiles, TILES) if tiles > TILES else tiles
+    warps = max(1, rows * columns // (32 * pixels))
+    return Tile(rows, columns, warps, 1 if whole else min(programs, MOST_PROGRAMS))
 
 
 def constants(tile: Tile, H: int, W: int) -> dict[str, int | bool]:
@@ -806,11 +807,6 @@ def constants(tile: Tile, H: int, W: int) -> dict[str, int | bool]:
 def signed(word: int) -> int:
     """The bits of a uint32 as an int32."""
     return word - 2**32 if word >= 2**31 else word
-
-
-def on_device(scalar: Tensor, device: torch.device) -> bool:
-    """Whether the kernel reads a scalar itself, so that a graph can be replayed with another."""
-    return scalar.device == device
 
 
 def launch(images, made, policy, seed, step, views, indices, channels_last):

@@ -19,7 +19,7 @@ from bld_ext.triton.device_data import tickets
 VECTOR = 4  # elements that a thread loads at once
 WARPS = (4, 8, 16)  # of a program, the fewest that hold its slab
 FORWARD_TILES, BACKWARD_TILES = 10, 6  # at most in registers, for each of x, and x and dL/dy
-MANY_TILES = 20  # forward, for the most warps
+MANY_TILES = 12  # forward, for the most warps; with more, registers spill
 FEWEST = 2048  # elements of a slab, if there are as many
 VIEWS_BLOCK = tl.constexpr(32)  # views whose parts are added up at once
 

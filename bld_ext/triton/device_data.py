@@ -12,6 +12,11 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def on_device(scalar: Tensor, device: torch.device) -> bool:
+    """Whether a kernel can read a scalar itself, so that a graph can be replayed with another."""
+    return scalar.device == device
+
+
 class OnDevice:
     """A copy of a host tensor, made without waiting, that every stream may use."""
 

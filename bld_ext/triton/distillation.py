@@ -2,19 +2,20 @@
 bfloat16 and float16 logits; float64 runs on the reference.
 
 A head of one image is read once, into the registers of as many threads as the widest of the old
-heads needs: one up to 16 classes, 8 to 32 up to 1,024, all 128 of a program beyond. Where an image
-has several positions, a program has a block of them by the classes of a head.
+heads needs: one up to 16 classes, 8 to 32 of a warp up to 512, all 128 of a program or more beyond.
+Where an image has several positions, a program has a block of them by the classes of a head.
 
-The new head is read beside the old ones if it fits there, else in a second walk. The old ones alone
-decide, because the order in which a softmax is summed must be the same in the op that fills the
-bank and in the op that reads it. Programs walk over the tiles; the last one to finish adds up the
-losses of all, in order.
+The new head is read beside the old ones if it fits there, else in a second walk. It has no say in
+how the old ones are read, because the order in which a softmax is summed must be the same in the op
+that fills the bank and in the op that reads it. Programs walk over the tiles; the last one to
+finish adds up the losses of all, in order.
 
 Many narrow heads of one width, without other columns, have a kernel of their own in `flat.py`.
 
 Head boundaries are data on the device, so that another number of heads, images or positions runs on
-the kernel that is already compiled; only a head wider than all before, to the next power of two,
-makes a new one.
+the kernel that is already compiled. A new one is made for other dtypes, for the first task and for
+those with old heads, for a head wider than all before, to the next power of two, and once each for
+batches of at most 128 tiles and of more.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from bld_ext import reference
 from bld_ext.triton import flat
-from bld_ext.triton.device_data import kept, tickets
+from bld_ext.triton.device_data import kept, on_device, tickets
 from bld_ext.triton.softmax import (
     NARROW,
     PROGRAMS,
@@ -44,9 +45,10 @@ from bld_ext.triton.softmax import (
 )
 
 WARP, THREADS = 32, 32 * WARPS  # threads of a warp and of a program
-WIDE = 1024  # classes of the widest head that a warp has by itself
+WIDE = 512  # classes of the widest head that a warp has by itself
+MOST_EACH = 16  # classes of a thread of heads that are wider; more take minutes to compile
 TILE = 1024  # elements of a tile of positions by classes
-REST = tl.constexpr(1024)  # elements of a tile of columns that get no gradient
+REST = 1024  # elements of a tile of columns that get no gradient
 IGNORED = tl.constexpr(reference.IGNORED)
 
 
@@ -101,7 +103,7 @@ def _store(
 
 @triton.jit
 def _image_and_head(pair, heads):
-    """Of a place among all pairs."""
+    """The image and the head of a pair, when all pairs are numbered image by image."""
     n = pair // heads
     return n.to(tl.int64), pair - n * heads
 
@@ -135,7 +137,7 @@ def _walk(
     else:
         heads = 1
         offsets_ptr += old_heads
-    # from tile to tile without a division; BLOCK * programs is at most 2^20
+    # from tile to tile without a division; BLOCK * programs is at most 2^18
     first_n, first_head = _image_and_head(program * BLOCK, heads)
     step_n, step_head = _image_and_head(programs * BLOCK, heads)
     for _ in range(program, tiles, programs):
@@ -168,7 +170,7 @@ def _walk(
                     old_grad_k = tl.where(is_new, 0.0, old_grad_k)
             if NEW:
                 label = k * LANES + tl.arange(0, LANES)[None, :]
-                counts = (label < new_size) & _has_loss(label, y, poison)
+                counts = _has_loss(label, y, poison)
                 new_losses += tl.where(counts, log_sum - x[k] + poison, 0.0)
                 new_grad_k = _new_grad(p_k, label, y, poison)
             old_grad, new_grad = old_grad + (old_grad_k,), new_grad + (new_grad_k,)
@@ -263,16 +265,17 @@ def _walk_new_blocks(
 
 
 @triton.jit
-def _walk_rest(grad_ptr, N, C, C_old, S, program, tiles, programs):
-    """Columns behind the old heads that get no gradient."""
-    width = (C - C_old) * S
+def _walk_rest(
+    grad_ptr, N, C, C_old, S, width, program, tiles, programs, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Columns behind the old heads that get no gradient: `width` elements of an image."""
     for tile in range(program, tiles, programs):
-        start = tl.cast(tile, tl.int64) * REST
+        start = tl.cast(tile, tl.int64) * BLOCK
         first_n = start // width
-        place = (start - first_n * width).to(tl.int32) + tl.arange(0, REST)
+        place = (start - first_n * width).to(width.dtype) + tl.arange(0, BLOCK)
         n = first_n + place // width
         at = (n * C + C_old) * S + place % width
-        tl.store(grad_ptr + at, tl.zeros([REST], tl.float32), mask=n < N)
+        tl.store(grad_ptr + at, tl.zeros([BLOCK], tl.float32), mask=n < N)
 
 
 # ---- the loss of the new head ----
@@ -297,7 +300,7 @@ def _new_grad(p, label, y, poison):
 
 
 @triton.jit(
-    do_not_specialize=["N", "C", "C_old", "S", "old_heads", "old_tiles", "new_tiles",
+    do_not_specialize=["N", "C", "C_old", "S", "rest", "old_heads", "old_tiles", "new_tiles",
                        "temperature"],
     do_not_specialize_on_alignment=[
         "logits_ptr", "labels_ptr", "targets_ptr", "bank_ptr", "old_grad_ptr", "new_grad_ptr",
@@ -321,9 +324,10 @@ def heads_kernel(
     C,
     C_old,
     S,
+    rest,  # elements of an image that get no gradient, of 64 bits if they are very many
     old_heads,
     old_tiles,  # of all heads, if TOGETHER
-    new_tiles,  # of the new head by itself, or of columns that get no gradient
+    new_tiles,  # of the new head by itself, or of the rest
     TOGETHER: tl.constexpr,  # the new head is in the tiles of the old ones
     OLD_BLOCK: tl.constexpr,
     OLD_EACH: tl.constexpr,
@@ -331,6 +335,7 @@ def heads_kernel(
     NEW_BLOCK: tl.constexpr,
     NEW_EACH: tl.constexpr,
     NEW_LANES: tl.constexpr,
+    REST: tl.constexpr,  # elements of a tile of the rest
     ON_DEVICE: tl.constexpr,  # temperature is a pointer
     PROGRAMS: tl.constexpr,  # at most; a power of two
 ):
@@ -357,7 +362,7 @@ def heads_kernel(
     begin = (program + programs - (old_tiles % programs).to(tl.int32)) % programs
     if labels_ptr is None:
         if old_grad_ptr is not None:
-            _walk_rest(old_grad_ptr, N, C, C_old, S, begin, new_tiles, programs)
+            _walk_rest(old_grad_ptr, N, C, C_old, S, rest, begin, new_tiles, programs, REST)
     elif NEW_LANES == 0:
         new_losses = _walk_new_blocks(
             logits_ptr, labels_ptr, old_grad_ptr, new_grad_ptr, offsets_ptr, old_heads,
@@ -412,9 +417,11 @@ def tile_shape(sizes: Sequence[int], S: int = 1) -> Tile:
     if classes <= NARROW:
         lanes, elements = 1, 4
     else:
-        lanes, elements = min(classes // 4, WARP) if classes <= WIDE else THREADS, 8
+        lanes, elements = min(classes // 4, WARP), 8
+        if classes > WIDE:
+            lanes = max(THREADS, classes // MOST_EACH)
     each = classes // lanes
-    return Tile(THREADS // lanes * max(1, elements // each), each, lanes)
+    return Tile(max(1, THREADS // lanes * max(1, elements // each)), each, lanes)
 
 
 def are_together(head_sizes: Sequence[int], old: Tile, new: Tile) -> bool:
@@ -423,9 +430,9 @@ def are_together(head_sizes: Sequence[int], old: Tile, new: Tile) -> bool:
 
 
 def constants(old: Tile, new: Tile, together: bool) -> dict[str, int | bool]:
-    """Of the kernel."""
-    named = {"OLD": old, "NEW": new}.items()
-    return {"TOGETHER": together} | {
+    """What the kernel is compiled for."""
+    named = {"OLD": old, "NEW": old if together else new}.items()
+    return {"TOGETHER": together, "REST": REST} | {
         f"{name}_{key.upper()}": value for name, t in named for key, value in t._asdict().items()
     }
 
@@ -462,12 +469,12 @@ def _launch(logits, head_sizes, temperature, labels=None, targets=None, bank=Non
     if new and not together:
         new_tiles = new_tile.count(N, S, 1)
     elif targets is not None and not new:
-        new_tiles = triton.cdiv(N * (C - C_old) * S, REST.value)
+        new_tiles = triton.cdiv(N * (C - C_old) * S, REST)
     if not logits.numel() or not old_tiles + new_tiles:
         return [loss if loss is None else loss.zero_() for loss in losses], grads
     programs = min(old_tiles + new_tiles, PROGRAMS)
     partials = torch.empty(2, programs, **like) if any(wanted) else None
-    on_device = temperature.device == logits.device
+    by_pointer = on_device(temperature, logits.device)
     guard = torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext()
     with guard:
         heads_kernel[(programs,)](
@@ -477,11 +484,11 @@ def _launch(logits, head_sizes, temperature, labels=None, targets=None, bank=Non
             bank, grads[1], grads[0], losses[1], losses[0], partials,
             tickets(logits.device) if any(wanted) else None,
             offsets((*head_sizes, *new), logits.device),
-            temperature if on_device else temperature.item(),
-            N, C, C_old, S, heads, old_tiles, new_tiles,
+            temperature if by_pointer else temperature.item(),
+            N, C, C_old, S, (C - C_old) * S, heads, old_tiles, new_tiles,
             **constants(old_tile, new_tile, together),
-            ON_DEVICE=on_device,
-            PROGRAMS=at_most(programs),
+            ON_DEVICE=by_pointer,
+            PROGRAMS=at_most(programs) if any(wanted) else PROGRAMS,
             num_warps=WARPS,
             enable_fp_fusion=False,  # p - target is not fused with what makes p
         )  # fmt: skip

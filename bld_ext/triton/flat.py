@@ -19,7 +19,6 @@ from bld_ext.triton.softmax import (
     PROGRAMS,
     WARPS,
     add_up,
-    at_most,
     grad_of,
     inverse_of,
     loss_of,
@@ -99,7 +98,11 @@ def _tile(
     return losses
 
 
-@triton.jit(do_not_specialize=["end", "temperature"])
+@triton.jit(
+    do_not_specialize=["end", "temperature"],
+    # a launch in a CUDA graph has a ticket of its own, and runs on the kernel that is compiled
+    do_not_specialize_on_alignment=["ticket_ptr", "temperature"],
+)
 def flat_kernel(
     logits_ptr,  # [end]
     targets_ptr,  # [end], the bank to distil from
@@ -178,7 +181,7 @@ def launch(
             tickets(logits.device) if distils else None,
             temperature if on_device else temperature.item(), logits.numel(),
             CLASSES=width, HEADS=heads, BLOCK=BLOCK, ON_DEVICE=on_device,
-            PROGRAMS=at_most(programs),
+            PROGRAMS=PROGRAMS,
             num_warps=WARPS,
             enable_fp_fusion=False,  # p - target is not fused with what makes p
         )  # fmt: skip

@@ -33,8 +33,8 @@ def spread_softmax(z, inverse_temperature, EACH: tl.constexpr, LANES: tl.constex
     """x = (z - max) / τ and e^x, EACH tensors as z has them; Σ e^x and log Σ e^x.
 
     A head lies in LANES threads, along axis 1 of each tensor. A thread adds up what it has, then
-    the threads add up theirs, so the order does not depend on how many heads a tile has, nor on
-    how much wider it is than the head.
+    the threads add up theirs, so the order depends on LANES alone: not on how many heads a tile
+    has, nor on EACH.
     """
     top = z[0]
     for k in tl.static_range(1, EACH):

@@ -322,20 +322,19 @@ BLD_EXT_INLINE void sample(const Call &call, const View &view, Image<acc_t, Word
                            int64_t plane) {
   const Policy &policy = call.policy;
   const bool reflects = policy.padding_mode == PaddingMode::reflect;
+  const auto with = [&](auto nearest, auto resized) BLD_EXT_INLINE_LAMBDA {
+    constexpr bool N = decltype(nearest)::value, R = decltype(resized)::value;
+    reflects ? resample<L, acc_t, Word, true, N, R>(call, view, image, to, plane)
+             : resample<L, acc_t, Word, false, N, R>(call, view, image, to, plane);
+  };
   if (!policy.turns)
     move(call, view, image, to, plane);
-  else if (policy.nearest && policy.resized)
-    reflects ? resample<L, acc_t, Word, true, true, true>(call, view, image, to, plane)
-             : resample<L, acc_t, Word, false, true, true>(call, view, image, to, plane);
   else if (policy.nearest)
-    reflects ? resample<L, acc_t, Word, true, true, false>(call, view, image, to, plane)
-             : resample<L, acc_t, Word, false, true, false>(call, view, image, to, plane);
-  else if (policy.resized)
-    reflects ? resample<L, acc_t, Word, true, false, true>(call, view, image, to, plane)
-             : resample<L, acc_t, Word, false, false, true>(call, view, image, to, plane);
+    policy.resized ? with(std::true_type(), std::true_type())
+                   : with(std::true_type(), std::false_type());
   else
-    reflects ? resample<L, acc_t, Word, true, false, false>(call, view, image, to, plane)
-             : resample<L, acc_t, Word, false, false, false>(call, view, image, to, plane);
+    policy.resized ? with(std::false_type(), std::true_type())
+                   : with(std::false_type(), std::false_type());
 }
 
 // ---- colour ----
