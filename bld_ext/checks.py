@@ -326,7 +326,7 @@ def image_size(size: Sequence[int], argument: str = "size") -> tuple[int, int]:
     whole = len(sides) == 2 and all(isinstance(side, Integral) and side > 0 for side in sides)
     require(whole, argument, "(height, width) of at least one pixel", size)
     require(max(sides) <= 2**24, argument, "sides of at most 2**24 pixels", sides)
-    small = (sides[0] + 4) * (sides[1] + 4) < 2**31
+    small = (sides[0] + 4) * (sides[1] + 4) < 2**31 - 128
     require(small, argument, "fewer than 2**31 pixels, with a border of 2", sides)
     return sides
 

@@ -405,9 +405,10 @@ def augment(
 
     The points that a view shows are rounded to 1/256 pixel and kept in whole numbers, so every
     device makes the same views. Each operation differs from torchvision's by at most one level of
-    255, on pictures of noise. Levels of uint8 images are exact until the colours change, and are
-    divided by 255 at the end; they are never rounded to integers, which torchvision does after each
-    operation.
+    255, on pictures of noise of up to 512 pixels a side. On larger ones the error of a point grows
+    with the square of the side, to 1/200 pixel at 1,024 and 1/50 pixel at 2,048. Levels of uint8
+    images are exact until the colours change, and are divided by 255 at the end; they are never
+    rounded to integers, which torchvision does after each operation.
 
     Random words are Philox4x32-10 with key = seed and counter = (image index, view, step, op): op 0
     gives (left, top, flip, angle), op 1 (scale, translate x, translate y, shear x), op 2

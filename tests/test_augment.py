@@ -727,6 +727,19 @@ def test_points_as_far_away_as_32_bits_allow():
     assert (views != 0).float().mean() < 1e-3
 
 
+@pytest.mark.parametrize("width", [224, 4096, 8192, 16384])
+def test_a_crop_of_a_long_image_stays_where_it_is(width):
+    """What counts as a tie does not grow with the image."""
+    height = max(9, width // 900)
+    ramp = torch.arange(width).expand(1, 1, height, width).float() / width
+    ratio = (width / height,) * 2
+    augment = SeededAugment(resized_crop=(1, 1), resized_crop_ratio=ratio, interpolation="nearest")
+    where = dict(seed=0, step=0, views=[0])
+    box = augment.parameters(**where, indices=torch.arange(1), size=(height, width))
+    assert (box.width.item(), box.height.item()) == (width, height)
+    assert torch.equal(augment(ramp, **where), ramp)
+
+
 def test_mean_of_another_number_of_channels():
     policy = SeededAugment(mean=(0.5,), std=(1,)).policy
     with pytest.raises(ValueError, match="^policy.mean: expected 3 values, one a channel, got 1$"):

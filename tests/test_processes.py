@@ -920,8 +920,15 @@ def test_the_command_shares_the_views_of_each_run(tmp_path):
     found, expected = (records_of(tmp_path / name) for name in ("two", "one"))
     assert found.keys() == expected.keys() == {"finetune", "lwf"}
     for method, record in found.items():
-        for name in ("batches", "accuracy"):
-            assert record[name] == expected[method][name], (method, name)
+        assert record["batches"] == expected[method]["batches"]
+        assert_same_accuracy(record, expected[method])
+
+
+def assert_same_accuracy(record, expected):
+    """But for one image of a task of 105 or more: sums of two processes are rounded otherwise."""
+    pairs = zip(record["accuracy"], expected["accuracy"], strict=True)
+    for found, wanted in pairs:
+        assert found == pytest.approx(wanted, abs=100 / 105)
 
 
 def test_a_run_of_one_process_goes_on_with_two(tmp_path):
@@ -987,7 +994,7 @@ def test_the_command_goes_on_when_torchrun_starts_it_again(tmp_path):
     dataset, settings = load_dataset("digits"), replace(PRESETS["digits"], **SMALL)
     for method, found in records_of(tmp_path).items():
         expected = run(dataset, method, settings, 0)
-        assert found["accuracy"] == expected["accuracy"], method
+        assert_same_accuracy(found, expected)
         assert found["batches"] == expected["batches"]
 
 

@@ -419,7 +419,7 @@ def _whole(x, size, bits, EVEN: tl.constexpr):
         tie = (shifted & ((1 << bits) - 1)) == 0
         return tl.where(tie, upper - (upper & 1), upper)
     else:
-        return (shifted + size) >> bits
+        return (shifted + tl.minimum(size, 1 << (bits - FRACTION - 1))) >> bits
 
 
 @triton.jit

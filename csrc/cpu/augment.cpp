@@ -186,7 +186,8 @@ struct Axis {
   template <bool even, typename V> BLD_EXT_INLINE V nearest(const V &x) const {
     const V shifted = x + half;
     if constexpr (!even)
-      return within((shifted + greatest) >> bits, lowest, greatest);
+      return within((shifted + std::min(greatest, 1 << (bits - FRACTION - 1))) >> bits, lowest,
+                    greatest);
     const V upper = shifted >> bits;
     const V odd = (shifted & (2 * half - 1)) == 0 ? upper & 1 : V{};
     return within(upper - odd, lowest, greatest);
@@ -568,7 +569,7 @@ Tensor augment(const Tensor &images_, std::vector<double> policy, const Tensor &
   BLD_CHECK(!indices_ || (indices.is_cpu() && indices.scalar_type() == ScalarType::Long &&
                           indices.dim() == 1 && indices.numel() == N),
             "indices: expected ", N, " int64 numbers on the CPU, one an image");
-  BLD_CHECK(H <= 1 << 24 && W <= 1 << 24, "images: expected sides of at most 2^24, got ", H, " x ",
+  BLD_CHECK(H <= 1 << 20 && W <= 1 << 20, "images: expected sides of at most 2^20, got ", H, " x ",
             W);
   BLD_CHECK((H + 2 * BORDER) < INT32_MAX / (W + 2 * BORDER),
             "images: expected fewer than 2^31 pixels with a border of ", BORDER, ", got ", H, " x ",
