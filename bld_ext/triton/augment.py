@@ -813,10 +813,8 @@ def launch(images, made, policy, seed, step, views, indices, channels_last):
     """Writes the views into `made`, in a launch for each stretch of consecutive views, and one."""
     N, C, H, W = images.shape
     settled, device = Policy.unpack(policy), images.device
-    packed, white = (
-        images.dtype == torch.uint8 and C <= 4,
-        255 if images.dtype == torch.uint8 else 1,
-    )
+    white = 255 if images.dtype == torch.uint8 else 1
+    packed = white == 255 and C <= 4
     numbers = kept(("augment", white, *policy), device, "policy", lambda: settings(settled, white))
     there = [x if on_device(x, device) else None for x in (seed, step)]
     seed, step = (x.item() if at is None else 0 for x, at in zip((seed, step), there, strict=True))

@@ -170,8 +170,7 @@ def _walk(
                     old_grad_k = tl.where(is_new, 0.0, old_grad_k)
             if NEW:
                 label = k * LANES + tl.arange(0, LANES)[None, :]
-                counts = _has_loss(label, y, poison)
-                new_losses += tl.where(counts, log_sum - x[k] + poison, 0.0)
+                new_losses += tl.where(_has_loss(label, y, poison), log_sum - x[k] + poison, 0.0)
                 new_grad_k = _new_grad(p_k, label, y, poison)
             old_grad, new_grad = old_grad + (old_grad_k,), new_grad + (new_grad_k,)
         if OLD and bank_ptr is not None:
@@ -252,12 +251,11 @@ def _walk_new_blocks(
             tile, offsets_ptr + old_heads, S, 1, BLOCK, CLASSES
         )
         at = (n * C + column) * S + s
-        y = tl.load(labels_ptr + n * S + s, mask=s < S, other=0)
+        y = tl.load(labels_ptr + n * S + s, mask=s < S, other=IGNORED)
         z = tl.load(logits_ptr + at, mask=mask, other=-float("inf")).to(tl.float32)
         x, p, log_sum = _softmax(z, 1.0)
         poison = _poison(y, size)
-        loss = tl.where(_has_loss(label, y, poison), log_sum - x + poison, 0.0)
-        losses += tl.where(mask, loss, 0.0)
+        losses += tl.where(_has_loss(label, y, poison), log_sum - x + poison, 0.0)
         tl.store(new_grad_ptr + at, _new_grad(p, label, y, poison), mask=mask)
         if old_grad_ptr is not None:
             tl.store(old_grad_ptr + at, tl.zeros_like(p), mask=mask)

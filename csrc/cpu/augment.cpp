@@ -1,7 +1,8 @@
 // augment on a CPU. A thread takes image after image, and of each image view after view: parameters
-// from Philox, one resample into planes that stay in its cache, colour in place there, and one
-// write in the dtype and layout of the result. Four channels of uint8 lie in one word, so that a
-// neighbour of a point is one load. The arithmetic, and so the bits, are the reference's.
+// from Philox, one resample into planes that stay in its cache, and from there colour and one write
+// in the dtype and layout of the result, a register of pixels at a time. Four channels of uint8 lie
+// in one word, so that a neighbour of a point is one load. The arithmetic, and so the bits, are the
+// reference's.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -400,10 +401,8 @@ template <int64_t L, typename acc_t> struct Colours {
   BLD_EXT_INLINE void begin(acc_t *x, int64_t plane) {
     const int64_t size = call.H * call.W;
     if (call.policy.brightens)
-      for (int64_t i = 0; i < call.C * plane; ++i) {
-        const acc_t bright = brightness * x[i], low = bright < 0 ? acc_t(0) : bright;
-        x[i] = low > white ? white : low;
-      }
+      for (int64_t i = 0; i < call.C * plane; ++i)
+        x[i] = clamp(brightness * x[i]);
     if (!call.policy.contrasts)
       return;
     int64_t sum = 0;
