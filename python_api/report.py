@@ -23,6 +23,7 @@ class StepReport:
         distillation_norms: ‖G_d‖ before balancing, `[L]` for each joint repetition. If all are
             zero, nothing was distilled.
         factors: λ‖G_w‖/‖G_d‖, `[L]` for each joint repetition.
+        step_norms: ‖G‖ of the sum G of both gradients in the first joint repetition, `[L]`.
         memory: bytes held while the batch was learned, beside the network and the activations;
             "seed" stands for the seed and the batch's number.
     """
@@ -34,7 +35,24 @@ class StepReport:
     distillation_loss: list[Tensor] = field(default_factory=list)
     distillation_norms: list[Tensor] = field(default_factory=list)
     factors: list[Tensor] = field(default_factory=list)
+    step_norms: Tensor | None = None
     memory: dict[str, int] = field(default_factory=lambda: {"seed": 16})
+
+    @property
+    def new_share(self) -> Tensor | None:
+        """The share of the new task's step that the first joint repetition takes, `[L]` float64.
+
+        It is ⟨G, G_t⟩ / ‖G_t‖², where G is the sum of the balanced G_d and of G_t = dL_t/dθ: 1
+        where G_d changes nothing about the step along G_t, less where it points against it, and
+        negative in layers that move against their new task. ‖G_w‖ stands for ‖G_t‖, from which the
+        warm-up moves it by a share of about α_w/α_j. It is nan in layers without a gradient of the
+        new task, such as old heads, and None while there is no old head.
+        """
+        if self.step_norms is None or not self.factors:
+            return None
+        new, total = self.reference_norms.double(), self.step_norms.double()
+        old = self.factors[0].double() * self.distillation_norms[0].double()
+        return (total**2 + new**2 - old**2) / (2 * new**2)
 
 
 @dataclass

@@ -57,7 +57,9 @@ class TwoForward:
         stage.distil(nullcontext())  # G_d = Σ_v dL_d(v, ŷ_v)/dθ' / V
         stage.rescale()  # G_d[l] ← λ ‖G_w[l]‖ / ‖G_d[l]‖ · G_d[l]
         stage.carry_on()
-        loss, _ = self.descend(stage, stage.learn)  # θ'' = θ' - α_j (G_d + Σ_v dL_t(v)/dθ' / V)
+        # θ'' = θ' - α_j (G_d + Σ_v dL_t(v)/dθ' / V)
+        loss, norms = self.descend(stage, stage.learn, measure=stage.is_measured)
+        stage.note_step(norms)
         return loss
 
     def descend_old(self, stage):
@@ -82,7 +84,7 @@ class SharedForward(TwoForward):
                 stage.views, stage.bank, stage.temperature, stage.rescale
             )
             stage.note_distillation(old_loss)
-            self._update(stage, loss)
+            stage.note_step(self._update(stage, loss, measure=stage.is_measured))
             return loss
         if stage.sharded or any(p._post_accumulate_grad_hooks for p in stage.params):
             return super().descend_both(stage)  # torch.autograd.grad goes past FSDP and hooks
@@ -94,13 +96,14 @@ class SharedForward(TwoForward):
         grads = stage.processes.sum_both(params, grads, [loss, old_loss])
         stage.note_distillation(old_loss)
         rate, same = stage.plain_rate(), set(stage.arrived()) == set(grads)
-        if rate is not None and same and stage.balance is not None and not stage.check_finite:
+        fused = rate is not None and same and stage.balance is not None
+        if fused and not (stage.check_finite or stage.is_measured):
             stage.rescale_and_update(grads, rate)
         else:
             stage.rescale(grads)
             for param, grad in grads.items():
                 param.grad = grad.clone() if param.grad is None else param.grad.add_(grad)
-            self._update(stage, loss)
+            stage.note_step(self._update(stage, loss, measure=stage.is_measured))
         return loss
 
 

@@ -116,6 +116,15 @@ class Stage:
         self.report.distillation_norms.append(norms)
         self.require_finite(norms)
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether the norm of G is reported: in the first joint repetition."""
+        return not self.report.new_loss
+
+    def note_step(self, norms: Tensor | None) -> None:
+        if norms is not None:
+            self.report.step_norms = norms
+
     def note_held(self, held: int | None = None) -> None:
         """Report the most bytes of gradients held so far; `held` defaults to those held now."""
         if held is None:

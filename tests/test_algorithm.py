@@ -25,8 +25,10 @@ BATCHES = 3
 class StraightLine:
     """θ → θ' → θ'' → θ''' of one batch, equation by equation."""
 
-    def __init__(self, model, layer):
+    def __init__(self, model, layer, warmup_lr=WARMUP_LR):
         self.model, self.layer, self.number = model, layer, 0
+        self.warmup_lr = warmup_lr
+        self.new_share = {}  # ⟨G, G_t⟩ / ‖G_t‖² of each layer in the first repetition
         self.norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
 
     def logits(self, images):
@@ -51,6 +53,13 @@ class StraightLine:
             layer = self.layer_of(name)
             squares[layer] = squares.get(layer, 0) + (grad**2).sum()
         return {layer: square.sqrt() for layer, square in squares.items()}
+
+    def share(self, total, new):
+        products, squares = {}, self.norm(new)
+        for name in new:
+            layer = self.layer_of(name)
+            products[layer] = products.get(layer, 0) + (total[name] * new[name]).sum()
+        return {layer: product / squares[layer] ** 2 for layer, product in products.items()}
 
     def gradient(self, loss):
         names, params = zip(*self.model.named_parameters(), strict=True)
@@ -79,9 +88,9 @@ class StraightLine:
         loss = self.new_loss(views, labels)
         G_w = self.gradient(loss)
         norm_w = self.norm(G_w)
-        self.update(G_w, WARMUP_LR)
+        self.update(G_w, self.warmup_lr)
 
-        for _ in range(2):
+        for repetition in range(2):
             views = self.logits(images)
             G_t = self.gradient(self.new_loss(views, labels))
             if len(views[0]) > 1:
@@ -91,10 +100,13 @@ class StraightLine:
                         L_d -= (target * (z / TEMPERATURE).log_softmax(1)).sum() / VIEWS
                 G_d = self.gradient(L_d)
                 norm_d = self.norm(G_d)
+                alone = dict(G_t)
                 for name, grad in G_d.items():
                     layer = self.layer_of(name)
                     if norm_d[layer] > 0:
-                        G_t[name] += BALANCE * norm_w[layer] / norm_d[layer] * grad
+                        G_t[name] = G_t[name] + BALANCE * norm_w[layer] / norm_d[layer] * grad
+                if repetition == 0:
+                    self.new_share = self.share(G_t, alone)
             self.update(G_t, LR)
 
         self.number += 1
@@ -138,3 +150,43 @@ def test_equals_the_paper_s_algorithms(schedule, layer, views_per_pass, make_mod
                 atol=1e-10,
                 msg=lambda m, n=name: f"{n}: {m}",
             )
+
+
+@pytest.mark.parametrize("layer", ["module", "tensor", "network"])
+@pytest.mark.parametrize("views_per_pass", [1, 4], ids="{}_views_a_pass".format)
+@pytest.mark.parametrize("schedule", ["two_forward", "shared_forward", "in_backward"])
+def test_reports_the_share_of_the_new_task_s_step(
+    schedule, views_per_pass, layer, make_model, make_batch
+):
+    """The warm-up is so short that G_w is dL_t/dθ' but for rounding, and G_d is still clear."""
+    model = make_model(dtype=torch.float64)
+    straight = StraightLine(copy.deepcopy(model), layer, warmup_lr=1e-6)
+    optimizer = arranged(
+        model, LR, warmup_lr=1e-6, temperature=TEMPERATURE, balance=BALANCE, views=VIEWS,
+        views_per_pass=views_per_pass, augment=AUGMENT, layer=layer, schedule=schedule, seed=SEED,
+    )  # fmt: skip
+    assert optimizer.last is None
+    for task, classes in enumerate((2, 3)):
+        head = model.add_head(classes)
+        straight.model.add_head(classes).load_state_dict(head.state_dict())
+        for number in range(2):
+            batch = make_batch(classes, 10 * task + number, dtype=torch.float64)
+            optimizer.step(*batch)
+            straight.batch(*batch)
+            if task == 0:
+                assert optimizer.last.new_share is None
+                continue
+            found = dict(zip(optimizer.last.layers, optimizer.last.new_share, strict=True))
+            assert found and all(value.dtype == torch.float64 for value in found.values())
+            norms = dict(zip(optimizer.last.layers, optimizer.last.reference_norms, strict=True))
+            for name, value in found.items():
+                if 0 < norms[name] < 1e-10:  # a bias before BatchNorm, whose gradient is rounding
+                    continue
+                expected = straight.new_share["" if layer == "network" else name]
+                torch.testing.assert_close(
+                    value, expected, rtol=1e-4, atol=1e-4, equal_nan=True, msg=str((name, found))
+                )
+            old = [name for name in found if name.startswith("heads.0")]
+            assert all(found[name].isnan() for name in old)  # which have no gradient of it
+            others = torch.stack([found[name] for name in found if name not in old])
+            assert (others - 1).abs().max() > 0.05

@@ -27,7 +27,7 @@ from benchmarks.paper.checkpoint import Checkpoint, CheckpointError
 from benchmarks.paper.estimate import Estimator
 from benchmarks.paper.experiment import batch_statistics, conditions, evaluate, run
 from benchmarks.paper.job import devices_of, use_device
-from benchmarks.paper.methods import METHODS, PRESETS, Settings
+from benchmarks.paper.methods import METHODS, PRESETS, Settings, make_learner
 from benchmarks.paper.networks import NETWORKS, Shrink, make_model
 from benchmarks.paper.streams import Dataset, load_dataset, make_stream
 from benchmarks.paper.work import describe
@@ -95,6 +95,37 @@ def test_the_paired_difference_is_that_of_the_averages(job):
     found = result["bld_minus"]["finetune"]
     assert found["mean"] == pytest.approx(mean(differences))
     assert found["standard_error"] == pytest.approx(stdev(differences) / 2**0.5)
+
+
+def test_an_interval_is_that_of_a_paired_t_test():
+    """For differences 1, 2 and 6: mean 3, standard error √7/√3, and 4.303 of a t with 2 degrees."""
+    averages = {"bld": (51, 62, 76), "finetune": (50, 60, 70)}
+    runs = [
+        {"method": m, "seed": s, "accuracy": [[a]]}
+        for m, of in averages.items()
+        for s, a in enumerate(of)
+    ]
+    found = report.paired(runs, "bld", "finetune")
+    half = 4.30265 * (7 / 3) ** 0.5
+    assert found["interval"] == pytest.approx([3 - half, 3 + half], rel=1e-5)
+    assert found["p"] == pytest.approx(0.188, abs=1e-3)
+    line = report.difference_line(found, "bld", "finetune")
+    assert line == (
+        "bld - finetune, paired over 3 seeds: +3.0 points ± 1.5 (standard error), "
+        "95 % interval -3.6 to +9.6, p = 0.19"
+    )
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_equal_differences_have_no_interval(seeds):
+    runs = [
+        {"method": m, "seed": s, "accuracy": [[a]]}
+        for m, a in {"bld": 60, "finetune": 50}.items()
+        for s in range(seeds)
+    ]
+    found = report.paired(runs, "bld", "finetune")
+    assert found["mean"] == 10 and found["interval"] is None and found["p"] is None
+    assert "interval" not in report.difference_line(found, "bld", "finetune")
 
 
 def test_forgetting_is_best_minus_last():
@@ -562,7 +593,11 @@ def tiny_mnist(tmp_path):
 def test_a_table_stands_beside_the_printed_one(tiny_mnist, tmp_path, capsys):
     assert main(["table2", "--preset", "cpu", *TINY, *tiny_mnist]) == 0
     written = (tmp_path / "out" / "table.md").read_text()
-    assert "(89.9)" in written and "bld - finetune: " in written and "lwf-offline" in written
+    assert (
+        "(89.9)" in written
+        and "bld - finetune, paired over" in written
+        and "lwf-offline" in written
+    )
     assert "(80.6)" in written and "backward transfer" in written
     for picture in ("accuracy", "matrix", "factors", "memory"):
         data = (tmp_path / "out" / "mnist-5" / f"{picture}.png").read_bytes()
@@ -699,11 +734,39 @@ def test_ablation_changes_one_setting_at_a_time(tmp_path, capsys):
     options = "ablation --tasks 2 --vary temperature=1,4 layer=tensor precision=bf16".split()
     assert main([*options, *TINY, "--out", str(tmp_path)]) == 0
     written = (tmp_path / "ablation.md").read_text().splitlines()
-    assert [line.split(" | ")[:3] for line in written[2:]] == [
-        ["| temperature", "1", "bld"], ["| temperature", "4", "bld"], ["| layer", "tensor", "bld"],
-        ["| precision", "bf16", "bld"],
+    assert [[cell.strip() for cell in line.split("|")[1:4]] for line in written[2:]] == [
+        ["temperature", "1", "bld"], ["temperature", "4", "bld"], ["layer", "tensor", "bld"],
+        ["precision", "bf16", "bld"],
     ]  # fmt: skip
     assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_ablation_shows_the_gain_over_finetuning(tmp_path, capsys):
+    options = "ablation --tasks 2 --methods finetune,bld --vary balance=1".split()
+    assert main([*options, *TINY, "--out", str(tmp_path)]) == 0
+    *_, finetune, bld = (tmp_path / "ablation.md").read_text().splitlines()
+    assert finetune.split("|")[6].strip() == ""
+    assert float(bld.split("|")[6].split("(")[0]) is not None
+
+
+@pytest.mark.parametrize("method", ["bld", "l2", "lwf"])
+def test_rates_fall_from_task_to_task(method):
+    settings = replace(SMALL, lr_decay=0.5, tasks=3)
+    learner = make_learner(method, settings, 0)
+    rates = []
+    for task in make_stream(load_dataset("digits"), 3, 0, 40):
+        learner.begin(task)
+        learner.model.add_head(len(task.classes))
+        rates.append((learner.optimizer.lr, learner.optimizer.warmup_lr))
+    assert rates == [(3e-3 * f, pytest.approx(3e-5 * f)) for f in (1, 0.5, 0.25)]
+
+
+def test_dropout_stands_behind_each_block():
+    model = make_model("slim", dropout=0.5)
+    assert sum(isinstance(m, torch.nn.Dropout) for m in model.modules()) == 3
+    model = make_model("resnet18", dropout=0.5)
+    assert sum(isinstance(m, torch.nn.Dropout) for m in model.modules()) == 8
+    assert not any(isinstance(m, torch.nn.Dropout) for m in make_model("slim").modules())
 
 
 def test_an_ablation_is_refused_before_it_begins(tmp_path, capsys):

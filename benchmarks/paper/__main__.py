@@ -24,6 +24,7 @@ from benchmarks.paper.methods import (
     OWN,
     PRECISIONS,
     PRESETS,
+    SMALL,
 )
 from benchmarks.paper.networks import NETWORKS
 from benchmarks.paper.streams import LOADERS, DatasetError
@@ -65,6 +66,9 @@ VARIED = {
     "layer": ["module", "tensor", "network"],
     "statistics": ["once", "every_pass"],
     "momentum": [0.03, 0.1, 0.3],
+    "lr_decay": [1.0, 0.7, 0.5],
+    "dropout": [0.0, 0.1, 0.25],
+    "network": ["slim", "slim-wide", "slim-2x2"],
     "precision": ["fp32", "mixed", "bf16"],
 }  # the values that the ablation tries, one setting at a time
 
@@ -146,8 +150,9 @@ def make_parser() -> argparse.ArgumentParser:
     datasets = f"{', '.join(LOADERS)}, or the path of an .npz"
     add("--dataset", help=f"{datasets} (default: digits)")
     add("--tasks", type=positive, help="tasks the classes are split into (default: 5)")
-    add("--preset", choices=["paper", "cpu"], default="paper",
-        help="the paper's setting, or a small one for a CPU; digits has its own")  # fmt: skip
+    add("--preset", choices=["paper", "cpu", "full-cpu"], default="paper",
+        help="the paper's setting; full-cpu: its rates and all images with a slim network and 4 "
+        "views; cpu: also fewer images at a higher rate; digits has its own")  # fmt: skip
     add("--methods", type=parse_methods, help=", ".join(METHODS))
     add("--seeds", type=parse_seeds, help="such as 5-14 (default; of tables 0-4) or 0,3,7")
     add("--resume", action="store_true", help="go on where an earlier job in --out was stopped")
@@ -158,6 +163,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--views", type=positive, help="random views of each image")
     add("--network", choices=NETWORKS, help="backbone")
     add("--lr", type=float, help="learning rate of the joint updates; the warm-up takes 1 %% of it")
+    add("--lr-decay", type=fraction, metavar="FACTOR", help="of the rates from task to task")
     add("--limit", type=positive, help="training images a task (default: all)")
     add("--device", default="cpu", help="cpu, cuda (every GPU there is, a run each), cuda:1, ...")
     add("--out", type=Path, help="folder for results.json and accuracy.png (default: runs/DATASET)")
@@ -184,14 +190,17 @@ def make_parser() -> argparse.ArgumentParser:
 
 def make_settings(args: argparse.Namespace, dataset: str, tasks: int | None = None):
     """Return the dataset's preset with the changes from the command line."""
-    names = ("tasks", "views", "network", "lr", "limit", "balance", "temperature", "statistics",
-             "momentum", "schedule", "views_per_pass", "precision", "capture")  # fmt: skip
+    names = ("tasks", "views", "network", "lr", "lr_decay", "limit", "balance", "temperature",
+             "statistics", "momentum", "schedule", "views_per_pass", "precision",
+             "capture")  # fmt: skip
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if tasks is not None:
         given["tasks"] = tasks
     preset = PRESETS.get(dataset, OWN)
     if args.preset == "cpu" and dataset != "digits":
         preset = replace(preset, **CPU, limit=CPU_IMAGES // given.get("tasks", preset.tasks))
+    elif args.preset == "full-cpu" and dataset != "digits":
+        preset = replace(preset, **SMALL)
     elif dataset in PRESETS and args.device.startswith("cuda"):
         preset = replace(preset, capture=given.get("schedule") != "in_backward")
     return replace(preset, **given)

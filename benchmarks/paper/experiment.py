@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, distributed, nn
 
+from benchmarks.paper import variants  # noqa: F401  adds its methods
 from benchmarks.paper.checkpoint import Checkpoint, CheckpointError, one_line
 from benchmarks.paper.methods import Method, Settings, make_learner
 from benchmarks.paper.streams import Dataset, Task, digest, make_stream

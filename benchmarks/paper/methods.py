@@ -43,6 +43,8 @@ class Settings:
     warmup_ratio: float = 0.01
     joint_steps: int = 2
     layer: str = "module"
+    lr_decay: float = 1.0  # factor of the learning rates from one task to the next
+    dropout: float = 0.0  # share of values dropped behind each residual block
     capture: bool = False  # replay a CUDA graph in BLD, no-balancing and finetune
     # "mixed" is BLDOptimizer's; "bf16" runs the backbone under autocast, see networks.py
     precision: str = "fp32"
@@ -76,9 +78,9 @@ PRESETS = {
 # For a dataset of one's own: the paper's learning rate, because no rate has been tuned for it.
 OWN = replace(PRESETS["digits"], lr=1e-4, augment=PAPER_VIEWS)
 PRECISIONS = ("fp32", "mixed", "bf16")
-CPU = dict(network="slim", lr=1e-3, views=4, views_per_pass=4, offline_epochs=20,
-           offline_batch=50, offline_lr=1e-3)  # fmt: skip
-CPU_IMAGES = 2000  # training images of all tasks together
+SMALL = {"network": "slim", "views": 4, "views_per_pass": 4}  # minutes a run on one core
+CPU = SMALL | {"lr": 1e-3, "offline_epochs": 20, "offline_batch": 50, "offline_lr": 1e-3}
+CPU_IMAGES = 6000  # training images of all tasks together
 
 
 class Method:
@@ -117,6 +119,8 @@ class Method:
 
     def begin(self, task: Task) -> None:
         """Prepare for a task, before its head is added."""
+        if self.model.heads:
+            self.optimizer.lr = self.optimizer.lr * self.settings.lr_decay
 
     def batches(self, task: Task, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield the positions in the task, images and labels of each batch."""
@@ -201,7 +205,7 @@ class L2(Method):
 
     @torch.no_grad()
     def _add_penalty(self, *_) -> None:
-        weight = self.settings.l2_weight / self.settings.lr  # 2 w
+        weight = self.settings.l2_weight / self.optimizer.lr  # 2 w
         for group in self.optimizer.param_groups:  # with "in_backward", some layers at a time
             for param in group["params"]:
                 if param.grad is not None and param in self.before:
@@ -238,6 +242,7 @@ class LwF(Method):
 
     @torch.no_grad()
     def begin(self, task: Task) -> None:
+        super().begin(task)
         self.stored = task.x_train.nbytes
         if not self.model.heads:
             self.targets = None
@@ -332,7 +337,7 @@ def make_learner(
     if settings.precision not in PRECISIONS:
         raise ValueError(f"precision: expected {', '.join(PRECISIONS)}, got {settings.precision!r}")
     autocast = settings.precision == "bf16"
-    model = make_model(settings.network, settings.momentum, autocast).to(device)
+    model = make_model(settings.network, settings.momentum, autocast, settings.dropout).to(device)
     if device == "cpu":  # as the published tables were measured; the optimizer leaves weights alone
         model = model.to(memory_format=torch.channels_last)
     return METHODS[method](model, settings, seed, process_group)

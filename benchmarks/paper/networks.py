@@ -1,5 +1,7 @@
 """Backbones by name, each of which maps images of one or three channels to feature vectors."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -59,10 +61,11 @@ def resnet18_cifar() -> tuple[nn.Module, int]:
     return net, features
 
 
-def slim() -> tuple[nn.Module, int]:
+def slim(width: int = 16, grid: int = 1) -> tuple[nn.Module, int]:
     """Make a ResNet for a CPU: three blocks with 16, 32 and 64 channels, 77 k parameters.
 
-    It shrinks images to at most 16×16 pixels.
+    It shrinks images to at most 16×16 pixels. The last block has 4·`width` channels, and the
+    features are their means in each of `grid`×`grid` parts of the image.
     """
 
     def block(inputs, outputs, stride):
@@ -74,27 +77,48 @@ def slim() -> tuple[nn.Module, int]:
 
     stem = [
         Shrink(16),
-        nn.Conv2d(3, 16, 3, padding=1, bias=False),
-        nn.BatchNorm2d(16),
+        nn.Conv2d(3, width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(width),
         nn.ReLU(inplace=True),
     ]
-    blocks = [block(16, 16, 1), block(16, 32, 2), block(32, 64, 2)]
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten()), 64
+    blocks = [block(width, width, 1), block(width, 2 * width, 2), block(2 * width, 4 * width, 2)]
+    pooled = [nn.AdaptiveAvgPool2d(grid), nn.Flatten()]
+    return nn.Sequential(*stem, *blocks, *pooled), 4 * width * grid**2
 
 
-NETWORKS = {"resnet18": resnet18, "resnet18-cifar": resnet18_cifar, "slim": slim}
+def add_dropout(backbone: nn.Module, p: float) -> None:
+    """Put dropout behind each residual block, in place."""
+    for module in list(backbone.modules()):
+        if isinstance(module, nn.Sequential):
+            for name, child in module.named_children():
+                if isinstance(child, BasicBlock):
+                    module[int(name)] = nn.Sequential(child, nn.Dropout(p))
 
 
-def make_model(network: str, momentum: float = 0.1, autocast: bool = False) -> MultiHead:
+NETWORKS = {
+    "resnet18": resnet18,
+    "resnet18-cifar": resnet18_cifar,
+    "slim": slim,
+    "slim-wide": partial(slim, width=32),
+    "slim-2x2": partial(slim, grid=2),
+}
+
+
+def make_model(
+    network: str, momentum: float = 0.1, autocast: bool = False, dropout: float = 0.0
+) -> MultiHead:
     """Make a MultiHead without heads; `momentum` is that of BatchNorm's running statistics.
 
     `autocast` runs the backbone in bfloat16, which BLDOptimizer itself never does. The ablation
-    uses it to show what is lost.
+    uses it to show what is lost. `dropout` is the share of values that is dropped behind each
+    residual block.
     """
     backbone, features = NETWORKS[network]()
     for module in backbone.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = momentum
+    if dropout:
+        add_dropout(backbone, dropout)
     if autocast:
         backbone = Autocast(backbone)
     return MultiHead(nn.Sequential(Gray(), backbone), features)

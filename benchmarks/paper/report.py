@@ -6,6 +6,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING
 
+from scipy.stats import ttest_rel
+
 from benchmarks.paper.checkpoint import unwritten, write_whole
 
 if TYPE_CHECKING:
@@ -33,15 +35,25 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def paired(records: list[dict], method: str, baseline: str) -> dict | None:
-    """Return the mean difference method - baseline over the seeds that both have, in points."""
+    """Return the mean difference method - baseline over the seeds that both have, in points.
+
+    With two seeds and more it has its standard error, and the 95 % interval and the p-value of a
+    paired t-test, which are None for differences that are all the same.
+    """
     by = {(r["method"], r["seed"]): averages(r) for r in records}
     seeds = [s for m, s in by if m == method and (baseline, s) in by]
     if not seeds:
         return None
     differences = [by[method, s] - by[baseline, s] for s in seeds]
     s = spread(differences)
-    error = s["std"] / sqrt(len(seeds)) if len(seeds) > 1 else None
-    return {"mean": s["mean"], "standard_error": error, "seeds": seeds, "differences": differences}
+    found = {"mean": s["mean"], "standard_error": None, "interval": None, "p": None}
+    if len(seeds) > 1:
+        found["standard_error"] = s["std"] / sqrt(len(seeds))
+    if s["std"] > 0:
+        test = ttest_rel([by[method, s] for s in seeds], [by[baseline, s] for s in seeds])
+        found["interval"] = [float(end) for end in test.confidence_interval(0.95)]
+        found["p"] = float(test.pvalue)
+    return found | {"seeds": seeds, "differences": differences}
 
 
 def summarise(records: list[dict]) -> dict:
@@ -86,11 +98,15 @@ def markdown(rows: list[list[str]]) -> str:
 
 
 def difference_line(difference: dict, method: str, baseline: str) -> str:
-    count, error = len(difference["seeds"]), difference["standard_error"]
-    plus = f" ± {error:.1f} (standard error)" if error is not None else ""
-    return (
-        f"{method} - {baseline}, paired over {count} seeds: {difference['mean']:+.1f}{plus} points"
-    )
+    """Format a paired difference with its standard error, 95 % interval and p-value."""
+    d, plus = difference, ""
+    if d["standard_error"] is not None:
+        plus = f" ± {d['standard_error']:.1f} (standard error)"
+    if d["interval"] is not None:
+        low, high = d["interval"]
+        plus += f", 95 % interval {low:+.1f} to {high:+.1f}, p = {d['p']:.2g}"
+    seeds = f"paired over {len(d['seeds'])} seeds"
+    return f"{method} - {baseline}, {seeds}: {d['mean']:+.1f} points{plus}"
 
 
 def figure(records: list[dict], title: str, path: Path) -> None:
@@ -238,15 +254,20 @@ def _draw_memory(own: dict[str, list[dict]], file: Path) -> None:
 
 
 def ablation_table(rows: list[tuple]) -> str:
-    lines = ["| setting | value | method | average | forgetting | bank |",
-             "| --- | ---: | --- | ---: | ---: | ---: |"]  # fmt: skip
+    """Format rows of setting, value, method and summary, with the gain over finetuning if known."""
+    heads = ["setting", "value", "method", "average", "forgetting", "minus finetune", "bank"]
+    lines = [heads, ["---", "---:", "---", *["---:"] * 4]]
     for name, value, method, entry in rows:
         cells = [
             f"{entry[k]['mean']:.1f} ± {entry[k]['std']:.1f}" for k in ("average", "forgetting")
         ]
-        bank = f"{entry['memory']['bank']:,} B"
-        lines.append(f"| {name} | {value} | {method} | {' | '.join(cells)} | {bank} |")
-    return "\n".join(lines)
+        gain = ""
+        if entry["gain"]:
+            gain = f"{entry['gain']['mean']:+.1f}"
+            if entry["gain"]["interval"]:
+                gain += " ({:+.1f} to {:+.1f})".format(*entry["gain"]["interval"])
+        lines.append([name, value, method, *cells, gain, f"{entry['memory']['bank']:,} B"])
+    return markdown(lines)
 
 
 def ablation_figure(rows: list[tuple], title: str, path: Path) -> None:

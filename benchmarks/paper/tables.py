@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from statistics import mean
 
-from benchmarks.paper.report import markdown, paired, summarise
+from benchmarks.paper.report import difference_line, markdown, paired, summarise
 
 ROWS = ("finetune", "l2", "bld", "lwf", "lwf-offline")
 ABLATION = ("finetune", "l2", "alternated", "no-balancing", "bld")
@@ -131,7 +131,5 @@ def differences(records: list[dict]) -> str:
     lines = []
     for a, b in pairs:
         if found := paired(records, a, b):
-            error = found["standard_error"]
-            plus = "" if error is None else f" ± {error:.1f}"
-            lines.append(f"{a} - {b}: {found['mean']:+.1f}{plus} ({len(found['seeds'])} seeds)")
+            lines.append(difference_line(found, a, b))
     return "\n".join(lines)

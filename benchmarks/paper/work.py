@@ -239,7 +239,9 @@ def ablation(work: Work) -> None:
     for stream in work.streams:
         records = work.train(stream)
         name, _, value = stream.out.name.partition("-")
-        rows += [(name, value, m, e) for m, e in report.summarise(records).items()]
+        for method, entry in report.summarise(records).items():
+            gain = method != "finetune" and report.paired(records, method, "finetune")
+            rows.append((name, value, method, entry | {"gain": gain or None}))
     text = report.ablation_table(rows)
     write_whole(work.out / "ablation.md", f"{text}\n".encode())
     report.ablation_figure(rows, work.title, work.out / "ablation.png")

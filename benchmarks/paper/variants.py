@@ -1,0 +1,182 @@
+"""Changes of BLD that were tried, each a method of its own. None of them is part of the package.
+
+Their results are in benchmarks/README.md. Most are a schedule that holds G_d and dL_t/dθ apart and
+combines them in its own way.
+"""
+
+import torch
+from torch import Tensor
+
+from benchmarks.paper.methods import BLD, METHODS, Alternated, Settings
+from bld_ext import ops
+from bld_ext.api import passes
+from bld_ext.api.layers import Layers
+from bld_ext.api.schedules import SCHEDULES, SharedForward
+from bld_ext.api.stage import Stage
+
+Gradients = dict[Tensor, Tensor]  # of each parameter
+
+
+def inner_products(layers: Layers, a: Gradients, b: Gradients) -> Tensor:
+    """Return ⟨a[l], b[l]⟩ of each layer, `[L]` in float64."""
+    found = torch.zeros(len(layers.names), dtype=torch.float64)
+    for param in a.keys() & b.keys():
+        found[layers.index[param]] += (a[param].double() * b[param].double()).sum().cpu()
+    return found
+
+
+class Combined(SharedForward):
+    """Holds G_d and dL_t/dθ apart; a subclass says which gradient is made of them."""
+
+    def combine(self, layers: Layers, old: Gradients, new: Gradients) -> Gradients:
+        """Return G, given the balanced G_d and dL_t/dθ."""
+        raise NotImplementedError
+
+    def gradients(self, stage: Stage, params: list[Tensor]) -> tuple[Tensor, Gradients]:
+        """Add dL_t/dθ to .grad; return L_t and the balanced G_d."""
+        loss, old_loss, old = passes.shared_pass(stage.views, stage.bank, stage.temperature, params)
+        stage.note_distillation(old_loss)
+        stage.rescale(old)
+        return loss, old
+
+    def descend_both(self, stage: Stage) -> Tensor:
+        params = [p for p in stage.params if p.requires_grad]
+        loss, old = self.gradients(stage, params)
+        new = {p: p.grad for p in stage.arrived()}
+        for param, grad in self.combine(stage.layers, old, new).items():
+            param.grad = grad
+        stage.note_step(self._update(stage, loss, measure=stage.is_measured))
+        return loss
+
+
+def added(a: Gradients, b: Gradients) -> Gradients:
+    return {p: a[p] + b[p] if p in a and p in b else a.get(p, b.get(p)) for p in {**a, **b}}
+
+
+def scaled(layers: Layers, grads: Gradients, factors: Tensor) -> Gradients:
+    """Return `grads` with those of layer l times factors[l]."""
+    values = factors.tolist()
+    return {p: g * values[layers.index[p]] for p, g in grads.items()}
+
+
+class Projected(Combined):
+    """dL_t/dθ loses in each layer what would raise L_d: its part against G_d. G_d is added."""
+
+    keeps_old = True
+
+    def combine(self, layers, old, new):
+        dots, squares = inner_products(layers, old, new), inner_products(layers, old, old)
+        share = torch.where(squares > 0, -dots.clamp(max=0) / squares, 0)
+        new = added(new, scaled(layers, old, share))
+        return added(old, new) if self.keeps_old else new
+
+
+class ProjectedAlone(Projected):
+    """The same without G_d, which only bounds dL_t/dθ: A-GEM (ICLR 2019) with G_d for memory."""
+
+    keeps_old = False
+
+
+class Gated(Combined):
+    """G_d is added only in layers where it does not point against dL_t/dθ."""
+
+    def combine(self, layers, old, new):
+        return added(new, scaled(layers, old, (inner_products(layers, old, new) >= 0).double()))
+
+
+class Features(Combined):
+    """Distils the features by half their squared distance, in place of the logits."""
+
+    beside_logits = False
+
+    def __init__(self):
+        self.bank: list[Tensor] = []  # of the warm-up's passes; released with the next batch
+
+    def watched(self, stage: Stage, to: list[Tensor]):
+        return stage.views.model.backbone.register_forward_hook(lambda *call: to.append(call[2]))
+
+    def descend(self, stage, run, measure=False):
+        found: list[Tensor] = []
+        hook = self.watched(stage, found)
+        try:
+            result = super().descend(stage, run, measure)
+        finally:
+            hook.remove()
+        if measure:
+            self.bank = [features.detach() for features in found]
+        return result
+
+    def gradients(self, stage, params):
+        views, found = stage.views, []
+        sums: list[Gradients] = [{}, {}]
+        new_losses, old_losses = [], []
+        hook = self.watched(stage, found)
+        try:
+            for i, each in enumerate(views):
+                new, old, new_grad, old_grad = ops.joint_loss(
+                    each.logits, each.labels, stage.bank[each.rows], views.sizes,
+                    stage.temperature, with_gradient=True,
+                )  # fmt: skip
+                moved = (found[-1] - self.bank[i]).detach() / views.count
+                for total, output, grad in (
+                    (sums[0], found[-1], moved), (sums[1], each.logits, old_grad / views.count)
+                ):  # fmt: skip
+                    grads = torch.autograd.grad(
+                        output, params, grad, retain_graph=True, allow_unused=True
+                    )
+                    for param, g in zip(params, grads, strict=True):
+                        if g is not None:
+                            total[param] = total[param] + g if param in total else g.clone()
+                each.logits.backward(new_grad / views.count)
+                new_losses.append(new)
+                old_losses.append(old)
+        finally:
+            hook.remove()
+        stage.note_distillation(torch.stack(old_losses).sum() / views.count)
+        stage.rescale(sums[0])
+        if self.beside_logits:
+            stage.rescale(sums[1])
+            both = added(*sums)
+            sums[0] = {p: g / 2 for p, g in both.items()}
+        return torch.stack(new_losses).sum() / views.count, sums[0]
+
+    def combine(self, layers, old, new):
+        return added(old, new)
+
+
+class FeaturesAndLogits(Features):
+    """Distils both, each balanced to λ/2."""
+
+    beside_logits = True
+
+
+VARIANTS = {
+    "projected": Projected(),
+    "projected-alone": ProjectedAlone(),
+    "gated": Gated(),
+    "features": Features(),
+    "features-and-logits": FeaturesAndLogits(),
+}
+SCHEDULES.update(VARIANTS)
+
+
+def method(name: str) -> type[BLD]:
+    class Variant(BLD):
+        __doc__ = VARIANTS[name].__doc__
+        capturable = False
+
+        def options(self, s: Settings) -> dict:
+            return super().options(s) | {"schedule": name}
+
+    return Variant
+
+
+class AlternatedBalanced(Alternated):
+    """`Alternated` with balancing: a step on L_d has λ times the length of the first one on L_t."""
+
+    def options(self, s: Settings) -> dict:
+        return super().options(s) | {"balance": s.balance}
+
+
+METHODS["alternated-balanced"] = AlternatedBalanced
+METHODS.update({name: method(name) for name in VARIANTS})

@@ -1,0 +1,98 @@
+"""The variants of BLD that the benchmarks try: each does what its docstring says."""
+
+import copy
+
+import pytest
+import torch
+from arrange import arranged
+
+from benchmarks import why  # registers the schedule "watched"
+from benchmarks.paper.variants import VARIANTS, added, inner_products
+from bld_ext import SeededAugment
+from bld_ext.api.layers import Layers
+
+AUGMENT = SeededAugment(crop_padding=1, dtype=torch.float64)
+
+
+@pytest.fixture
+def gradients(make_model):
+    """Layers of a model, and random gradients of an old and a new loss."""
+    model = make_model(heads=(2, 3))
+    params = dict(model.named_parameters())
+    layers = Layers.of(model, params.values(), "module")
+    torch.manual_seed(0)
+    old = {p: torch.randn_like(p) for n, p in params.items() if not n.startswith("heads.1")}
+    new = {p: torch.randn_like(p) for n, p in params.items() if not n.startswith("heads.0")}
+    return layers, old, new
+
+
+def test_projection_leaves_nothing_against_the_old_gradient(gradients):
+    layers, old, new = gradients
+    before = inner_products(layers, old, new)
+    assert (before < 0).any() and (before > 0).any()
+    found = VARIANTS["projected-alone"].combine(layers, old, new)
+    after = inner_products(layers, old, found)
+    torch.testing.assert_close(after, before.clamp(min=0), rtol=1e-4, atol=1e-3)
+    both = VARIANTS["projected"].combine(layers, old, new)
+    expected = added(found, old)
+    assert both.keys() == expected.keys()
+    assert all(torch.equal(both[p], expected[p]) for p in both)
+
+
+def test_a_gate_is_open_where_both_agree(gradients):
+    layers, old, new = gradients
+    dots = inner_products(layers, old, new)
+    found = VARIANTS["gated"].combine(layers, old, new)
+    for param, l in layers.index.items():
+        if param in old and param in new:
+            expected = new[param] + (old[param] if dots[l] >= 0 else 0)
+            torch.testing.assert_close(found[param], expected)
+
+
+def optimizers(make_model, schedule, **options):
+    model = make_model(heads=(2, 3), dtype=torch.float64)
+    for name in (schedule, "two_forward"):
+        yield arranged(
+            copy.deepcopy(model), 0.05, views=4, views_per_pass=2, augment=AUGMENT, seed=1,
+            schedule=name, **options,
+        )  # fmt: skip
+
+
+def test_a_step_that_is_watched_is_bld_s(make_model, make_batch):
+    watched, plain = optimizers(make_model, "watched")
+    why.watched.seen = []
+    for number in range(3):
+        batch = make_batch(3, number, dtype=torch.float64)
+        for optimizer in (watched, plain):
+            optimizer.step(*batch)
+    for found, expected in zip(watched.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    first = why.watched.seen[4]  # of the third batch
+    why.watched.seen = None
+    dot, new = (torch.tensor(first[name], dtype=torch.float64) for name in ("dot", "new"))
+    found = 1 + dot / new
+    torch.testing.assert_close(found, watched.last.new_share, rtol=0.05, atol=0.05, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["features", "features-and-logits"])
+def test_features_are_distilled_to_lambda_times_the_new_norm(name, make_model, make_batch):
+    optimizer, _ = optimizers(make_model, name, balance=2.0)
+    batch = make_batch(3, 0, dtype=torch.float64)
+    optimizer.warm_up(*batch)
+    schedule, found = VARIANTS[name], []
+    combine = type(schedule).combine
+    schedule.combine = lambda *a: found.append(a) or combine(schedule, *a)
+    try:
+        optimizer.joint(*batch)
+    finally:
+        del schedule.combine
+    (layers, old, _) = found[0]
+    norms = inner_products(layers, old, old).sqrt()
+    wanted = 2 * optimizer.last.reference_norms.double()
+    backbone = [i for i, n in enumerate(layers.names) if n.startswith("backbone")]
+    assert backbone and (wanted[backbone] > 0).all()
+    if name == "features":
+        torch.testing.assert_close(norms[backbone], wanted[backbone])
+    else:  # the mean of two gradients of that length
+        assert (norms[backbone] <= wanted[backbone] * (1 + 1e-9)).all()
+        assert (norms[backbone] > 0).all()
