@@ -7,6 +7,7 @@ implementation is checked against float64 before it is timed.
 """
 
 import functools
+import os
 
 import pytest
 import torch
@@ -129,6 +130,15 @@ def ours_update(params, old, new, layers, reference_norms):
     ops.balanced_sgd_(params, old, new, layers, reference_norms, BALANCE, LR)
 
 
+def one_launch_balance(grads, layers, reference_norms):
+    """Rescale in one cooperative launch of the CUDA kernels, the alternative to their two."""
+    os.environ["BLD_EXT_ONE_LAUNCH"] = "1"
+    try:
+        ours_balance(grads, layers, reference_norms)
+    finally:
+        del os.environ["BLD_EXT_ONE_LAUNCH"]
+
+
 IMPLEMENTATIONS = {
     "balance": {
         "loop": loop_balance,
@@ -136,6 +146,7 @@ IMPLEMENTATIONS = {
         "compile-loop": loop_balance,
         "compile-foreach": foreach_balance,
         "apex": apex_balance,
+        "one-launch": one_launch_balance,
         "ours": ours_balance,
     },
     "update": {
@@ -189,6 +200,8 @@ def test_op(benchmark, case, op, name):
         pytest.skip("torch.compile takes more than four minutes")
     if name == "compile-loop" and case in ("resnet50", "vit_b_16"):
         pytest.skip("torch.compile takes minutes for as many separate norms")
+    if name == "one-launch" and measure.DEVICE.type == "cpu":
+        pytest.skip("a choice of the CUDA kernels")
     if name == "apex":
         pytest.importorskip("amp_C")
     if name.startswith("compile"):

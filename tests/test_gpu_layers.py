@@ -69,6 +69,30 @@ def test_same_bits_in_any_run(dtypes):
         assert all(map(torch.equal, run_all(lists), expected))
 
 
+@pytest.mark.parametrize("count, largest", [(1, 20_000_000), (300, 40_000)])
+def test_one_launch_has_the_bits_of_two(count, largest, monkeypatch):
+    """More chunks than a block keeps, and layers that many blocks share; in a graph too."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    sizes = [largest - i for i in range(count)]
+    grads = [torch.randn(size, generator=generator, device="cuda") for size in sizes]
+    layers, norms = [i // 3 for i in range(count)], torch.ones(count // 3 + 1, device="cuda")
+    balanced = clones(grads)
+    expected = ops.balance_layers_(balanced, layers, norms)
+    monkeypatch.setenv("BLD_EXT_ONE_LAUNCH", "1")
+    for _ in range(20):
+        again = clones(grads)
+        found = ops.balance_layers_(again, layers, norms)
+        assert all(map(torch.equal, (*found, *again), (*expected, *balanced)))
+    kept = clones(grads)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = ops.balance_layers_(kept, layers, norms)
+    for _ in range(3):
+        torch._foreach_copy_(kept, grads)
+        graph.replay()
+        assert all(map(torch.equal, (*found, *kept), (*expected, *balanced)))
+
+
 @pytest.mark.parametrize("view", [columns, shifted])
 def test_views(view):
     lists = [on_gpu(tensors) for tensors in make_lists()]

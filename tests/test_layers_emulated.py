@@ -37,10 +37,15 @@ def library(tmp_path_factory):
     compiler = shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler")
+    kernels = (ROOT / "csrc/cuda/layers.cuh").read_text().replace("#pragma once", "")
     text = (ROOT / "csrc/cuda/layers.cu").read_text()
+    text = text.replace('#include "layers.cuh"', kernels)
+    text = re.sub(
+        r"extern __shared__ \S+ char (\w+)\[\];", r"char *\1 = emulator::dynamic_shared();", text
+    )
     text = re.sub(r"(\w+)<<<(\w+), (\w+), 0, stream>>>\(", r"emulator::launch(\1, \2, \3, ", text)
     text = text.replace("(bld_ext, CUDA, m)", "(bld_ext_emulated, CPU, m)")
-    text = re.sub(r'#include "(?:\.\./)?(layers\.h|layers\.cuh)"', _absolute, text)
+    text = text.replace('#include "../', f'#include "{ROOT}/csrc/')
     text += """
     #define SHOWN extern "C" __attribute__((visibility("default")))
     SHOWN emulator::State *state() { return &emulator::state; }
@@ -61,11 +66,6 @@ def library(tmp_path_factory):
     loaded.state.restype = ctypes.POINTER(State)
     loaded.set_chunk_size.argtypes = [ctypes.c_int64]
     return loaded
-
-
-def _absolute(include):
-    folder = {"layers.h": "csrc", "layers.cuh": "csrc/cuda"}[include[1]]
-    return f'#include "{ROOT / folder / include[1]}"'
 
 
 @pytest.fixture
@@ -209,3 +209,37 @@ def test_bad_scalars(gpu):
         with pytest.raises(RuntimeError, match="balance|lr"):
             ops.balanced_sgd_(params, old, new, [0], torch.ones(1), balance, lr)
     assert torch.equal(params[0], torch.ones(3))
+
+
+# ---- norm and rescaling in one cooperative launch, of at most six blocks here ----
+
+
+@dtypes
+@pytest.mark.parametrize("chunk", [100, 1000, 8192])
+def test_one_launch_has_the_bits_of_two(gpu, library, monkeypatch, dtypes, chunk):
+    """With small chunks a block has more of them than it keeps, with large ones fewer blocks."""
+    library.set_chunk_size(chunk)
+    grads = make_tensors(dtypes, seed=1)
+    balanced, launches = clones(grads), gpu.launches
+    expected = ops.balance_layers_(balanced, LAYERS, REFERENCE, LAMBDA)
+    assert gpu.launches == launches + 2
+    monkeypatch.setenv("BLD_EXT_ONE_LAUNCH", "1")
+    for seed in (0, 1000):
+        gpu.seed = seed
+        again, launches = clones(grads), gpu.launches
+        found = ops.balance_layers_(again, LAYERS, REFERENCE, LAMBDA)
+        assert gpu.launches == launches + 1
+        assert all(map(torch.equal, (*found, *again), (*expected, *balanced)))
+
+
+@pytest.mark.parametrize("offset", range(4))
+@pytest.mark.parametrize("size", [1, 5, 4097, 60_001])
+def test_one_launch_touches_nothing_outside_a_tensor(gpu, library, monkeypatch, size, offset):
+    library.set_chunk_size(4096)
+    monkeypatch.setenv("BLD_EXT_ONE_LAUNCH", "1")
+    whole = torch.full((size + 64,), torch.nan)
+    inside = whole[32 + offset : 32 + offset + size].normal_()
+    before = inside.double()
+    factors, _ = ops.balance_layers_([inside], [0], torch.ones(1), LAMBDA)
+    torch.testing.assert_close(inside.double(), factors[0] * before, rtol=1e-6, atol=0)
+    assert whole[: 32 + offset].isnan().all() and whole[32 + offset + size :].isnan().all()

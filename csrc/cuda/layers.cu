@@ -7,6 +7,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
 
+#include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <tuple>
 
@@ -217,21 +219,47 @@ std::tuple<Tensor, Tensor> balance(const std::vector<TensorList *> &lists, Tenso
                       lambda};
   with_table(lists, measured, layers, L,
              [&](const Walk &walk, unsigned blocks, cudaStream_t stream) {
-               measure_kernel<<<blocks, THREADS, 0, stream>>>(walk, result);
                change(walk, result, blocks, stream);
              });
   write_back(*lists[0]);
   return {factors, norms};
 }
 
+// Whether balance_layers_ is one cooperative launch instead of two launches. It is not the default:
+// it is predicted to be faster, but neither has been timed.
+bool in_one_launch() { return std::getenv("BLD_EXT_ONE_LAUNCH") != nullptr; }
+
+// The most blocks of balance_kernel that the current device runs at once.
+unsigned most_blocks() {
+  constexpr int kept = KEPT * KEPT_BYTES;
+  int device, multiprocessors, each;
+  STD_CUDA_CHECK(cudaGetDevice(&device));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  STD_CUDA_CHECK(
+      cudaFuncSetAttribute(balance_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kept));
+  STD_CUDA_CHECK(
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, balance_kernel, THREADS, kept));
+  return multiprocessors * each;
+}
+
+void measure_and_rescale(const Walk &walk, const Result &result, unsigned chunks,
+                         cudaStream_t stream) {
+  if (!in_one_launch()) {
+    measure_kernel<<<chunks, THREADS, 0, stream>>>(walk, result);
+    rescale_kernel<<<chunks, THREADS, 0, stream>>>(walk, result);
+    return;
+  }
+  Walk walked = walk;
+  Result found = result;
+  void *arguments[] = {&walked, &found, &chunks};
+  STD_CUDA_CHECK(cudaLaunchCooperativeKernel(balance_kernel, std::min(chunks, most_blocks()),
+                                             THREADS, arguments, KEPT * KEPT_BYTES, stream));
+}
+
 std::tuple<Tensor, Tensor> balance_layers_(std::vector<Tensor> grads, std::vector<int64_t> layers,
                                            const Tensor &reference_norms, const Tensor &balance_) {
   TensorList list{"grads", std::move(grads), true};
-  const auto rescale = [](const Walk &walk, const Result &result, unsigned blocks,
-                          cudaStream_t stream) {
-    rescale_kernel<<<blocks, THREADS, 0, stream>>>(walk, result);
-  };
-  return balance({&list}, list, layers, reference_norms, balance_, rescale);
+  return balance({&list}, list, layers, reference_norms, balance_, &measure_and_rescale);
 }
 
 std::tuple<Tensor, Tensor> balanced_sgd_(std::vector<Tensor> params,
@@ -246,6 +274,7 @@ std::tuple<Tensor, Tensor> balanced_sgd_(std::vector<Tensor> params,
   const Scalar rate = scalar("lr", lr, old_grad.tensors[0]);
   const auto update = [&](const Walk &walk, const Result &result, unsigned blocks,
                           cudaStream_t stream) {
+    measure_kernel<<<blocks, THREADS, 0, stream>>>(walk, result);
     update_kernel<<<blocks, THREADS, 0, stream>>>(walk, result, rate);
   };
   return balance({&param, &old_grad, &new_grad}, old_grad, layers, reference_norms, balance_,

@@ -3,6 +3,8 @@
 // over the chunks of a layer; no floating-point atomics.
 #pragma once
 
+#include <cooperative_groups.h>
+
 #include <cstdint>
 
 #include "../balance.h"
@@ -16,6 +18,9 @@ constexpr int THREADS = 256;
 constexpr int WIDTH = 4; // neighbouring elements that a thread takes at once
 // Such groups of one tensor whose loads are in flight together; the update reads three tensors.
 constexpr int AT_ONCE = 4, UPDATE_AT_ONCE = 2;
+// What a block of balance_kernel keeps in shared memory between norm and rescaling: so many chunks
+// of at most so many bytes. Three such blocks fit on a multiprocessor of an H100, two on an A100's.
+constexpr unsigned KEPT = 2, KEPT_BYTES = 32768;
 
 // What a launch reads, all of it on the device.
 struct Walk {
@@ -141,12 +146,18 @@ __device__ inline double block_sum(double value) {
   return value;
 }
 
-// Σ x² of this thread's part, in double, where the square of a float is exact.
-template <typename T> __device__ __forceinline__ double thread_squares(const T *data, int size) {
+// Σ x² of this thread's part, in double, where the square of a float is exact. The part is copied
+// to `kept`, unless that is null.
+template <typename T>
+__device__ __forceinline__ double thread_squares(const T *data, int size, T *kept) {
   double sums[WIDTH] = {};
   for_groups<AT_ONCE>(size, is_aligned(data), [&](int first, bool whole) {
     double x[AT_ONCE][WIDTH];
     read<AT_ONCE>(data, first, size, whole, x);
+    if (kept) {
+      __builtin_assume(__isShared(kept));
+      write<AT_ONCE>(kept, first, size, whole, x);
+    }
 #pragma unroll
     for (int u = 0; u < AT_ONCE; ++u)
       for (int k = 0; k < WIDTH; ++k)
@@ -164,20 +175,27 @@ __device__ inline void report(const Result &result, int layer, double sum) {
         balance_factor(norm, load(result.reference_norms, layer), result.balance.get());
 }
 
-// First launch: the block that finishes a layer's last chunk adds the layer up.
-__global__ void __launch_bounds__(THREADS) measure_kernel(Walk walk, Result result) {
-  const Chunk chunk = walk.chunks[blockIdx.x];
+// Where a chunk of this dtype is kept; null if it does not fit, or if nothing is to be kept.
+template <typename T> __device__ __forceinline__ T *room(char *kept, int size) {
+  return size * sizeof(T) <= KEPT_BYTES ? reinterpret_cast<T *>(kept) : nullptr;
+}
+
+// One chunk of the measurement: the block that finishes a layer's last chunk adds the layer up.
+__device__ __forceinline__ void measure(const Walk &walk, const Result &result, unsigned id,
+                                        char *kept) {
+  const Chunk chunk = walk.chunks[id];
   const Operand grad = walk.items[chunk.tensor].old_grad;
   double sum = 0;
   with_dtype(grad.dtype, [&](auto kind) {
-    sum = thread_squares<decltype(kind)>(elements<decltype(kind)>(grad, chunk.start), chunk.size);
+    typedef decltype(kind) T;
+    sum = thread_squares<T>(elements<T>(grad, chunk.start), chunk.size, room<T>(kept, chunk.size));
   });
   sum = block_sum(sum);
 
   const int64_t first = walk.first_chunk[chunk.layer], last = walk.first_chunk[chunk.layer + 1];
   __shared__ bool finished;
   if (threadIdx.x == 0) {
-    walk.partials[blockIdx.x] = sum;
+    walk.partials[id] = sum;
     __threadfence(); // before the arrival can be seen
     finished = atomicAdd(&walk.arrived[chunk.layer], 1u) == last - first - 1;
   }
@@ -198,21 +216,30 @@ __global__ void __launch_bounds__(THREADS) measure_kernel(Walk walk, Result resu
   }
 }
 
+// First launch.
+__global__ void __launch_bounds__(THREADS) measure_kernel(Walk walk, Result result) {
+  measure(walk, result, blockIdx.x, nullptr);
+}
+
 __device__ inline double factor_of(const Result &result, int layer) {
-  return result.is_double ? static_cast<const double *>(result.factors)[layer]
-                          : static_cast<const float *>(result.factors)[layer];
+  return result.is_double ? __ldcg(static_cast<const double *>(result.factors) + layer)
+                          : __ldcg(static_cast<const float *>(result.factors) + layer);
 }
 
 // The second launch takes the chunks backwards: what was measured last is in the cache first.
-__device__ inline Chunk chunk_backwards(const Walk &walk) {
-  return walk.chunks[gridDim.x - 1 - blockIdx.x];
-}
+__device__ inline unsigned backwards() { return gridDim.x - 1 - blockIdx.x; }
 
+// A thread finds what it kept itself, so no barrier is needed.
 template <typename acc_t, typename T>
-__device__ __forceinline__ void rescale(T *data, int size, acc_t factor) {
+__device__ __forceinline__ void rescale(T *data, int size, acc_t factor, const T *kept) {
   for_groups<AT_ONCE>(size, is_aligned(data), [&](int first, bool whole) {
     acc_t x[AT_ONCE][WIDTH];
-    read<AT_ONCE>(data, first, size, whole, x);
+    if (kept) {
+      __builtin_assume(__isShared(kept));
+      read<AT_ONCE>(kept, first, size, whole, x);
+    } else {
+      read<AT_ONCE>(data, first, size, whole, x);
+    }
 #pragma unroll
     for (int u = 0; u < AT_ONCE; ++u)
       for (int k = 0; k < WIDTH; ++k)
@@ -221,19 +248,40 @@ __device__ __forceinline__ void rescale(T *data, int size, acc_t factor) {
   });
 }
 
-// G_d ← f · G_d
-__global__ void __launch_bounds__(THREADS) rescale_kernel(Walk walk, Result result) {
-  const Chunk chunk = chunk_backwards(walk);
+// G_d ← f · G_d in one chunk.
+__device__ __forceinline__ void rescale(const Walk &walk, const Result &result, unsigned id,
+                                        char *kept) {
+  const Chunk chunk = walk.chunks[id];
   const Operand grad = walk.items[chunk.tensor].old_grad;
   const double factor = factor_of(result, chunk.layer);
   with_dtype(grad.dtype, [&](auto kind) {
     typedef decltype(kind) T;
     T *data = elements<T>(grad, chunk.start);
+    const T *copy = room<T>(kept, chunk.size);
     if constexpr (sizeof(T) == sizeof(double))
-      rescale<double>(data, chunk.size, factor);
+      rescale<double>(data, chunk.size, factor, copy);
     else
-      rescale<float>(data, chunk.size, narrow_factor(factor));
+      rescale<float>(data, chunk.size, narrow_factor(factor), copy);
   });
+}
+
+__global__ void __launch_bounds__(THREADS) rescale_kernel(Walk walk, Result result) {
+  rescale(walk, result, backwards(), nullptr);
+}
+
+// Both in one cooperative launch, whose blocks run all at once. What a block keeps is read once.
+__global__ void __launch_bounds__(THREADS)
+    balance_kernel(Walk walk, Result result, unsigned chunks) {
+  extern __shared__ __align__(16) char kept[];
+  const auto place = [&](unsigned k) { return k < KEPT ? kept + k * KEPT_BYTES : nullptr; };
+  unsigned mine = 0;
+  for (unsigned id = blockIdx.x; id < chunks; id += gridDim.x) {
+    measure(walk, result, id, place(mine++));
+    __syncthreads(); // between two sums
+  }
+  cooperative_groups::this_grid().sync();
+  while (mine-- > 0)
+    rescale(walk, result, blockIdx.x + mine * gridDim.x, place(mine));
 }
 
 // θ - α (f · G_d + G_t), the last product and sum rounded once, as on a CPU.
@@ -280,7 +328,7 @@ __device__ inline void update_mixed(const Item &item, const Chunk &chunk, acc_t 
 }
 
 __global__ void __launch_bounds__(THREADS) update_kernel(Walk walk, Result result, Scalar lr) {
-  const Chunk chunk = chunk_backwards(walk);
+  const Chunk chunk = walk.chunks[backwards()];
   const Item item = walk.items[chunk.tensor];
   const double factor = factor_of(result, chunk.layer), rate = lr.get();
   const Dtype dtype = item.param.dtype;

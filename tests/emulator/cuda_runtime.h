@@ -1,6 +1,7 @@
 // A CUDA that runs on the CPU, enough of it for the layer kernels: blocks one after the other in
-// any order, the threads of a block as fibers that meet at barriers. It finds wrong indices, missing
-// barriers (the threads take turns in an order that changes) and barriers that not all threads reach.
+// any order, the threads of a block as fibers that meet at barriers. It finds wrong indices,
+// missing barriers (the threads take turns in an order that changes) and barriers that not all
+// threads reach. The blocks of a cooperative launch stop at grid.sync until all are there.
 #pragma once
 
 #include <ucontext.h>
@@ -15,6 +16,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #define __host__
@@ -24,6 +26,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(threads)
 #define __isGlobal(pointer) true
+#define __isShared(pointer) true
 #define __builtin_assume(condition) ((void)(condition))
 
 struct Dim {
@@ -47,17 +50,24 @@ struct Fiber {
   bool done = false;
   const char *barrier = "";
 };
+struct Block {
+  std::vector<Fiber> fibers;
+  std::vector<char> shared; // the launch's dynamic shared memory
+};
+constexpr const char *GRID = "grid.sync";
 inline ucontext_t scheduler;
-inline std::vector<Fiber> fibers;
+inline Block *block; // that runs
 inline std::function<void()> body;
+
+inline char *dynamic_shared() { return block->shared.data(); }
 
 inline void run_fiber() {
   body();
-  fibers[threadIdx.x].done = true;
+  block->fibers[threadIdx.x].done = true;
 }
 
 inline void wait_at(const char *barrier) {
-  Fiber &fiber = fibers[threadIdx.x];
+  Fiber &fiber = block->fibers[threadIdx.x];
   fiber.barrier = barrier;
   swapcontext(&fiber.context, &scheduler);
 }
@@ -69,9 +79,10 @@ inline std::vector<unsigned> any_order(unsigned count) {
   return order;
 }
 
-inline void run_block(unsigned threads) {
-  fibers.resize(threads);
-  for (Fiber &fiber : fibers) {
+inline void begin(Block &started, unsigned threads, size_t shared) {
+  started.shared.assign(shared, char(0xff)); // nan
+  started.fibers.resize(threads);
+  for (Fiber &fiber : started.fibers) {
     fiber.done = false;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.data();
@@ -79,8 +90,14 @@ inline void run_block(unsigned threads) {
     fiber.context.uc_link = &scheduler;
     makecontext(&fiber.context, run_fiber, 0);
   }
+}
+
+// Runs a block to its end, or to where it waits for all others; returns whether that is its end.
+inline bool run_block(Block &running) {
+  block = &running;
+  std::vector<Fiber> &fibers = running.fibers;
   do {
-    for (unsigned t : any_order(threads)) {
+    for (unsigned t : any_order(fibers.size())) {
       threadIdx.x = t;
       swapcontext(&scheduler, &fibers[t].context);
     }
@@ -88,7 +105,8 @@ inline void run_block(unsigned threads) {
       if (fiber.done != fibers[0].done ||
           (!fiber.done && std::strcmp(fiber.barrier, fibers[0].barrier) != 0))
         throw std::runtime_error("the threads of a block are not at the same barrier");
-  } while (!fibers[0].done);
+  } while (!fibers[0].done && std::strcmp(fibers[0].barrier, GRID) != 0);
+  return fibers[0].done;
 }
 
 template <typename... Parameters, typename... Arguments>
@@ -97,9 +115,37 @@ void launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads,
   ++state.launches;
   gridDim.x = blocks;
   body = [&] { kernel(arguments...); };
-  for (unsigned block : any_order(blocks)) {
-    blockIdx.x = block;
-    run_block(threads);
+  static Block one;
+  for (unsigned b : any_order(blocks)) {
+    blockIdx.x = b;
+    begin(one, threads, 0);
+    if (!run_block(one))
+      throw std::runtime_error("grid.sync in a launch that is not cooperative");
+  }
+}
+
+// Blocks that wait for each other. Static shared memory is theirs only until they do.
+template <typename... Parameters>
+void launch_together(void (*kernel)(Parameters...), unsigned blocks, unsigned threads,
+                     void **arguments, size_t shared) {
+  ++state.launches;
+  gridDim.x = blocks;
+  body = [&] {
+    [&]<size_t... i>(std::index_sequence<i...>) {
+      kernel(*static_cast<Parameters *>(arguments[i])...);
+    }(std::index_sequence_for<Parameters...>());
+  };
+  std::vector<Block> all(blocks);
+  for (Block &each : all)
+    begin(each, threads, shared);
+  for (size_t done = 0; done < blocks;) {
+    done = 0;
+    for (unsigned b : any_order(blocks)) {
+      blockIdx.x = b;
+      done += run_block(all[b]);
+    }
+    if (done != 0 && done != blocks)
+      throw std::runtime_error("not all blocks are at grid.sync");
   }
 }
 
@@ -143,8 +189,8 @@ inline cudaError_t cudaStreamGetCaptureInfo(cudaStream_t, cudaStreamCaptureStatu
   *status = *id ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
-// While a stream is captured a thread may not allocate, unless it has said so before, and nobody may
-// wait for that stream.
+// While a stream is captured a thread may not allocate, unless it has said so before, and nobody
+// may wait for that stream.
 inline thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
 
 inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode *mode) {
@@ -185,6 +231,26 @@ inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned) {
 }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   return captured(stream) || forbidden() ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
+}
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+inline cudaError_t cudaGetDevice(int *device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr, int) {
+  return *value = 3, cudaSuccess;
+}
+template <typename F> cudaError_t cudaFuncSetAttribute(F, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
+template <typename F>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, F, int, size_t) {
+  return *blocks = 2, cudaSuccess;
+}
+template <typename... Parameters>
+cudaError_t cudaLaunchCooperativeKernel(void (*kernel)(Parameters...), unsigned blocks,
+                                        unsigned threads, void **arguments, size_t shared,
+                                        cudaStream_t) {
+  emulator::launch_together(kernel, blocks, threads, arguments, shared);
+  return cudaSuccess;
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
