@@ -16,7 +16,7 @@ from benchmarks.paper.__main__ import parse_methods, parse_seeds
 from benchmarks.paper.checkpoint import write_whole
 from benchmarks.paper.experiment import batch_statistics, evaluate
 from benchmarks.paper.methods import CPU, OWN, PRESETS, Settings, make_learner
-from benchmarks.paper.report import markdown
+from benchmarks.paper.report import markdown, save
 from benchmarks.paper.streams import Task, load_dataset, make_stream
 from benchmarks.paper.variants import Combined, added, inner_products
 from bld_ext import MultiHead, SeededAugment
@@ -51,6 +51,9 @@ class Held:
         self.images = [SeededAugment().plain(t.x_test[:HELD_OUT]) for t in tasks]
         self.labels = [t.y_test[:HELD_OUT] for t in tasks]
 
+    def summary(self, model: MultiHead) -> dict[str, list[float]]:
+        return summary(self.margins(model), self.labels)
+
     @torch.no_grad()
     def margins(self, model: MultiHead) -> list[Tensor]:
         """Return for each task z_y - max z_c over the other classes c of each image, `[N]`."""
@@ -69,9 +72,22 @@ class Held:
         return found
 
 
-def summary(margins: list[Tensor]) -> dict[str, list[float]]:
-    """Return of each task the accuracy, in percent, the mean margin and the mean logistic loss."""
+def ranking(margins: Tensor, labels: Tensor) -> float:
+    """Return the area under the ROC curve of two classes, in percent; nan for more classes.
+
+    It is the share of pairs, one image of each class, whose logits stand in the right order: what
+    the accuracy would be able to reach if an offset common to all images were taken off.
+    """
+    if labels.max() > 1:
+        return float("nan")
+    second, first = margins[labels == 1], -margins[labels == 0]
+    return 100 * float((second[:, None] > first).double().mean())
+
+
+def summary(margins: list[Tensor], labels: list[Tensor]) -> dict[str, list[float]]:
+    """Return of each task accuracy and ranking, in percent, mean margin and logistic loss."""
     return {
+        "ranking": [ranking(m, y) for m, y in zip(margins, labels, strict=True)],
         "accuracy": [100 * float((m > 0).double().mean()) for m in margins],
         "margin": [float(m.mean()) for m in margins],
         "loss": [float(torch.nn.functional.softplus(-m).mean()) for m in margins],
@@ -98,14 +114,14 @@ def follow(dataset: str, root: str, method: str, settings: Settings, seed: int, 
             if held is None or k % every:
                 learner.learn(where, images, labels)
                 continue
-            found = {"task": number, "batch": k, "held": [summary(held.margins(model))]}
+            found = {"task": number, "batch": k, "held": [held.summary(model)]}
             watched.seen = []
             optimizer.warm_up(images, labels)
             bank = optimizer._batch.bank.double()
             entropy = -float(torch.xlogy(bank, bank).sum()) / settings.views
             for _ in range(R):
                 optimizer.joint(images, labels)
-                found["held"].append(summary(held.margins(model)))
+                found["held"].append(held.summary(model))
             if distils:
                 rate, optimizer.lr = optimizer.lr, 0.0  # to measure L_d after the last step
                 optimizer.joint(images, labels)
@@ -169,6 +185,60 @@ def measures(batch: dict, step: int) -> dict[str, float]:
     }
 
 
+def along(records: list[dict], name: str) -> dict[int, float]:
+    """Return the mean of a measure over older tasks and seeds, by the number of the batch."""
+    found: dict[int, list[float]] = {}
+    for record in records:
+        length = 1 + max(b["batch"] for b in record["batches"])
+        for batch in record["batches"]:
+            number = (batch["task"] - 1) * length + batch["batch"]
+            found.setdefault(number, []).append(mean(batch["held"][0][name]))
+    return {number: mean(values) for number, values in sorted(found.items())}
+
+
+def figure(records: list[dict], path: Path) -> None:
+    """Draw what the two joint steps do to predictions and layers, and the older tasks' fate."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, (moved, left, fate) = plt.subplots(1, 3, figsize=(14, 4))
+    for color, method in enumerate(dict.fromkeys(r["method"] for r in records)):
+        own = [r for r in records if r["method"] == method]
+        for name, style in (("accuracy", "-"), ("ranking", ":")):
+            points = along(own, name)
+            fate.plot([*points], [*points.values()], style, color=f"C{color}",
+                      label=f"{method}, {name}")  # fmt: skip
+        batches = [b for r in own for b in r["batches"] if "divergence" in b]
+        if not batches:
+            continue
+        after = [median(b["divergence"][i] for b in batches) for i in range(3)]
+        moved.plot(["warm-up", "first", "second"], after, marker="o", color=f"C{color}",
+                   label=method)  # fmt: skip
+        names = [n for n in own[0]["layers"] if not n.startswith("heads")]
+        for step, style in enumerate(("-", "--")):
+            shares = [
+                median(
+                    1 + b["products"][step]["dot"][i] / b["products"][step]["new"][i]
+                    for b in batches
+                )
+                for i in range(len(names))
+            ]
+            left.plot(range(len(names)), shares, style, color=f"C{color}",
+                      label=f"{method}, {('first', 'second')[step]}")  # fmt: skip
+    moved.set(yscale="log", title="KL divergence from the bank", ylabel="an image, median",
+              xlabel="after the step")  # fmt: skip
+    left.set(title="share of the step along dL_t/dθ, median", xlabel="layer, from the input")
+    left.axhline(0, color="gray", lw=0.8)
+    fate.set(title="older tasks, held-out images", ylabel="percent", xlabel="batches after task 0")
+    for ax in (moved, left, fate):
+        ax.legend(fontsize=7)
+        ax.grid(alpha=0.3)
+    fig.tight_layout()
+    save(fig, path, 110)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.why", description=__doc__)
     add = parser.add_argument
@@ -196,6 +266,7 @@ def main(argv: list[str] | None = None) -> int:
         write_whole(args.out / "why.json", json.dumps(found).encode())
     text = table(records)
     write_whole(args.out / "why.md", f"{text}\n".encode())
+    figure(records, args.out / "why.png")
     print(text)
     return 0
 

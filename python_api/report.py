@@ -46,9 +46,10 @@ class StepReport:
         where G_d changes nothing about the step along G_t, less where it points against it, and
         negative in layers that move against their new task. ‖G_w‖ stands for ‖G_t‖, from which the
         warm-up moves it by a share of about α_w/α_j. It is nan in layers without a gradient of the
-        new task, such as old heads, and None while there is no old head.
+        new task, such as old heads, and None while there is no old head, or if there was no warm-up
+        or the first repetition was on one loss alone.
         """
-        if self.step_norms is None or not self.factors:
+        if self.warm_up_loss is None or self.step_norms is None or not self.factors:
             return None
         new, total = self.reference_norms.double(), self.step_norms.double()
         old = self.factors[0].double() * self.distillation_norms[0].double()

@@ -118,8 +118,8 @@ class Stage:
 
     @property
     def is_measured(self) -> bool:
-        """Whether the norm of G is reported: in the first joint repetition."""
-        return not self.report.new_loss
+        """Whether the norm of G is reported: if no joint repetition came before this one."""
+        return not self.report.new_loss and len(self.report.distillation_loss) <= 1
 
     def note_step(self, norms: Tensor | None) -> None:
         if norms is not None:

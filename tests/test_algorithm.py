@@ -190,3 +190,20 @@ def test_reports_the_share_of_the_new_task_s_step(
             assert all(found[name].isnan() for name in old)  # which have no gradient of it
             others = torch.stack([found[name] for name in found if name not in old])
             assert (others - 1).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("schedule", ["two_forward", "shared_forward", "in_backward"])
+def test_no_share_without_a_warm_up_or_after_a_step_on_one_loss(schedule, make_model, make_batch):
+    model, batch = make_model(heads=(2, 3)), make_batch(3)
+    optimizer = arranged(model, LR, views=2, schedule=schedule, balance=None)
+    optimizer.joint(*batch, bank=torch.full((2 * len(batch[1]), 2), 0.5))
+    assert optimizer.last.new_share is None
+    optimizer.release()
+    for first in ("new", "distillation"):
+        optimizer.warm_up(*batch)
+        optimizer.joint(*batch, losses=[first])
+        optimizer.joint(*batch)
+        assert optimizer.last.new_share is None
+        optimizer.release()
+    optimizer.step(*batch)
+    assert optimizer.last.new_share.isfinite().any()

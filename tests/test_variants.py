@@ -1,12 +1,18 @@
 """The variants of BLD that the benchmarks try: each does what its docstring says."""
 
 import copy
+import json
+import math
+from dataclasses import replace
 
 import pytest
 import torch
 from arrange import arranged
 
 from benchmarks import why  # registers the schedule "watched"
+from benchmarks.paper.experiment import run
+from benchmarks.paper.methods import PRESETS
+from benchmarks.paper.streams import load_dataset
 from benchmarks.paper.variants import VARIANTS, added, inner_products
 from bld_ext import SeededAugment
 from bld_ext.api.layers import Layers
@@ -96,3 +102,34 @@ def test_features_are_distilled_to_lambda_times_the_new_norm(name, make_model, m
     else:  # the mean of two gradients of that length
         assert (norms[backbone] <= wanted[backbone] * (1 + 1e-9)).all()
         assert (norms[backbone] > 0).all()
+
+
+def test_ranking_does_not_mind_an_offset():
+    labels = torch.tensor([0, 0, 1, 1])
+    logits = torch.tensor([-2.0, -1.0, 1.0, 2.0])  # z_1 - z_0
+    for offset, accuracy in ((0, 100), (1.5, 75), (9, 50)):
+        shifted = logits + offset
+        margins = torch.where(labels == 1, shifted, -shifted)
+        found = why.summary([margins], [labels])
+        assert found["accuracy"] == [accuracy] and found["ranking"] == [100]
+    assert why.ranking(torch.where(labels == 1, -logits, logits), labels) == 0
+    assert math.isnan(why.ranking(torch.ones(3), torch.tensor([0, 1, 2])))
+
+
+def test_a_run_is_followed_to_where_it_ends_unwatched(tmp_path, capsys):
+    """Watching changes nothing but the last digits; a table and a picture come of it."""
+    options = "--seeds 0 --methods finetune,bld --limit 40 --every 2".split()
+    assert why.main([*options, "--out", str(tmp_path)]) == 0
+    *_, first, second = capsys.readouterr().out.strip().splitlines()
+    assert first.startswith("| bld ") and second.startswith("| bld ")
+    assert (tmp_path / "why.png").read_bytes().startswith(b"\x89PNG")
+    records = json.loads((tmp_path / "why.json").read_text())["runs"]
+    settings = replace(PRESETS["digits"], limit=40)
+    for record in records:
+        plain = run(load_dataset("digits"), record["method"], settings, seed=0)
+        assert record["accuracy"][0] == plain["accuracy"][0]  # before anything is watched
+        assert record["accuracy"][-1] == pytest.approx(plain["accuracy"][-1], abs=3)
+        batches = record["batches"]
+        assert [b["task"] for b in batches] == [1, 2, 3, 4] and len(batches[0]["held"]) == 3
+    divergence = [b["divergence"] for b in records[1]["batches"]]
+    assert all(before < after for before, after, _ in divergence)

@@ -139,10 +139,10 @@ def figure(records: list[dict], title: str, path: Path) -> None:
     axes[0][-1].legend(title="task", fontsize=8)
     fig.suptitle(title, fontsize=10, parse_math=False)
     fig.tight_layout()
-    _save(fig, path, 130)
+    save(fig, path, 130)
 
 
-def _save(fig, path: Path, dpi: int) -> None:
+def save(fig, path: Path, dpi: int) -> None:
     import matplotlib.pyplot as plt
 
     drawn = io.BytesIO()
@@ -209,7 +209,7 @@ def _draw_accuracies(own: dict[str, list[dict]], file: Path) -> None:
         ax.set(title=method, xlabel="accuracy of task", ylabel="after task")
         ax.set(xticks=range(tasks), yticks=range(tasks))
     fig.tight_layout()
-    _save(fig, file, 110)
+    save(fig, file, 110)
 
 
 def _draw_factors(own: dict[str, list[dict]], file: Path) -> None:
@@ -232,7 +232,7 @@ def _draw_factors(own: dict[str, list[dict]], file: Path) -> None:
         ax.legend(fontsize=8)
         ax.grid(alpha=0.3)
     fig.tight_layout()
-    _save(fig, file, 110)
+    save(fig, file, 110)
 
 
 def _draw_memory(own: dict[str, list[dict]], file: Path) -> None:
@@ -250,7 +250,7 @@ def _draw_memory(own: dict[str, list[dict]], file: Path) -> None:
     ax.set(xscale="log", xlabel="bytes beside the network (1: none)", ylabel="average accuracy, %")
     ax.grid(alpha=0.3)
     fig.tight_layout()
-    _save(fig, file, 110)
+    save(fig, file, 110)
 
 
 def ablation_table(rows: list[tuple]) -> str:
@@ -294,7 +294,7 @@ def ablation_figure(rows: list[tuple], title: str, path: Path) -> None:
     axes[0][0].legend(fontsize=8)
     fig.suptitle(title, fontsize=9, parse_math=False)
     fig.tight_layout()
-    _save(fig, path, 110)
+    save(fig, path, 110)
 
 
 def summary_writer():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.paper.methods import BLD, METHODS, Alternated, Settings
-from bld_ext import ops
+from bld_ext import SeededAugment, ops
 from bld_ext.api import passes
 from bld_ext.api.layers import Layers
 from bld_ext.api.schedules import SCHEDULES, SharedForward
@@ -180,3 +180,41 @@ class AlternatedBalanced(Alternated):
 
 METHODS["alternated-balanced"] = AlternatedBalanced
 METHODS.update({name: method(name) for name in VARIANTS})
+
+
+class Recentred(BLD):
+    """BLD, and after each batch the old heads' biases take back the mean change of their logits.
+
+    The change is that of the batch's own images, without augmentation and in eval mode.
+    """
+
+    capturable = False
+
+    @torch.no_grad()
+    def old_logits(self, images: Tensor) -> Tensor:
+        """Return the mean old logits of a batch, `[C_old]`."""
+        model = self.model
+        plain = SeededAugment(dtype=next(model.parameters()).dtype).plain
+        modes = {module: module.training for module in model.modules()}
+        model.eval()
+        logits = model(plain(images))[:, : sum(model.head_sizes[:-1])].mean(0)
+        for module, training in modes.items():
+            module.training = training
+        return logits
+
+    def learn(self, where: Tensor, images: Tensor, labels: Tensor) -> None:
+        before = self.old_logits(images)
+        super().learn(where, images, labels)
+        change = (self.old_logits(images) - before).split(list(self.model.head_sizes[:-1]))
+        for head, moved in zip(self.model.heads, change, strict=False):
+            head.bias.data -= moved
+
+
+class RecentredFinetune(Recentred):
+    """Finetuning with the same correction."""
+
+    def options(self, s: Settings) -> dict:
+        return super().options(s) | {"balance": 0.0}
+
+
+METHODS.update({"recentred": Recentred, "recentred-finetune": RecentredFinetune})
