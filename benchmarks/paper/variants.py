@@ -5,10 +5,10 @@ combines them in its own way.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.paper.methods import BLD, METHODS, Alternated, Settings
-from bld_ext import SeededAugment, ops
+from bld_ext import MultiHead, SeededAugment, ops
 from bld_ext.api import passes
 from bld_ext.api.layers import Layers
 from bld_ext.api.schedules import SCHEDULES, SharedForward
@@ -84,6 +84,40 @@ class Gated(Combined):
         return added(new, scaled(layers, old, (inner_products(layers, old, new) >= 0).double()))
 
 
+class SparedNorms(Combined):
+    """BatchNorm's parameters are not balanced: their part of G_d keeps factor 1."""
+
+    def gradients(self, stage, params):
+        loss, old = super().gradients(stage, params)
+        factors = stage.report.factors[-1].double().cpu()
+        norms = {
+            stage.layers.index[p]
+            for module in stage.views.model.modules()
+            if isinstance(module, nn.BatchNorm2d)
+            for p in module.parameters()
+        }
+        back = torch.ones_like(factors)
+        for l in norms:
+            back[l] = 1 / factors[l] if factors[l] > 0 else 1
+        return loss, scaled(stage.layers, old, back)
+
+    def combine(self, layers, old, new):
+        return added(old, new)
+
+
+class BalancedToNow(Combined):
+    """G_d is balanced to the norm of dL_t/dθ at the present weights, not to that of the warm-up."""
+
+    def combine(self, layers, old, new):
+        now, before = inner_products(layers, new, new), self.reference
+        factors = torch.where(before > 0, now.sqrt() / before, 1)
+        return added(scaled(layers, old, factors), new)
+
+    def gradients(self, stage, params):
+        self.reference = stage.reference_norms.double().cpu()
+        return super().gradients(stage, params)
+
+
 class Features(Combined):
     """Distils the features by half their squared distance, in place of the logits."""
 
@@ -154,6 +188,8 @@ VARIANTS = {
     "projected": Projected(),
     "projected-alone": ProjectedAlone(),
     "gated": Gated(),
+    "spared-norms": SparedNorms(),
+    "balanced-to-now": BalancedToNow(),
     "features": Features(),
     "features-and-logits": FeaturesAndLogits(),
 }
@@ -180,6 +216,53 @@ class AlternatedBalanced(Alternated):
 
 METHODS["alternated-balanced"] = AlternatedBalanced
 METHODS.update({name: method(name) for name in VARIANTS})
+
+
+class EvalBank(BLD):
+    """The bank is made in eval mode, with the running statistics."""
+
+    capturable = False
+
+    @torch.no_grad()
+    def bank(self, images: Tensor, number: int) -> Tensor:
+        model, optimizer = self.model, self.optimizer
+        sizes = list(model.head_sizes[:-1])
+        views = optimizer.augment(
+            images, seed=optimizer.seed, step=number, views=range(self.settings.views)
+        )
+        modes = {module: module.training for module in model.modules()}
+        model.eval()
+        logits = model(views)[:, : sum(sizes)]
+        for module, training in modes.items():
+            module.training = training
+        if not sizes:
+            return logits
+        return ops.head_softmax(logits.contiguous(), sizes, self.settings.temperature)
+
+    def learn(self, where: Tensor, images: Tensor, labels: Tensor) -> None:
+        bank = self.bank(images, self.optimizer.batches)
+        try:
+            self.optimizer.warm_up(images, labels)
+            for _ in range(self.settings.joint_steps):
+                self.optimizer.joint(images, labels, bank=bank)
+        finally:
+            self.optimizer.release()
+
+
+class ZeroHeads(BLD):
+    """A new head begins with zeros."""
+
+    capturable = False
+
+    def __init__(self, model: MultiHead, *rest: object):
+        def make(inputs: int, outputs: int) -> nn.Linear:
+            head = nn.Linear(inputs, outputs)
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
+            return head
+
+        model._make_head = make
+        super().__init__(model, *rest)
 
 
 class Recentred(BLD):
@@ -217,4 +300,5 @@ class RecentredFinetune(Recentred):
         return super().options(s) | {"balance": 0.0}
 
 
+METHODS.update({"eval-bank": EvalBank, "zero-heads": ZeroHeads})
 METHODS.update({"recentred": Recentred, "recentred-finetune": RecentredFinetune})
