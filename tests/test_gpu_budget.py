@@ -42,9 +42,16 @@ NORMS = {  # channels, positions, images of a view, channels last
     "512x1": (512, 1, 20, True),
     "64x32x32 last": (64, 1024, 20, True),
 }
-LAYERS = {  # of layers.cu, and the dynamic shared memory of each
-    "measure_kernel": 0, "rescale_kernel": 0, "balance_kernel": 2 * 32768, "update_kernel": 0,
-}  # fmt: skip
+LAYERS = {  # of layers.cu: dynamic shared memory, 16-byte loads in the loop over floats, arrays
+    "measure_kernel": (0, 4, 1),
+    "rescale_kernel": (0, 4, 1),
+    "balance_kernel": (2 * 32768, 4, 1),
+    "update_kernel": (0, 6, 3),
+}
+
+
+def wide_loads(code):
+    return sum(i.name == "LDG" and i.width == 16 for i in code.instructions)
 
 
 def counted(code, part, items, threads, shared):
@@ -158,7 +165,7 @@ TRITON = {
 
 
 def count_layers():
-    """The longest loop of each kernel in layers.cu, an item of which is four floats of a thread."""
+    """The loop over float32 of each kernel in layers.cu; an item is four floats of each array."""
     from test_cuda_build import ROOT, find_nvcc
     from torch.utils import cpp_extension
 
@@ -171,9 +178,11 @@ def count_layers():
         command += [str(ROOT / "csrc/cuda/layers.cu"), "-o", str(cubin)]
         subprocess.run(command, check=True, capture_output=True)
         found = {}
-        for name, shared in LAYERS.items():
+        for name, (shared, loads, arrays) in LAYERS.items():
             code = machine_code.read(cubin.read_bytes(), name)
-            found[name] = counted(code, code.loops[0], 4 * 256, 256, shared)
+            of_floats = [loop for loop in code.loops if wide_loads(loop) == loads]
+            assert of_floats, f"{name}: no loop has {loads} 16-byte loads"
+            found[name] = counted(code, of_floats[0], loads // arrays * 256, 256, shared)
         return found
 
 

@@ -70,27 +70,39 @@ def test_same_bits_in_any_run(dtypes):
 
 
 @pytest.mark.parametrize("count, largest", [(1, 20_000_000), (300, 40_000)])
-def test_one_launch_has_the_bits_of_two(count, largest, monkeypatch):
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, f64, torch.bfloat16, torch.float16], ids=str)
+def test_one_launch_has_the_bits_of_two(dtype, offset, count, largest, monkeypatch):
     """More chunks than a block keeps, and layers that many blocks share; in a graph too."""
     generator = torch.Generator("cuda").manual_seed(0)
-    sizes = [largest - i for i in range(count)]
-    grads = [torch.randn(size, generator=generator, device="cuda") for size in sizes]
+    made = [
+        torch.randn(offset + largest - i, generator=generator, device="cuda").to(dtype)[offset:]
+        for i in range(count)
+    ]
     layers, norms = [i // 3 for i in range(count)], torch.ones(count // 3 + 1, device="cuda")
-    balanced = clones(grads)
-    expected = ops.balance_layers_(balanced, layers, norms)
+    grads = [t.clone() if offset == 0 else t for t in made]
+    saved = [t.clone() for t in grads]
+    monkeypatch.delenv("BLD_EXT_ONE_LAUNCH", raising=False)
+    expected = ops.balance_layers_(grads, layers, norms)
+    balanced = [t.clone() for t in grads]
     monkeypatch.setenv("BLD_EXT_ONE_LAUNCH", "1")
+    torch._foreach_copy_(grads, saved)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        ops.balance_layers_(grads, layers, norms)
+        torch.cuda.synchronize()
+    assert sum("balance_kernel" in event.name for event in profile.events()) == 1
     for _ in range(20):
-        again = clones(grads)
-        found = ops.balance_layers_(again, layers, norms)
-        assert all(map(torch.equal, (*found, *again), (*expected, *balanced)))
-    kept = clones(grads)
+        torch._foreach_copy_(grads, saved)
+        found = ops.balance_layers_(grads, layers, norms)
+        assert all(map(torch.equal, (*found, *grads), (*expected, *balanced)))
     graph = torch.cuda.CUDAGraph()
+    torch._foreach_copy_(grads, saved)
     with torch.cuda.graph(graph):
-        found = ops.balance_layers_(kept, layers, norms)
+        found = ops.balance_layers_(grads, layers, norms)
     for _ in range(3):
-        torch._foreach_copy_(kept, grads)
+        torch._foreach_copy_(grads, saved)
         graph.replay()
-        assert all(map(torch.equal, (*found, *kept), (*expected, *balanced)))
+        assert all(map(torch.equal, (*found, *grads), (*expected, *balanced)))
 
 
 @pytest.mark.parametrize("view", [columns, shifted])

@@ -50,6 +50,9 @@ def library(tmp_path_factory):
     #define SHOWN extern "C" __attribute__((visibility("default")))
     SHOWN emulator::State *state() { return &emulator::state; }
     SHOWN void set_chunk_size(int64_t size) { bld_ext::chunk_size = size; }
+    SHOWN void at_grid_sync(float *zeroed, int64_t size) {
+      emulator::between = [=] { std::fill(zeroed, zeroed + size, 0.f); };
+    }
     """
     source = tmp_path_factory.mktemp("emulated") / "layers.cpp"
     source.write_text(text)
@@ -65,6 +68,7 @@ def library(tmp_path_factory):
     loaded = ctypes.CDLL(str(target))
     loaded.state.restype = ctypes.POINTER(State)
     loaded.set_chunk_size.argtypes = [ctypes.c_int64]
+    loaded.at_grid_sync.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     return loaded
 
 
@@ -215,21 +219,39 @@ def test_bad_scalars(gpu):
 
 
 @dtypes
-@pytest.mark.parametrize("chunk", [100, 1000, 8192])
+@pytest.mark.parametrize("chunk", [100, 1000, 20_000])
 def test_one_launch_has_the_bits_of_two(gpu, library, monkeypatch, dtypes, chunk):
-    """With small chunks a block has more of them than it keeps, with large ones fewer blocks."""
+    """On one table, by turns: what a launch leaves behind must not disturb the next.
+
+    With small chunks a block has more of them than it keeps.
+    """
     library.set_chunk_size(chunk)
     grads = make_tensors(dtypes, seed=1)
-    balanced, launches = clones(grads), gpu.launches
-    expected = ops.balance_layers_(balanced, LAYERS, REFERENCE, LAMBDA)
-    assert gpu.launches == launches + 2
+    changed, results = clones(grads), []
+    for turn, one in enumerate([False, True, True, False, True]):
+        monkeypatch.setenv("BLD_EXT_ONE_LAUNCH", str(int(one)))
+        torch._foreach_copy_(changed, grads)
+        gpu.seed, launches = 1000 * turn, gpu.launches
+        found = ops.balance_layers_(changed, LAYERS, REFERENCE, LAMBDA)
+        assert gpu.launches == launches + (1 if one else 2)
+        results.append([*found, *clones(changed)])
+    assert all(all(map(torch.equal, result, results[0])) for result in results[1:])
+
+
+def test_one_launch_reads_once_what_it_keeps(gpu, library, monkeypatch):
+    """A gradient that changes between norm and rescaling shows where the second reading is from."""
+    library.set_chunk_size(8192)
     monkeypatch.setenv("BLD_EXT_ONE_LAUNCH", "1")
-    for seed in (0, 1000):
-        gpu.seed = seed
-        again, launches = clones(grads), gpu.launches
-        found = ops.balance_layers_(again, LAYERS, REFERENCE, LAMBDA)
-        assert gpu.launches == launches + 1
-        assert all(map(torch.equal, (*found, *again), (*expected, *balanced)))
+    grad = torch.ones(20 * 8192)  # 20 chunks, of which six blocks keep two each
+    library.at_grid_sync(grad.data_ptr(), len(grad))
+    try:
+        (factor,), _ = ops.balance_layers_([grad], [0], torch.ones(1), LAMBDA)
+    finally:
+        library.at_grid_sync(None, 0)
+    kept = (grad != 0).view(20, 8192)
+    assert torch.equal(kept.all(1), kept.any(1))
+    assert kept.all(1).tolist() == [True] * 12 + [False] * 8
+    torch.testing.assert_close(grad[:8192], factor.expand(8192))
 
 
 @pytest.mark.parametrize("offset", range(4))

@@ -227,7 +227,10 @@ std::tuple<Tensor, Tensor> balance(const std::vector<TensorList *> &lists, Tenso
 
 // Whether balance_layers_ is one cooperative launch instead of two launches. It is not the default:
 // it is predicted to be faster, but neither has been timed.
-bool in_one_launch() { return std::getenv("BLD_EXT_ONE_LAUNCH") != nullptr; }
+bool in_one_launch() {
+  const char *value = std::getenv("BLD_EXT_ONE_LAUNCH");
+  return value && std::strcmp(value, "1") == 0;
+}
 
 // The most blocks of balance_kernel that the current device runs at once.
 unsigned most_blocks() {

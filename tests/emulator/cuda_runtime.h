@@ -41,6 +41,7 @@ struct State {
   unsigned long long capture = 0;
   unsigned seed = 0;
   int64_t launches = 0, allocations = 0, copies = 0;
+  int64_t shared_limit = 48 << 10, occupancy_for = -1; // as the host set it, and asked for
 };
 inline State state;
 
@@ -54,10 +55,12 @@ struct Block {
   std::vector<Fiber> fibers;
   std::vector<char> shared; // the launch's dynamic shared memory
 };
-constexpr const char *GRID = "grid.sync";
+constexpr const char *GRID = "grid.sync", *SHUFFLE = "shuffle";
+constexpr int MULTIPROCESSORS = 3, BLOCKS = 2; // and the blocks that fit on each
+constexpr size_t GUARD = 4096;                 // bytes behind shared memory that nobody may write
 inline ucontext_t scheduler;
-inline Block *block; // that runs
-inline std::function<void()> body;
+inline Block *block;                        // that runs
+inline std::function<void()> body, between; // what a test does while all blocks are at grid.sync
 
 inline char *dynamic_shared() { return block->shared.data(); }
 
@@ -80,7 +83,7 @@ inline std::vector<unsigned> any_order(unsigned count) {
 }
 
 inline void begin(Block &started, unsigned threads, size_t shared) {
-  started.shared.assign(shared, char(0xff)); // nan
+  started.shared.assign(shared + GUARD, char(0xff)); // nan
   started.fibers.resize(threads);
   for (Fiber &fiber : started.fibers) {
     fiber.done = false;
@@ -92,20 +95,38 @@ inline void begin(Block &started, unsigned threads, size_t shared) {
   }
 }
 
+inline bool waits_for(const Fiber &fiber, const char *what) {
+  return !fiber.done && std::strncmp(fiber.barrier, what, std::strlen(what)) == 0;
+}
+
+// Runs threads until each of them is at its end or at a barrier, the same for all.
+inline void run_threads(unsigned first, unsigned count) {
+  const std::vector<Fiber> &fibers = block->fibers;
+  for (unsigned t : any_order(count)) {
+    threadIdx.x = first + t;
+    swapcontext(&scheduler, &block->fibers[first + t].context);
+  }
+  for (unsigned t = first; t < first + count; ++t)
+    if (fibers[t].done != fibers[first].done ||
+        (!fibers[t].done && std::strcmp(fibers[t].barrier, fibers[first].barrier) != 0))
+      throw std::runtime_error("the threads of a warp are not at the same barrier");
+}
+
 // Runs a block to its end, or to where it waits for all others; returns whether that is its end.
+// A warp shuffles by itself and goes as far as the next barrier of the block before another begins.
 inline bool run_block(Block &running) {
   block = &running;
-  std::vector<Fiber> &fibers = running.fibers;
+  const std::vector<Fiber> &fibers = running.fibers;
   do {
-    for (unsigned t : any_order(fibers.size())) {
-      threadIdx.x = t;
-      swapcontext(&scheduler, &fibers[t].context);
-    }
+    for (unsigned warp : any_order(fibers.size() / 32))
+      do
+        run_threads(32 * warp, 32);
+      while (waits_for(fibers[32 * warp], SHUFFLE));
     for (const Fiber &fiber : fibers)
       if (fiber.done != fibers[0].done ||
           (!fiber.done && std::strcmp(fiber.barrier, fibers[0].barrier) != 0))
         throw std::runtime_error("the threads of a block are not at the same barrier");
-  } while (!fibers[0].done && std::strcmp(fibers[0].barrier, GRID) != 0);
+  } while (!fibers[0].done && !waits_for(fibers[0], GRID));
   return fibers[0].done;
 }
 
@@ -129,6 +150,11 @@ template <typename... Parameters>
 void launch_together(void (*kernel)(Parameters...), unsigned blocks, unsigned threads,
                      void **arguments, size_t shared) {
   ++state.launches;
+  if (blocks > MULTIPROCESSORS * BLOCKS || int64_t(shared) != state.occupancy_for)
+    throw std::runtime_error(
+        "more blocks than run at once, or with other shared memory than asked for");
+  if (int64_t(shared) > state.shared_limit)
+    throw std::runtime_error("more shared memory than the kernel may have");
   gridDim.x = blocks;
   body = [&] {
     [&]<size_t... i>(std::index_sequence<i...>) {
@@ -144,9 +170,14 @@ void launch_together(void (*kernel)(Parameters...), unsigned blocks, unsigned th
       blockIdx.x = b;
       done += run_block(all[b]);
     }
+    if (done == 0 && between)
+      between();
     if (done != 0 && done != blocks)
       throw std::runtime_error("not all blocks are at grid.sync");
   }
+  for (const Block &each : all)
+    if (std::any_of(each.shared.end() - GUARD, each.shared.end(), [](char c) { return c != -1; }))
+      throw std::runtime_error("a write behind shared memory");
 }
 
 } // namespace emulator
@@ -162,7 +193,7 @@ inline double __shfl_down_sync(unsigned, double value, unsigned step) {
   static double values[1024];
   const unsigned mine = threadIdx.x;
   values[mine] = value;
-  emulator::wait_at("shuffle, written");
+  emulator::wait_at("shuffle, written"); // for the other threads of the warp
   const double other = mine % 32 + step < 32 ? values[mine + step] : value;
   emulator::wait_at("shuffle, read");
   return other;
@@ -236,14 +267,15 @@ enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 inline cudaError_t cudaGetDevice(int *device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr, int) {
-  return *value = 3, cudaSuccess;
+  return *value = emulator::MULTIPROCESSORS, cudaSuccess;
 }
-template <typename F> cudaError_t cudaFuncSetAttribute(F, cudaFuncAttribute, int) {
-  return cudaSuccess;
+template <typename F> cudaError_t cudaFuncSetAttribute(F, cudaFuncAttribute, int bytes) {
+  return emulator::state.shared_limit = bytes, cudaSuccess;
 }
 template <typename F>
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, F, int, size_t) {
-  return *blocks = 2, cudaSuccess;
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, F, int, size_t shared) {
+  emulator::state.occupancy_for = shared;
+  return *blocks = emulator::BLOCKS, cudaSuccess;
 }
 template <typename... Parameters>
 cudaError_t cudaLaunchCooperativeKernel(void (*kernel)(Parameters...), unsigned blocks,
