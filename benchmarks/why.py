@@ -15,10 +15,10 @@ from tqdm import tqdm
 from benchmarks.paper.__main__ import parse_methods, parse_seeds
 from benchmarks.paper.checkpoint import write_whole
 from benchmarks.paper.experiment import batch_statistics, evaluate
-from benchmarks.paper.methods import CPU, OWN, PRESETS, Settings, make_learner
+from benchmarks.paper.methods import CPU, OWN, PRESETS, Settings, evaluating, make_learner
 from benchmarks.paper.report import markdown, save
 from benchmarks.paper.streams import Task, load_dataset, make_stream
-from benchmarks.paper.variants import Combined, added, inner_products
+from benchmarks.paper.variants import Combined, inner_products
 from bld_ext import MultiHead, SeededAugment
 from bld_ext.api.schedules import SCHEDULES
 
@@ -32,7 +32,7 @@ class Watched(Combined):
         self.seen: list[dict] | None = None  # of each joint repetition, while something listens
 
     def combine(self, layers, old, new):
-        total = added(old, new)
+        total = super().combine(layers, old, new)
         if self.seen is not None:
             pairs = {"dot": (old, new), "old": (old, old), "new": (new, new),
                      "step": (total, total)}  # fmt: skip
@@ -54,14 +54,10 @@ class Held:
     def summary(self, model: MultiHead) -> dict[str, list[float]]:
         return summary(self.margins(model), self.labels)
 
-    @torch.no_grad()
     def margins(self, model: MultiHead) -> list[Tensor]:
         """Return for each task z_y - max z_c over the other classes c of each image, `[N]`."""
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        logits = model(torch.cat(self.images))
-        for module, training in modes.items():
-            module.training = training
+        with evaluating(model):
+            logits = model(torch.cat(self.images))
         found, rows, column = [], 0, 0
         for labels, classes in zip(self.labels, model.head_sizes, strict=False):
             own = logits[rows : rows + len(labels), column : column + classes]

@@ -6,10 +6,11 @@ section 4 of Fini et al., ECCV 2020. Each docstring says how what the paper leav
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.paper.networks import make_model
 from benchmarks.paper.streams import Task
@@ -81,6 +82,19 @@ PRECISIONS = ("fp32", "mixed", "bf16")
 SMALL = {"network": "slim", "views": 4, "views_per_pass": 4}  # minutes a run on one core
 CPU = SMALL | {"lr": 1e-3, "offline_epochs": 20, "offline_batch": 50, "offline_lr": 1e-3}
 CPU_IMAGES = 6000  # training images of all tasks together
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode, without gradients; then each module back into its own mode."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 class Method:
@@ -240,7 +254,6 @@ class LwF(Method):
         self.targets: Tensor | None = None  # [images of the task, C_old]
         self.stored = 0
 
-    @torch.no_grad()
     def begin(self, task: Task) -> None:
         super().begin(task)
         self.stored = task.x_train.nbytes
@@ -249,14 +262,11 @@ class LwF(Method):
             return
         like, parts = next(self.model.parameters()), []
         plain = SeededAugment(dtype=like.dtype).plain
-        modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
-        for images in task.x_train.split(500):
-            logits = self.model(plain(images.to(like.device)))
-            sizes, tau = list(self.model.head_sizes), self.settings.temperature
-            parts.append(ops.head_softmax(logits, sizes, tau))
-        for module, training in modes.items():
-            module.training = training
+        with evaluating(self.model):
+            for images in task.x_train.split(500):
+                logits = self.model(plain(images.to(like.device)))
+                sizes, tau = list(self.model.head_sizes), self.settings.temperature
+                parts.append(ops.head_softmax(logits, sizes, tau))
         self.targets = torch.cat(parts)
 
     def bank(self, where: Tensor, images: Tensor) -> Tensor:
@@ -315,7 +325,7 @@ class OfflineLwF(LwF):
             self.optimizer.release()
 
 
-METHODS = {
+METHODS: dict[str, type[Method]] = {
     "finetune": Finetune,
     "l2": L2,
     "bld": BLD,
@@ -324,6 +334,7 @@ METHODS = {
     "lwf": LwF,
     "lwf-offline": OfflineLwF,
 }
+PAPER = tuple(METHODS)  # the paper's; variants.py adds those that were tried beside them
 
 
 def make_learner(

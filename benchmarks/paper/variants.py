@@ -7,7 +7,7 @@ combines them in its own way.
 import torch
 from torch import Tensor, nn
 
-from benchmarks.paper.methods import BLD, METHODS, Alternated, Settings
+from benchmarks.paper.methods import BLD, METHODS, Alternated, Settings, evaluating
 from bld_ext import MultiHead, SeededAugment, ops
 from bld_ext.api import passes
 from bld_ext.api.layers import Layers
@@ -29,8 +29,8 @@ class Combined(SharedForward):
     """Holds G_d and dL_t/dθ apart; a subclass says which gradient is made of them."""
 
     def combine(self, layers: Layers, old: Gradients, new: Gradients) -> Gradients:
-        """Return G, given the balanced G_d and dL_t/dθ."""
-        raise NotImplementedError
+        """Return G, given the balanced G_d and dL_t/dθ: their sum, as in BLD."""
+        return added(old, new)
 
     def gradients(self, stage: Stage, params: list[Tensor]) -> tuple[Tensor, Gradients]:
         """Add dL_t/dθ to .grad; return L_t and the balanced G_d."""
@@ -100,9 +100,6 @@ class SparedNorms(Combined):
         for l in norms:
             back[l] = 1 / factors[l] if factors[l] > 0 else 1
         return loss, scaled(stage.layers, old, back)
-
-    def combine(self, layers, old, new):
-        return added(old, new)
 
 
 class BalancedToNow(Combined):
@@ -174,9 +171,6 @@ class Features(Combined):
             sums[0] = {p: g / 2 for p, g in both.items()}
         return torch.stack(new_losses).sum() / views.count, sums[0]
 
-    def combine(self, layers, old, new):
-        return added(old, new)
-
 
 class FeaturesAndLogits(Features):
     """Distils both, each balanced to λ/2."""
@@ -214,27 +208,19 @@ class AlternatedBalanced(Alternated):
         return super().options(s) | {"balance": s.balance}
 
 
-METHODS["alternated-balanced"] = AlternatedBalanced
-METHODS.update({name: method(name) for name in VARIANTS})
-
-
 class EvalBank(BLD):
     """The bank is made in eval mode, with the running statistics."""
 
     capturable = False
 
-    @torch.no_grad()
     def bank(self, images: Tensor, number: int) -> Tensor:
         model, optimizer = self.model, self.optimizer
         sizes = list(model.head_sizes[:-1])
         views = optimizer.augment(
             images, seed=optimizer.seed, step=number, views=range(self.settings.views)
         )
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        logits = model(views)[:, : sum(sizes)]
-        for module, training in modes.items():
-            module.training = training
+        with evaluating(model):
+            logits = model(views)[:, : sum(sizes)]
         if not sizes:
             return logits
         return ops.head_softmax(logits.contiguous(), sizes, self.settings.temperature)
@@ -273,17 +259,12 @@ class Recentred(BLD):
 
     capturable = False
 
-    @torch.no_grad()
     def old_logits(self, images: Tensor) -> Tensor:
         """Return the mean old logits of a batch, `[C_old]`."""
         model = self.model
         plain = SeededAugment(dtype=next(model.parameters()).dtype).plain
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        logits = model(plain(images))[:, : sum(model.head_sizes[:-1])].mean(0)
-        for module, training in modes.items():
-            module.training = training
-        return logits
+        with evaluating(model):
+            return model(plain(images))[:, : sum(model.head_sizes[:-1])].mean(0)
 
     def learn(self, where: Tensor, images: Tensor, labels: Tensor) -> None:
         before = self.old_logits(images)
@@ -300,5 +281,13 @@ class RecentredFinetune(Recentred):
         return super().options(s) | {"balance": 0.0}
 
 
-METHODS.update({"eval-bank": EvalBank, "zero-heads": ZeroHeads})
-METHODS.update({"recentred": Recentred, "recentred-finetune": RecentredFinetune})
+METHODS.update({name: method(name) for name in VARIANTS})
+METHODS.update(
+    {
+        "alternated-balanced": AlternatedBalanced,
+        "eval-bank": EvalBank,
+        "zero-heads": ZeroHeads,
+        "recentred": Recentred,
+        "recentred-finetune": RecentredFinetune,
+    }
+)
