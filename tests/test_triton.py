@@ -24,6 +24,10 @@ HEADS = {  # the last one is the new head
     "wide-new": [5, 5, 130],
     "wide-old": [1000, 1, 7],
     "64-heads": [1, 2, 3, 7] * 16,
+    "fours": [100, 100, 100],
+    "ragged-fours": [20, 4, 64, 8],
+    "narrow-fours": [4, 16, 12, 8],
+    "fours-and-odd-new": [20, 100, 7],
     "65-ragged-heads": [*range(1, 65), 2],
 }
 SPATIAL = {"flat": (), "2d": (3, 5), "3d": (2, 1, 3)}
@@ -202,21 +206,37 @@ LAYOUTS = {
     "channels-last": lambda x: x.contiguous(memory_format=torch.channels_last),
     "strided": lambda x: x[::2, :, ::2, 1:],
     "expanded": lambda x: x[:1].expand(6, -1, -1, -1),
-    "offset": lambda x: x.flatten()[1 : 1 + 5 * 6].view(5, 6),
+    "offset": lambda x: x.flatten()[1 : 1 + 5 * x.shape[1]].view(5, x.shape[1]),
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_any_layout_and_alignment(layout):
-    logits = layout(make_inputs([3, 3], (4, 6), N=6)[0])
+@pytest.mark.parametrize("classes", [3, 4, 20])
+@dtypes
+def test_any_layout_and_alignment(layout, classes, dtype):
+    logits = layout(make_inputs([classes, classes], (4, 6), dtype, N=6)[0])
     before = logits.clone()
     labels = torch.zeros_like(logits[:, 0], dtype=torch.int64)
-    bank = kernels.head_softmax(logits, [3], TAU)
-    assert torch.equal(bank, kernels.head_softmax(logits.contiguous(), [3], TAU))
-    results = kernels.joint_loss(logits, labels, bank, [3, 3], TAU)
-    expected = kernels.joint_loss(logits.contiguous(), labels, bank, [3, 3], TAU)
-    assert all(map(torch.equal, results, expected))
+    bank = kernels.head_softmax(logits, [classes], TAU)
+    assert torch.equal(bank, kernels.head_softmax(logits.clone().contiguous(), [classes], TAU))
+    bank = torch.cat([bank.new_zeros(1), bank.flatten()])[1:].view_as(bank)
+    results = kernels.joint_loss(logits, labels, bank, [classes] * 2, TAU)
+    expected = kernels.joint_loss(
+        logits.clone().contiguous(), labels, bank.clone(), [classes] * 2, TAU
+    )
+    assert all(map(torch.equal, results, expected)) and not results[3].any()
     assert torch.equal(logits, before)
+
+
+def test_what_is_not_aligned_is_copied():
+    numbers = torch.arange(41.0, device=DEVICE)
+    assert kernels._whole(numbers[4:], True).data_ptr() == numbers[4:].data_ptr()
+    assert kernels._whole(numbers[1:], False).data_ptr() == numbers[1:].data_ptr()
+    copied = kernels._whole(numbers[1:], True)
+    assert copied.data_ptr() % 16 == 0 and torch.equal(copied, numbers[1:])
+    halves = numbers.half()  # of two bytes: four in eight
+    assert kernels._whole(halves[4:], True).data_ptr() == halves[4:].data_ptr()
+    assert kernels._whole(halves[2:], True).data_ptr() != halves[2:].data_ptr()
 
 
 def test_columns_that_no_tile_row_holds_at_once_get_zero():
@@ -412,9 +432,10 @@ def test_who_has_a_head_depends_on_the_widest(size):
 
 @pytest.mark.parametrize("new", [2, 16, 17, 64, 1025])
 @pytest.mark.parametrize("widest", [2, 16, 17, 128, 1025])
-def test_the_new_head_does_not_change_the_bits_of_the_old_ones(widest, new):
-    """It is read beside them, or by itself, as its size allows."""
-    sizes = [widest, 2, 1]
+@pytest.mark.parametrize("others", [[2, 1], [4, 12]], ids=str)
+def test_the_new_head_does_not_change_the_bits_of_the_old_ones(widest, others, new):
+    """It is read beside them, or by itself, as its size allows; four classes at a time, or not."""
+    sizes = [widest, *others]
     logits, labels, bank = make_inputs([*sizes, new])
     _, filled, _ = kernels.warm_up_loss(logits, labels, [*sizes, new], TAU)
     assert torch.equal(filled, kernels.head_softmax(logits, sizes, TAU))
@@ -425,8 +446,7 @@ def test_the_new_head_does_not_change_the_bits_of_the_old_ones(widest, new):
         arguments = (logits, filled) if heads is sizes else (logits, labels, filled)
         grad = loss(*arguments, heads, TAU)[-1]
         assert torch.equal(grad, torch.zeros_like(grad))
-    old, tile = kernels.tile_shape(sizes), kernels.tile_shape([new])
-    expected = (
-        old.lanes == tile.lanes and old.lanes > 0 and new <= max(2, 1 << (widest - 1).bit_length())
-    )
-    assert kernels.are_together(sizes, old, tile) == expected
+    how = kernels.plan(sizes, sum(sizes) + new, labelled=True)
+    assert how.together == (how.old.lanes == how.new.lanes and new <= how.old.lanes * how.old.each)
+    assert how.aligned == (how.run == 4 and new % 4 == 0)
+    assert how.run == (4 if all(size % 4 == 0 for size in sizes) else 1)

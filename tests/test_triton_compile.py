@@ -27,6 +27,9 @@ CASES = [  # dtype, widest old and new head, dense, temperature on the device, c
     ("fp32", (100, 100), False, True, 80),
     ("fp32", (5, 100), False, True, 90),
     ("fp32", (2000, 100), False, True, 90),
+    ("fp32", (100, 97), False, True, 90),  # the new head takes 16-byte accesses away
+    ("bf16", (1000, 5), False, True, 90),
+    ("fp32", (99, 100), False, True, 90),
 ]
 AUGMENTS = {  # settings, image and view dtype, side, channels last, capability
     "crop": (dict(crop_padding=4, flip=0.5), "u8", "fp32", 32, False, 90),
@@ -77,17 +80,16 @@ def compile_augment(kernel, settings, image, view, side, channels_last, capabili
     return compile_source(made, types, constants, capability, warps)
 
 
-def compile_heads(op, sizes, positions=1, dtype="fp32", on_device=True, capability=90):
+def compile_heads(op, sizes, positions=1, dtype="fp32", on_device=True, capability=90, rest=0):
     """The compiled kernel and its constants; by a process of its own, without the interpreter."""
     from bld_ext.triton import distillation as kernels
 
-    old, new = (sizes[:-1], sizes[-1:]) if op in ("joint_loss", "warm_up_loss") else (sizes, [])
+    labelled = op in ("joint_loss", "warm_up_loss")
+    old = sizes[:-1] if labelled else sizes
+    constants = kernels.plan(old, sum(sizes) + rest, labelled, positions).constants()
     pointers = dict(logits=dtype, labels="i64", targets="fp32", bank="fp32", old_grad="fp32")
     pointers |= dict(new_grad="fp32", old_loss="fp32", new_loss="fp32", partials="fp32")
     pointers |= dict(ticket="i32", offsets="i32")
-    tiles = [kernels.tile_shape(of, positions) for of in (old, new)]
-    together = bool(new) and kernels.are_together(old, *tiles)
-    constants = kernels.constants(*tiles, together)
     constants |= dict(ON_DEVICE=on_device, PROGRAMS=kernels.PROGRAMS)
     constants |= {f"{name}_ptr": None for name in OPS[op]}
     types = {f"{name}_ptr": f"*{kind}" for name, kind in pointers.items()}

@@ -480,7 +480,7 @@ def _near(words_ptr, points, W, NEAREST: tl.constexpr):
 
 @triton.jit
 def _byte(words, points, channel, NEAREST: tl.constexpr):
-    """A channel of packed pixels; products and sums are exact."""
+    """A channel of packed pixels, times 65,536 where it is blended; products and sums are exact."""
     shift = 8 * channel
     if NEAREST:
         return ((words[0] >> shift) & 255).to(tl.float32)
@@ -488,7 +488,7 @@ def _byte(words, points, channel, NEAREST: tl.constexpr):
         _, _, right, low = points
         upper = ((words[0] >> shift) & 255) * (ONE - right) + ((words[1] >> shift) & 255) * right
         lower = ((words[2] >> shift) & 255) * (ONE - right) + ((words[3] >> shift) & 255) * right
-        return (upper * (ONE - low) + lower * low).to(tl.float32) * (1.0 / (ONE * ONE))
+        return (upper * (ONE - low) + lower * low).to(tl.float32)
 
 
 @triton.jit
@@ -525,14 +525,17 @@ def _channel(
     PADDING: tl.constexpr, PACKED: tl.constexpr, WHITE: tl.constexpr,
 ):  # fmt: skip
     """One channel of the points, brightened."""
+    factor = tl.load(view_ptr + COLORS).to(tl.float32, bitcast=True) if BRIGHTENS else 1.0
     if PACKED:
+        # a power of two, so that the product with the factor is exact
+        unit: tl.constexpr = 1.0 if NEAREST else 1.0 / (ONE * ONE)
         value = _byte(_near(image_ptr, points, W, NEAREST), points, channel, NEAREST)
+        value = value * (factor * unit)
+        return tl.minimum(value, WHITE) if BRIGHTENS else value
     else:
         channel_ptr = image_ptr + tl.cast(channel, tl.int64) * H * W
         value = _sample(channel_ptr, points, H, W, NEAREST, PADDING)
-    if BRIGHTENS:
-        value = _clamp(tl.load(view_ptr + COLORS).to(tl.float32, bitcast=True) * value, 0.0, WHITE)
-    return value
+        return _clamp(factor * value, 0.0, WHITE) if BRIGHTENS else value
 
 
 @triton.jit
@@ -636,11 +639,13 @@ def _store(
 
 
 @triton.jit
-def _pixels(tile, H, W, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _pixels(tile, H, W, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ONE_TILE: tl.constexpr):
     """Rows and columns of a tile, and which exist."""
-    across = tl.cdiv(W, COLUMNS)
-    first_row = tile // across
-    first_column = (tile - first_row * across) * COLUMNS
+    first_row, first_column = 0, 0
+    if not ONE_TILE:
+        across = tl.cdiv(W, COLUMNS)
+        first_row = tile // across
+        first_column = (tile - first_row * across) * COLUMNS
     row = first_row * ROWS + tl.arange(0, ROWS)[:, None]
     column = first_column + tl.arange(0, COLUMNS)[None, :]
     return row, column, (row < H) & (column < W)
@@ -677,20 +682,20 @@ def views_kernel(
     ONE_TILE: tl.constexpr,  # holds a view
 ):
     place = tl.program_id(0).to(tl.int64)
-    n = place % N
+    n = (tl.program_id(0) % N).to(tl.int64)
     view_ptr = drawn_ptr + place * WORDS
     if PACKED:
         image_ptr = images_ptr + n * ((H + 2 * BORDER) * (W + 2 * BORDER))
     else:
         image_ptr = images_ptr + n * C * H * W
     made_ptr += place * C * H * W
-    tiles = tl.cdiv(H, ROWS) * tl.cdiv(W, COLUMNS)
+    tiles = 1 if ONE_TILE else tl.cdiv(H, ROWS) * tl.cdiv(W, COLUMNS)
 
     mean = 0.0
     if CONTRASTS and not ONE_TILE:
         total = tl.zeros([], tl.int64)
         for tile in range(tl.program_id(1), tiles, tl.num_programs(1)):
-            row, column, mask = _pixels(tile, H, W, ROWS, COLUMNS)
+            row, column, mask = _pixels(tile, H, W, ROWS, COLUMNS, ONE_TILE)
             points = _points(row, column, view_ptr, H, W, RESIZED, NEAREST, PADDING)
             if RGB:
                 gray = _luma(
@@ -706,7 +711,7 @@ def views_kernel(
             total += _level_sum(gray, mask, WHITE)
         mean = _mean(total, H, W, WHITE)
     for tile in range(tl.program_id(1), tiles, tl.num_programs(1)):
-        row, column, mask = _pixels(tile, H, W, ROWS, COLUMNS)
+        row, column, mask = _pixels(tile, H, W, ROWS, COLUMNS, ONE_TILE)
         points = _points(row, column, view_ptr, H, W, RESIZED, NEAREST, PADDING)
         if RGB:
             rgb = _rgb(

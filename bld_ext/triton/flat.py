@@ -18,10 +18,13 @@ from bld_ext.triton.softmax import (
     NARROW,
     PROGRAMS,
     WARPS,
+    add_loss,
     add_up,
     grad_of,
+    in_bits,
     inverse_of,
-    loss_of,
+    join_fours,
+    split_fours,
     spread_softmax,
 )
 
@@ -39,10 +42,7 @@ def _load(ptr, start, end, other, MASKED: tl.constexpr, FLOATS: tl.constexpr, BL
             four = tl.load(ptr + at + 4 * j, mask=at + 4 * j < end, other=other)
         else:
             four = tl.load(ptr + at + 4 * j)
-        even, odd = tl.split(tl.reshape(four.to(tl.float32), [BLOCK, 2, 2]))
-        first, third = tl.split(even)
-        second, fourth = tl.split(odd)
-        values = values + (first, second, third, fourth)
+        values = values + split_fours(four.to(tl.float32))
     return values
 
 
@@ -52,9 +52,7 @@ def _store(
 ):
     at = start + tl.arange(0, BLOCK)[:, None] * FLOATS + tl.arange(0, 4)[None, :]
     for j in tl.static_range(FLOATS // 4):
-        even = tl.join(values[4 * j], values[4 * j + 2])
-        odd = tl.join(values[4 * j + 1], values[4 * j + 3])
-        four = tl.reshape(tl.join(even, odd), [BLOCK, 4])
+        four = join_fours(values[4 * j], values[4 * j + 1], values[4 * j + 2], values[4 * j + 3])
         if MASKED:
             tl.store(ptr + at + 4 * j, four, mask=at + 4 * j < end)
         else:
@@ -82,12 +80,12 @@ def _tile(
     out = ()
     for head in tl.static_range(HEADS):
         z = _part(logits, head * CLASSES, CLASSES)
-        x, e, total, log_sum = spread_softmax(z, inverse_tau, CLASSES, 1)
+        x, e, inverse, log_sum = spread_softmax(z, in_bits(inverse_tau), CLASSES, 1)
         for k in tl.static_range(CLASSES):
-            p = e[k] / total
+            p = e[k] * inverse
             if targets_ptr is not None:
                 target = targets[head * CLASSES + k]
-                losses += loss_of(x[k], log_sum, target)
+                losses = add_loss(losses, x[k], log_sum, target)
                 out = out + (grad_of(p, target, inverse_tau),)
             else:
                 out = out + (p,)
@@ -144,8 +142,8 @@ def flat_kernel(
 
 
 def heads_of_a_thread(classes: int) -> int:
-    """The fewest heads that fill whole 16 bytes."""
-    return {0: 1, 2: 2}.get(classes % 4, 4)
+    """The fewest heads that fill whole 16 bytes, at least 32 of them."""
+    return max({0: 1, 2: 2}.get(classes % 4, 4), min(8 // classes, 4))
 
 
 def is_flat(logits: Tensor, head_sizes: list[int], *others: Tensor) -> bool:

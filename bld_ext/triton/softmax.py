@@ -7,6 +7,8 @@ WARPS = 4
 NARROW = 16  # classes of the widest head that a thread has by itself
 MANY = 2**17  # narrow heads in a batch from which on a thread has several at a time
 PROGRAMS = 1024  # at most; a power of two
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -22,15 +24,52 @@ def inverse_of(temperature, ON_DEVICE: tl.constexpr):
 
 
 @triton.jit
-def log_total(ones, others):
-    """log(1 + a) = log(s) a / (s - 1) with s the rounded 1 + a, as Kahan has it."""
-    total, a = others + ones, others + (ones - 1)
-    return tl.where(total == 1, a, tl.log(total) * (a / (total - 1)))
+def split_fours(four):
+    """The four tensors [...] of one [..., 4]: what a thread moves in 16 bytes."""
+    axes: tl.constexpr = len(four.shape) - 1
+    if axes == 1:
+        pairs = tl.reshape(four, [four.shape[0], 2, 2])
+    else:
+        pairs = tl.reshape(four, [four.shape[0], four.shape[1], 2, 2])
+    even, odd = tl.split(pairs)
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
 
 
 @triton.jit
-def spread_softmax(z, inverse_temperature, EACH: tl.constexpr, LANES: tl.constexpr):
-    """x = (z - max) / τ and e^x, EACH tensors as z has them; Σ e^x and log Σ e^x.
+def join_fours(first, second, third, fourth):
+    """What `split_fours` takes apart."""
+    pairs = tl.join(tl.join(first, third), tl.join(second, fourth))
+    if len(first.shape) == 1:
+        return tl.reshape(pairs, [first.shape[0], 4])
+    else:
+        return tl.reshape(pairs, [first.shape[0], first.shape[1], 4])
+
+
+@triton.jit
+def in_bits(inverse_tau):
+    """log2(e) / τ: e^((z - max) / τ) is 2 to the power of (z - max) times this."""
+    return tl.minimum(inverse_tau * LOG2_E, 3.4028234e38, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def total_of(ones, others):
+    """1 / (1 + a) and log2(1 + a), where 1 + a is the sum of `others` and of as many ones.
+
+    Of s, the rounded 1 + a, the logarithm is corrected by what the rounding took away, which is all
+    of it where a is tiny.
+    """
+    ones = ones.to(tl.float32)
+    total = others + ones
+    inverse = 1 / total
+    lost = others + (ones - 1) - (total - 1)
+    return inverse, tl.fma(lost * LOG2_E, inverse, tl.log2(total))
+
+
+@triton.jit
+def spread_softmax(z, scale, EACH: tl.constexpr, LANES: tl.constexpr):
+    """x = scale (z - max) and 2^x, EACH tensors as z has them; 1 / Σ 2^x and log2 Σ 2^x.
 
     A head lies in LANES threads, along axis 1 of each tensor. A thread adds up what it has, then
     the threads add up theirs, so the order depends on LANES alone: not on how many heads a tile
@@ -42,24 +81,26 @@ def spread_softmax(z, inverse_temperature, EACH: tl.constexpr, LANES: tl.constex
     if LANES > 1:
         top = tl.max(top, 1, keep_dims=True)
     x, e = (), ()
-    # the largest, where e^x = 1, are counted apart: log Σ e^x keeps its digits where it is near 0
-    ones, others = tl.zeros_like(z[0]), tl.zeros_like(z[0])
+    # the largest, where 2^x = 1, are counted apart: log Σ 2^x keeps its digits where it is near 0
+    ones, others = tl.zeros_like(z[0]).to(tl.int32), tl.zeros_like(z[0])
     for k in tl.static_range(EACH):
-        x_k = (z[k] - top) * inverse_temperature
-        e_k = tl.exp(x_k)  # 0 beside the head, where z = -inf
+        x_k = (z[k] - top) * scale
+        e_k = tl.exp2(x_k)  # 0 beside the head, where z = -inf
         x, e = x + (x_k,), e + (e_k,)
-        ones += tl.where(x_k == 0, 1.0, 0.0)
+        ones += (x_k == 0).to(tl.int32)
         others += tl.where(x_k == 0, 0.0, e_k)
     if LANES > 1:
         ones = tl.sum(ones, 1, keep_dims=True)
         others = tl.sum(others, 1, keep_dims=True)
-    return x, e, others + ones, log_total(ones, others)
+    inverse, log = total_of(ones, others)
+    return x, e, inverse, log
 
 
 @triton.jit
-def loss_of(x, log_sum, target):
+def add_loss(losses, x, log_sum, target):
+    """`losses` and target (log_sum - x), in bits."""
     # a target of 0 contributes nothing, even where x = -inf
-    return tl.where(target != 0, target * (log_sum - x), 0.0)
+    return tl.fma(target, tl.where(target != 0, log_sum - x, 0.0), losses)
 
 
 @triton.jit
@@ -70,9 +111,10 @@ def grad_of(p, target, inverse_tau):
 
 @triton.jit
 def sum_of(partials_ptr, mask):
+    """From bits."""
     # .cg: past the first-level cache, which may hold what was there before
     partials = tl.load(partials_ptr, mask, 0.0, cache_modifier=".cg")
-    return tl.sum(partials.to(tl.float64))
+    return tl.sum(partials.to(tl.float64)) * LN_2
 
 
 @triton.jit
@@ -80,7 +122,7 @@ def add_up(
     old_losses, new_losses, old_loss_ptr, new_loss_ptr, partials_ptr, ticket_ptr, program, programs,
     PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """The last program to finish adds up the losses of all, in order."""
+    """The last program to finish adds up the losses of all, in bits, in order."""
     if old_loss_ptr is not None:
         tl.store(partials_ptr + program, tl.sum(old_losses))
     if new_loss_ptr is not None:
