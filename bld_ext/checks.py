@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from bld_ext.reference import IGNORED, INTERPOLATIONS, PADDING_MODES, Policy, compute_dtype
+from bld_ext.reference import (
+    IGNORED,
+    INTERPOLATIONS,
+    PADDING_MODES,
+    WHITE,
+    Policy,
+    compute_dtype,
+)
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -352,8 +359,8 @@ def reach(policy: Policy, size: tuple[int, int]) -> None:
 
 def images(images: Tensor, policy: Policy, dtype: torch.dtype, channels_last: bool) -> None:
     tensor("images", images)
-    uint8_or_float = images.dtype == torch.uint8 or images.dtype in FLOATS
-    require(uint8_or_float, "images", "uint8 or a floating-point dtype", images.dtype)
+    known = images.dtype in (*WHITE, *FLOATS)
+    require(known, "images", "uint8, uint16 or a floating-point dtype", images.dtype)
     require(images.dim() == 4, "images", "shape [N, C, H, W]", tuple(images.shape))
     require(min(images.shape[1:]) > 0, "images", "at least one pixel", tuple(images.shape))
     reach(policy, image_size(tuple(images.shape[2:]), "images"))

@@ -407,8 +407,9 @@ def augment(
     device makes the same views. Each operation differs from torchvision's by at most one level of
     255, on pictures of noise of up to 512 pixels a side. On larger ones the error of a point grows
     with the square of the side, to 1/200 pixel at 1,024 and 1/50 pixel at 2,048. Levels of uint8
-    images are exact until the colours change, and are divided by 255 at the end; they are never
-    rounded to integers, which torchvision does after each operation.
+    images are exact until the colours change. Those of uint8 and uint16 are divided by 255 and
+    65,535 at the end; they are never rounded to integers, which torchvision does after each
+    operation.
 
     Random words are Philox4x32-10 with key = seed and counter = (image index, view, step, op): op 0
     gives (left, top, flip, angle), op 1 (scale, translate x, translate y, shear x), op 2
@@ -416,10 +417,10 @@ def augment(
     erase) and op 4 (area, ratio, left and top of the erased rectangle).
 
     Args:
-        images: `[N, C, H, W]`, uint8, or float in [0, 1]. The range is not checked: a colour
-            operation that clamps also clamps values outside it, and the result for nan and inf is
-            undefined. Contrast, saturation and hue need one or three channels; with one channel,
-            saturation and hue have no effect.
+        images: `[N, C, H, W]`, uint8, uint16, or float in [0, 1]. The range is not checked: a
+            colour operation that clamps also clamps values outside it, and the result for nan and
+            inf is undefined. Contrast, saturation and hue need one or three channels; with one
+            channel, saturation and hue have no effect.
         policy: what to draw from; `SeededAugment` describes each setting.
         seed: 0 to 2**63 - 1, a number or an int64 scalar on the images' device or on the CPU.
         step: 0 to 2**32 - 1, likewise.

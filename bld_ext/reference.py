@@ -278,6 +278,7 @@ def balanced_sgd_(
 GEOMETRY, AFFINE, COLOR, SHAPE, ERASE = range(5)  # the op word of the Philox counter
 GRAY = (0.2989, 0.587, 0.114)  # luma of ITU-R BT.601, as torchvision rounds it
 LEVELS = 2.0**19  # from black to white, in a sum for the mean
+WHITE = {torch.uint8: 255, torch.uint16: 65_535}  # of whole numbers; of others 1
 INTERPOLATIONS = ("bilinear", "nearest")
 PADDING_MODES = ("zeros", "reflect", "edge")
 
@@ -484,7 +485,7 @@ def augment(
     one resampling, at points that are rounded to 1/256 pixel. Then follow brightness, contrast and
     saturation, each clamped to black and white, hue, normalisation and erasing.
 
-    Where an image's levels are whole numbers, nothing is rounded before the colours: products of
+    Where an image's levels are those of uint8, nothing is rounded before the colours: products of
     levels and weights, and their sums, are exact in float32.
     """
     settings = Policy.unpack(policy)
@@ -492,7 +493,7 @@ def augment(
         indices = torch.arange(len(images), device=images.device)
     p = view_parameters(settings, seed, step, views, indices, images.shape[2:])
     p = ViewParameters(*(field.flatten() for field in p))  # [V·N]
-    white = 255 if images.dtype == torch.uint8 else 1
+    white = WHITE.get(images.dtype, 1)
     x = resample(images.to(compute_dtype(images.dtype)), p, settings)
     x = recolor(x, p, settings, white)
     if settings.mean:
@@ -667,7 +668,7 @@ def recolor(x: Tensor, p: ViewParameters, settings: Policy, white: int) -> Tenso
         x = blend(x, 0, p.brightness)
     if settings.contrast:
         # a sum of integers does not depend on the order of summation, and so not on the batch
-        unit = LEVELS / (256 if white == 255 else 1)
+        unit = LEVELS / (white + 1 if white != 1 else 1)
         levels = gray(x).nan_to_num().clamp(0, white) * unit
         mean = levels.round().long().sum((1, 2, 3), keepdim=True).double()
         mean = quotient(mean, unit * x.shape[2] * x.shape[3])

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from bld_ext.api.augment import SeededAugment
+from bld_ext.reference import WHITE
 
 MARGIN = 0.1  # outside of 0 to 1, as resizing with a bicubic filter overshoots
 CHANNELS = (1, 3, 4)  # of a picture: grey, colour, colour with transparency
@@ -15,10 +16,10 @@ def check(images: Tensor, device: torch.device, augment: object) -> None:
         raise ValueError(f"images: expected the model's device, {device}, got {images.device}")
     if images.dim() < 2 or len(images) == 0:
         raise ValueError(f"images: expected [B, ...] with B ≥ 1, got {tuple(images.shape)}")
-    if augment is None and images.dtype == torch.uint8:
+    if augment is None and (white := WHITE.get(images.dtype)):
         raise ValueError(
-            "images: expected a float dtype where there is no augment, got torch.uint8. Use "
-            "SeededAugment(), which takes uint8, or images.float() / 255"
+            f"images: expected a float dtype where there is no augment, got {images.dtype}. Use "
+            f"SeededAugment(), which takes it, or images.float() / {white}"
         )
     if isinstance(augment, SeededAugment) and (remedy := channels_come_last(images)):
         raise ValueError(f"images: expected [B, C, H, W], got {tuple(images.shape)}; {remedy}")

@@ -24,6 +24,8 @@ COORDINATES = dict(seed=2**40 + 3, step=7, views=VIEWS)
 def make_images(N=5, C=3, H=11, W=8, dtype=torch.uint8):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (N, C, H, W), generator=generator, dtype=torch.uint8)
+    if dtype == torch.uint16:
+        return (images.int() * 257 - 99).clamp(0).to(dtype)
     return images if dtype == torch.uint8 else (images.double() / 255).to(dtype)
 
 
@@ -280,7 +282,7 @@ def test_jitter_stands_for_what_is_not_given():
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.uint8, torch.float32, torch.float64, torch.bfloat16], ids=str
+    "dtype", [torch.uint8, torch.uint16, torch.float32, torch.float64, torch.bfloat16], ids=str
 )
 def test_same_bits_in_any_split_and_order(dtype):
     # wide enough for vector loops and short enough for their scalar ends
@@ -315,7 +317,9 @@ def against_reference(images, dtype=torch.float32, channels_last=False, **settin
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 5), (32, 32), (3, 67)], ids=str)
 @pytest.mark.parametrize(
-    "dtype", [torch.uint8, torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
+    "dtype",
+    [torch.uint8, torch.uint16, torch.float32, torch.float64, torch.bfloat16, torch.float16],
+    ids=str,
 )
 def test_kernel_has_the_bits_of_the_definition(settings, dtype, size):
     found, expected = against_reference(make_images(4, 3, *size, dtype), **settings)
@@ -469,10 +473,17 @@ def test_sine_and_exponential_are_right():
     torch.testing.assert_close(reference.exp(x), x.exp(), rtol=5e-14, atol=0)
 
 
-def test_uint8_and_float_images_agree():
-    augment = SeededAugment(**EVERYTHING)
-    views = [augment(images, **COORDINATES) for images in (make_images(), make_images() / 255)]
-    torch.testing.assert_close(*views, rtol=0, atol=1e-5)  # divided by 255 behind or before
+@pytest.mark.parametrize("dtype, white", [(torch.uint8, 255), (torch.uint16, 65_535)], ids=str)
+def test_whole_numbers_and_float_images_agree(dtype, white):
+    augment, images = SeededAugment(**EVERYTHING), make_images(dtype=dtype)
+    views = [augment(x, **COORDINATES) for x in (images, images.float() / white)]
+    torch.testing.assert_close(*views, rtol=0, atol=1e-5)  # divided behind or before
+
+
+def test_uint16_keeps_what_uint8_has_no_levels_for():
+    images = torch.tensor([0, 1, 255, 256, 32_768, 65_535]).to(torch.uint16).view(1, 1, 2, 3)
+    views = SeededAugment()(images, **COORDINATES)
+    assert torch.equal(views[:1], images.float() / 65_535)
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels-last"])
@@ -508,7 +519,9 @@ def test_empty(settings, N, views):
 
 @pytest.mark.parametrize("channels", [1, 3], ids=["gray", "rgb"])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels-last"])
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.uint16, torch.float32, torch.float64], ids=str
+)
 @pytest.mark.parametrize("settings", [{}, EVERYTHING], ids=["no-policy", "everything"])
 def test_opcheck(settings, dtype, channels_last, channels):
     images, policy = make_images(C=channels, dtype=dtype), SeededAugment(**settings).policy.pack()
@@ -629,7 +642,7 @@ SEEDS, STEPS = f"a whole number, 0 to {2**63 - 1}", f"a whole number, 0 to {2**3
     "argument, value, message",
     [
         ("images", make_images()[0], r"shape \[N, C, H, W\], got \(3, 11, 8\)"),
-        ("images", make_images().int(), "uint8 or a floating-point dtype, got torch.int32"),
+        ("images", make_images().int(), "uint8, uint16 or a floating-point dtype, got torch.int32"),
         ("images", make_images(C=2), r"1 or 3 channels .*, got \(5, 2, 11, 8\)"),
         ("images", make_images(H=0), r"at least one pixel, got \(5, 3, 0, 8\)"),
         ("images", make_images(C=0), r"at least one pixel, got \(5, 0, 11, 8\)"),

@@ -122,10 +122,10 @@ def wrong_augment(change):
     return call
 
 
-def without_augment(optimizer, x, y):
+def without_augment(optimizer, x, y, dtype=torch.uint8):
     right, optimizer.augment = optimizer.augment, None
     try:
-        optimizer.step((x * 255).byte(), y)
+        optimizer.step((x * 255).to(dtype), y)
     finally:
         optimizer.augment = right
 
@@ -188,6 +188,11 @@ BAD_STEPS = {
         lambda o, x, y: o.step(with_value(x, torch.inf), y),
         ValueError,
         r"images: .*\[2\]",
+    ),
+    "images-uint16": (
+        lambda optimizer, x, y: without_augment(optimizer, x, y, torch.uint16),
+        ValueError,
+        "images: .*got torch.uint16. .* / 65535",
     ),
     "images-uint8": (without_augment, ValueError, "images: .*no augment, got torch.uint8"),
     "images-vector": (lambda o, x, y: o.step(x[:, 0, 0, 0], y), ValueError, r"images: .*\(5,\)"),

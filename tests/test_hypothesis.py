@@ -448,9 +448,9 @@ def pictures(draw):
         mean, std = (draw(st.tuples(*[st.floats(low, 2)] * C)) for low in (-2, 0.01))
         policy = policy._replace(mean=mean, std=std)
     shape = N, C, draw(st.integers(1, 40)), draw(st.integers(1, 40))
-    dtype = draw(st.sampled_from([torch.uint8, *FLOATS]))
-    if dtype == torch.uint8:
-        images = torch.randint(256, shape, generator=draw(generators), dtype=dtype)
+    dtype = draw(st.sampled_from([*reference.WHITE, *FLOATS]))
+    if white := reference.WHITE.get(dtype):
+        images = torch.randint(white + 1, shape, generator=draw(generators)).to(dtype)
     else:
         images = draw(numbers(shape, dtype, most=1e3 if policy.contrast else 1e30))
         images = images.abs().clamp(max=1) if draw(st.booleans()) else images
@@ -500,7 +500,7 @@ def test_augment(case, dtype, channels_last):
 
     # and near to the same in float64, where a little to the side is no other colour
     smooth = policy.resized_crop is None and policy.interpolation == "bilinear"
-    wide = x.double() / 255 if x.dtype == torch.uint8 else x.double()
+    wide = x.double() / reference.WHITE.get(x.dtype, 1)
     inside = ((wide >= 0) & (wide <= 1)).all(3).all(2).all(1).repeat(V)
     if smooth and x.dtype != f64:
         expected = reference.augment(wide, policy.pack(), *scalars, f64, False)

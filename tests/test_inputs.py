@@ -14,6 +14,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.functional import _get_inverse_affine_matrix
 
 from bld_ext import BLDOptimizer, MultiHead, SeededAugment
+from bld_ext.reference import WHITE
 
 # ---- what a model returns ----
 
@@ -261,7 +262,7 @@ geometries = pytest.mark.parametrize("options", GEOMETRY, ids="-".join)
 
 
 @geometries
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float32])
 def test_masks_move_with_the_pixels(options, dtype):
     """An image whose values are the labels, taken at the nearest pixel, shows its way."""
     masks = torch.randint(1, 200, (4, 9, 12), generator=torch.Generator().manual_seed(0))
@@ -270,9 +271,26 @@ def test_masks_move_with_the_pixels(options, dtype):
     _, moved = SeededAugment(**options)(torch.rand(4, 3, 9, 12), masks=masks, **where)
     shown = {k: v for k, v in options.items() if k not in ("jitter", "erase")}
     as_images = SeededAugment(interpolation="nearest", **shown)(images, **where).squeeze(1)
-    as_images = (as_images * (255 if dtype == torch.uint8 else 1)).round().long()
+    as_images = (as_images * WHITE.get(dtype, 1)).round().long()
     assert torch.equal(moved, as_images.masked_fill(as_images == 0, -100))
     assert moved.unique().numel() > 20 and moved.shape == (12, 9, 12)
+
+
+def test_a_step_on_uint16_images_is_that_on_the_same_float_images(make_model, make_batch):
+    """As medical and satellite images come: 65,535 is white."""
+    images, labels = make_batch(2)
+    deep = (images.int() * 257).to(torch.uint16)
+    found = []
+    for x in (deep, deep.float() / 65_535):
+        torch.manual_seed(0)
+        model = make_model()
+        augment = SeededAugment(crop_padding=2, flip=0.5, rotation=10, jitter=0.3)
+        optimizer = BLDOptimizer(model, 0.1, views=3, views_per_pass=2, augment=augment)
+        for _ in range(2):
+            model.add_head(2)
+            optimizer.step(x, labels)
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
 def test_the_views_are_the_same_with_and_without_masks():

@@ -23,6 +23,8 @@ SEED, STEP, VIEWS = 2**62 + 5, 2**32 - 1, [2**32 - 1, 3]
 def make_images(N=2, C=3, H=7, W=5, dtype=torch.uint8):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (N, C, H, W), generator=generator, dtype=torch.uint8)
+    if dtype == torch.uint16:
+        return (images.int() * 257 - 99).clamp(0).to(DEVICE, dtype)
     return (images if dtype == torch.uint8 else (images.double() / 255).to(dtype)).to(DEVICE)
 
 
@@ -48,7 +50,7 @@ def assert_same_bits(*given):
         assert torch.equal(found.cpu(), reference.augment(*on_cpu))
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float32], ids=str)
 def test_bits_of_the_definition(settings, dtype):
     assert_same_bits(*arguments(make_images(dtype=dtype), settings))
 

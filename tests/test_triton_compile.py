@@ -37,6 +37,7 @@ AUGMENTS = {  # settings, image and view dtype, side, channels last, capability
     "benchmark-224": (BENCHMARK, "u8", "bf16", 224, True, 90),
     "everything": (EVERYTHING | NORMALISED, "u8", "fp16", 32, False, 80),
     "everything-reflect": (EVERYTHING | dict(padding_mode="reflect"), "fp32", "fp32", 32, True, 90),
+    "benchmark-uint16": (BENCHMARK, "u16", "fp32", 32, False, 90),
     "everything-224": (EVERYTHING | NORMALISED, "bf16", "bf16", 224, False, 90),
 }
 AUGMENTS = {
@@ -70,7 +71,7 @@ def compile_augment(kernel, settings, image, view, side, channels_last, capabili
         made, tile = kernels.views_kernel, kernels.shape(side, side, policy.contrast > 0)
         constants = kernels.flags(policy, 3) | kernels.constants(tile, side, side)
         constants |= dict(CHANNELS_LAST=channels_last, PACKED=image == "u8")
-        constants |= dict(WHITE=255 if image == "u8" else 1)
+        constants |= dict(WHITE={"u8": 255, "u16": 65_535}.get(image, 1))
         warps, image = tile.warps, "i32" if image == "u8" else image
     types = {parameter.name: "i32" for parameter in made.params}
     types |= dict(images_ptr=f"*{image}", settings_ptr="*fp32", drawn_ptr="*i32")

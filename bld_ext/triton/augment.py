@@ -1,5 +1,5 @@
-"""augment in two launches, for uint8, float32, bfloat16 and float16 images; float64 runs on the
-reference.
+"""augment in two launches, for uint8, uint16, float32, bfloat16 and float16 images; float64 runs on
+the reference.
 
 The first draws the parameters of all views, a thread each, and packs images of up to four channels
 of uint8 into words with a border, so that a neighbour of a point is one load. In the second a
@@ -559,7 +559,7 @@ def _luma(rgb):
 @triton.jit
 def _level_sum(gray, mask, WHITE: tl.constexpr):
     """Of whole numbers, so that the order of the sum does not matter."""
-    unit: tl.constexpr = LEVELS if WHITE == 1 else LEVELS / 256
+    unit: tl.constexpr = LEVELS if WHITE == 1 else LEVELS / (WHITE + 1)
     offset: tl.constexpr = 1.5 * 2**23 / unit  # adding it leaves the rounded number in the low bits
     rounded = tl.minimum(tl.maximum(gray, 0.0), WHITE) + offset  # nan is black
     levels = rounded.to(tl.int32, bitcast=True) - tl.full([], offset, tl.float32).to(
@@ -570,7 +570,7 @@ def _level_sum(gray, mask, WHITE: tl.constexpr):
 
 @triton.jit
 def _mean(level_sum, H, W, WHITE: tl.constexpr):
-    unit: tl.constexpr = LEVELS if WHITE == 1 else LEVELS / 256
+    unit: tl.constexpr = LEVELS if WHITE == 1 else LEVELS / (WHITE + 1)
     return (level_sum.to(tl.float64) / ((H * W).to(tl.float64) * unit)).to(tl.float32)
 
 
@@ -818,8 +818,8 @@ def launch(images, made, policy, seed, step, views, indices, channels_last):
     """Writes the views into `made`, in a launch for each stretch of consecutive views, and one."""
     N, C, H, W = images.shape
     settled, device = Policy.unpack(policy), images.device
-    white = 255 if images.dtype == torch.uint8 else 1
-    packed = white == 255 and C <= 4
+    white = reference.WHITE.get(images.dtype, 1)
+    packed = images.dtype == torch.uint8 and C <= 4
     numbers = kept(("augment", white, *policy), device, "policy", lambda: settings(settled, white))
     there = [x if on_device(x, device) else None for x in (seed, step)]
     seed, step = (x.item() if at is None else 0 for x, at in zip((seed, step), there, strict=True))

@@ -45,6 +45,8 @@ BLD_EXT_INLINE void with_dtype(ScalarType dtype, const char *name, const F &f) {
   switch (dtype) {
   case ScalarType::Byte:
     return f(uint8_t());
+  case ScalarType::UInt16:
+    return f(uint16_t());
   case ScalarType::Float:
     return f(float());
   case ScalarType::Double:
@@ -54,7 +56,7 @@ BLD_EXT_INLINE void with_dtype(ScalarType dtype, const char *name, const F &f) {
   case ScalarType::Half:
     return f(c10::Half());
   default:
-    BLD_CHECK(false, name, ": expected a floating-point dtype or, for images, uint8");
+    BLD_CHECK(false, name, ": expected a floating-point dtype or, for images, uint8 or uint16");
   }
 }
 
@@ -366,8 +368,10 @@ template <int64_t L, typename acc_t> struct Colours {
   std::vector<acc_t> scales, shifts;
 
   explicit Colours(const Call &call_)
-      : call(call_), white(call.image_dtype == ScalarType::Byte ? 255 : 1),
-        unit(white == 255 ? 0x1p11 : 0x1p19),
+      : call(call_), white(call.image_dtype == ScalarType::Byte     ? 255
+                           : call.image_dtype == ScalarType::UInt16 ? 65535
+                                                                    : 1),
+        unit(0x1p19 / (white == 1 ? 1 : white + 1)),
         offset((sizeof(acc_t) == 4 ? 0x1.8p23 : 0x1.8p52) / unit) {
     for (size_t c = 0; c < call.policy.mean.size(); ++c) {
       const double mean = call.policy.mean[c], std = call.policy.std[c];
@@ -596,7 +600,8 @@ Tensor augment(const Tensor &images_, std::vector<double> policy, const Tensor &
             C);
   for (const auto &[name, kind] : {std::pair("images", call.image_dtype), {"dtype", dtype}})
     with_dtype(kind, name, [](auto) {});
-  BLD_CHECK(dtype != ScalarType::Byte, "dtype: expected a floating-point dtype, got uint8");
+  BLD_CHECK(dtype != ScalarType::Byte && dtype != ScalarType::UInt16,
+            "dtype: expected a floating-point dtype, got an integer one");
 
   const std::vector<int64_t> shape =
       channels_last ? std::vector<int64_t>{V * N, H, W, C} : std::vector<int64_t>{V * N, C, H, W};
