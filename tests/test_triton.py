@@ -419,6 +419,14 @@ def test_head_boundaries_are_kept_on_the_device():
     assert kernels.offsets((2, 3, 1), DEVICE).tolist() == [0, 2, 5, 6]
 
 
+@pytest.mark.parametrize("size", [1, 2, 4, 5, 16, 20, 33, 100, 1000])
+@pytest.mark.parametrize("labelled", [False, True], ids=["bank", "labels"])
+def test_another_number_of_heads_runs_on_the_compiled_kernel(size, labelled):
+    plans = [kernels.plan([size] * k, size * (k + labelled), labelled) for k in range(1, 9)]
+    assert len({tuple(plan.constants().items()) for plan in plans}) == 1
+    assert kernels.plan([4, 7], 15, True).constants() != kernels.plan([4, 8], 16, True).constants()
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 16, 17, 100, 512, 1000, 1025, 3000])
 def test_who_has_a_head_depends_on_the_widest(size):
     block, each, lanes = kernels.tile_shape([1, size, 1])
