@@ -424,6 +424,8 @@ def test_head_boundaries_are_kept_on_the_device():
 def test_another_number_of_heads_runs_on_the_compiled_kernel(size, labelled):
     plans = [kernels.plan([size] * k, size * (k + labelled), labelled) for k in range(1, 9)]
     assert len({tuple(plan.constants().items()) for plan in plans}) == 1
+    dense = {kernels.plan([k, k], 3 * k, True, S=9)[3:] for k in (3, 4)}
+    assert dense == {(1, False, False)}  # nothing that dense tiles do not use
     assert kernels.plan([4, 7], 15, True).constants() != kernels.plan([4, 8], 16, True).constants()
 
 

@@ -16,8 +16,8 @@ Many narrow heads of one width, without other columns, have a kernel of their ow
 
 Head boundaries are data on the device, so that another number of heads, images or positions runs on
 the kernel that is already compiled. A new one is made for other dtypes, for the first task and for
-those with old heads, for a head wider than all before (up to 16 classes to the next of `STEPS`,
-beyond to the next power of two), and once each for
+those with old heads, for another width of the widest old head, and of a new head that is not read
+beside it (up to 16 classes the next of `STEPS`, beyond the next power of two), and once each for
 
 - old heads that all have a multiple of four classes, with as many columns or not, and others;
 - old heads of one width with nothing beside them, and others;
@@ -518,7 +518,7 @@ def plan(head_sizes: Sequence[int], C: int, labelled: bool, S: int = 1) -> Plan:
     old, new = tile_shape(head_sizes, S), tile_shape(new_sizes, S)
     together = bool(head_sizes and new_sizes)
     together &= old.lanes == new.lanes > 0 and new.each <= old.each
-    run = 4 if all(size % 4 == 0 for size in head_sizes) else 1
+    run = 4 if old.lanes > 0 and all(size % 4 == 0 for size in head_sizes) else 1
     even = old.lanes > 0 and len({*head_sizes}) == 1 and sum(head_sizes) == C
     return Plan(old, new, together, run, run == 4 and C % 4 == 0, even)
 

@@ -142,8 +142,8 @@ def flat_kernel(
 
 
 def heads_of_a_thread(classes: int) -> int:
-    """The fewest heads that fill whole 16 bytes, at least 32 of them."""
-    return max({0: 1, 2: 2}.get(classes % 4, 4), min(8 // classes, 4))
+    """The fewest heads that fill whole 16 bytes, and at least 32 bytes up to eight classes."""
+    return max({0: 1, 2: 2}.get(classes % 4, 4), 8 // classes)
 
 
 def is_flat(logits: Tensor, head_sizes: list[int], *others: Tensor) -> bool:

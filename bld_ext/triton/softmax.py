@@ -71,6 +71,8 @@ def total_of(ones, others):
 def spread_softmax(z, scale, EACH: tl.constexpr, LANES: tl.constexpr):
     """x = scale (z - max) and 2^x, EACH tensors as z has them; 1 / Σ 2^x and log2 Σ 2^x.
 
+    In bits a difference of logits over τ is finite up to 2.3e38, not 3.4e38.
+
     A head lies in LANES threads, along axis 1 of each tensor. A thread adds up what it has, then
     the threads add up theirs, so the order depends on LANES alone: not on how many heads a tile
     has, nor on EACH.
