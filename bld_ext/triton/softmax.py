@@ -26,12 +26,7 @@ def inverse_of(temperature, ON_DEVICE: tl.constexpr):
 @triton.jit
 def split_fours(four):
     """The four tensors [...] of one [..., 4]: what a thread moves in 16 bytes."""
-    axes: tl.constexpr = len(four.shape) - 1
-    if axes == 1:
-        pairs = tl.reshape(four, [four.shape[0], 2, 2])
-    else:
-        pairs = tl.reshape(four, [four.shape[0], four.shape[1], 2, 2])
-    even, odd = tl.split(pairs)
+    even, odd = tl.split(tl.reshape(four, four.shape[:-1] + (2, 2)))
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
     return first, second, third, fourth
@@ -41,10 +36,7 @@ def split_fours(four):
 def join_fours(first, second, third, fourth):
     """What `split_fours` takes apart."""
     pairs = tl.join(tl.join(first, third), tl.join(second, fourth))
-    if len(first.shape) == 1:
-        return tl.reshape(pairs, [first.shape[0], 4])
-    else:
-        return tl.reshape(pairs, [first.shape[0], first.shape[1], 4])
+    return tl.reshape(pairs, first.shape + (4,))
 
 
 @triton.jit
