@@ -13,6 +13,7 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <optional>
 #include <vector>
 
@@ -120,10 +121,17 @@ constexpr int64_t SUMMED = 2048; // pixels whose levels add up to less than 2^31
 template <int64_t W> using Ints = Lanes<int32_t, W>;
 template <int64_t W> using Words = Lanes<uint32_t, W>;
 
-// Two choices one after the other; nan stays.
+// Two choices one after the other, in the order of max and min instructions; nan stays.
 template <typename T, typename V> BLD_EXT_INLINE V within(const V &x, T low, T high) {
-  const V from_low = x < low ? V{} + low : x;
-  return from_low > high ? V{} + high : from_low;
+  const V lowest = V{} + low, greatest = V{} + high;
+  const V from_low = lowest > x ? lowest : x;
+  return greatest < from_low ? greatest : from_low;
+}
+
+template <typename V> BLD_EXT_INLINE V magnitude(const V &x) {
+  typedef decltype(x < x) Bits; // of the number's size
+  typedef std::remove_cvref_t<decltype(Bits{}[0])> Number;
+  return (V)((Bits)x & std::numeric_limits<Number>::max());
 }
 
 // ---- geometry ----
@@ -209,15 +217,8 @@ template <int64_t W> struct Points {
   Ints<W> right, low;
 
   template <bool reflects, bool nearest, bool resized>
-  BLD_EXT_INLINE void locate(const Axis &across, const Axis &down, const FixedMatrix &matrix,
-                             int64_t column, int64_t row, int32_t stride) {
-    Words<W> columns;
-    for (int64_t i = 0; i < W; ++i)
-      columns[i] = static_cast<uint32_t>(column + i);
-    const uint32_t c = uint32_t(matrix.b) * uint32_t(row) + uint32_t(matrix.c);
-    const uint32_t f = uint32_t(matrix.e) * uint32_t(row) + uint32_t(matrix.f);
-    Ints<W> x = (Ints<W>)(columns * uint32_t(matrix.a) + c); // sums may wrap around on the way
-    Ints<W> y = (Ints<W>)(columns * uint32_t(matrix.d) + f);
+  BLD_EXT_INLINE void locate(const Axis &across, const Axis &down, Ints<W> x, Ints<W> y,
+                             int32_t stride) {
     if constexpr (resized)
       x = across.snap(x), y = down.snap(y);
     if constexpr (reflects)
@@ -234,42 +235,49 @@ template <int64_t W> struct Points {
 
 constexpr int32_t ONE = 1 << FRACTION;
 
-// Four channels of uint8 at the points of a block, in two steps of whole numbers: two channels at a
-// time from left to right, then one from top to bottom. Exact, as sums in float32 would be.
+// Four channels of uint8 at the points of a block, in two steps that are exact: two channels at a
+// time from left to right in 16 bits, then one from top to bottom in float32.
 template <int64_t W>
 BLD_EXT_INLINE void blend(const Points<W> &at, const uint32_t *from, int32_t stride, int64_t C,
                           float *to, int64_t plane) {
-  // left and right neighbour in one load; put together in registers, since a wide load of what was
-  // just written in parts has to wait
-  typedef Lanes<uint64_t, W / 2> Pairs;
-  Pairs pairs[2][2] = {};
-  for (int64_t line = 0; line < 2; ++line)
-    for (int64_t i = 0; i < W; ++i) {
-      uint64_t pair;
-      std::memcpy(&pair, from + at.where[i] + line * stride, 8);
-      pairs[line][i / (W / 2)][i % (W / 2)] = pair;
-    }
+  typedef Lanes<uint64_t, W / 2> Pairs; // a neighbour and the one to its right, in one load
+  typedef Lanes<uint16_t, 2 * W> Halves;
+  typedef Lanes<float, W> Floats;
+  // four pixels share 16 bytes of two registers, so that what is left or right of them in both is
+  // found without crossing these bytes
+  const auto pairs = [&]<size_t... k>(const uint32_t *line, int64_t first,
+                                      std::index_sequence<k...>) BLD_EXT_INLINE_LAMBDA {
+    const auto pair = [&](int64_t i) BLD_EXT_INLINE_LAMBDA {
+      uint64_t found;
+      std::memcpy(&found, line + at.where[i], sizeof found);
+      return found;
+    };
+    return Pairs{pair(k / 2 * 4 + k % 2 + first)...};
+  };
   Words<W> lefts;
   for (int64_t i = 0; i < W; ++i)
-    lefts[i] = static_cast<uint32_t>(2 * i);
-  const Words<W> wr = (Words<W>)at.right, wl = ONE - wr, lower_weight = (Words<W>)at.low;
-  const uint32_t mask = 0xff00ff;
+    lefts[i] = static_cast<uint32_t>(i / 4 * 4 + i % 2 * 2 + i % 4 / 2 * W);
+  const Halves wr = (Halves)(at.right | at.right << 16), wl = ONE - wr;
   Words<W> even[2], odd[2];
   for (int line = 0; line < 2; ++line) {
-    const Words<W> first = (Words<W>)pairs[line][0], second = (Words<W>)pairs[line][1];
-    const Words<W> left = __builtin_shuffle(first, second, lefts);
-    const Words<W> right = __builtin_shuffle(first, second, lefts + 1);
-    even[line] = (left & mask) * wl + (right & mask) * wr;
-    odd[line] = (left >> 8 & mask) * wl + (right >> 8 & mask) * wr;
+    const std::make_index_sequence<W / 2> all;
+    const Words<W> first = (Words<W>)pairs(from + line * stride, 0, all);
+    const Words<W> second = (Words<W>)pairs(from + line * stride, 2, all);
+    const Halves left = (Halves)__builtin_shuffle(first, second, lefts);
+    const Halves right = (Halves)__builtin_shuffle(first, second, lefts + 1);
+    even[line] = (Words<W>)((left & 255) * wl + (right & 255) * wr);
+    odd[line] = (Words<W>)((left >> 8) * wl + (right >> 8) * wr);
   }
+  const Floats lower_weight = __builtin_convertvector(at.low, Floats) * (1.f / (ONE * ONE));
+  const Floats upper_weight = 1.f / ONE - lower_weight;
   for (int64_t c = 0; c < C; ++c) {
     const Words<W> *const lines = c % 2 ? odd : even;
     const int shift = static_cast<int>(c / 2 * 16);
-    const Words<W> upper = lines[0] >> shift & 0xffff, lower = lines[1] >> shift & 0xffff;
-    const Ints<W> total = (Ints<W>)(upper * (ONE - lower_weight) + lower * lower_weight);
-    const Lanes<float, W> value = __builtin_convertvector(total, Lanes<float, W>);
-    const Lanes<float, W> scaled = value * (1.f / (ONE * ONE));
-    std::memcpy(to + c * plane, &scaled, sizeof scaled);
+    const Ints<W> upper = (Ints<W>)(lines[0] >> shift & 0xffff);
+    const Ints<W> lower = (Ints<W>)(lines[1] >> shift & 0xffff);
+    const Floats value = __builtin_convertvector(upper, Floats) * upper_weight +
+                         __builtin_convertvector(lower, Floats) * lower_weight;
+    std::memcpy(to + c * plane, &value, sizeof value);
   }
 }
 
@@ -305,9 +313,16 @@ BLD_EXT_INLINE void resample(const Call &call, const View &view, Image<acc_t, Wo
   const Axis down(matrix.bits, view.crop.top - padding, view.crop.height, H);
   const int32_t stride = static_cast<int32_t>(image.stride);
   Points<L> points;
-  for (int64_t row = 0; row < H; ++row)
+  Words<L> columns; // sums and products may wrap around on the way
+  for (int64_t i = 0; i < L; ++i)
+    columns[i] = static_cast<uint32_t>(i);
+  for (int64_t row = 0; row < H; ++row) {
+    Words<L> x = columns * uint32_t(matrix.a) + uint32_t(matrix.b) * uint32_t(row) + matrix.c;
+    Words<L> y = columns * uint32_t(matrix.d) + uint32_t(matrix.e) * uint32_t(row) + matrix.f;
     for (int64_t column = 0; column < W; column += L) {
-      points.template locate<reflects, nearest, resized>(across, down, matrix, column, row, stride);
+      points.template locate<reflects, nearest, resized>(across, down, (Ints<L>)x, (Ints<L>)y,
+                                                         stride);
+      x += uint32_t(L * matrix.a), y += uint32_t(L * matrix.d);
       acc_t *const block = to + row * W + column;
       for (int64_t c = 0; c < call.C; c += P) {
         const Word *const from = image.row(c / P, 0);
@@ -319,6 +334,7 @@ BLD_EXT_INLINE void resample(const Call &call, const View &view, Image<acc_t, Wo
               block[k * plane + i] = image.value(from[points.where[i]], k);
       }
     }
+  }
 }
 
 template <int64_t L, typename acc_t, typename Word>
@@ -351,10 +367,8 @@ template <typename acc_t, typename V> BLD_EXT_INLINE V luma(const V &r, const V 
 // One channel, by how much less than the value; k and hue are times chroma.
 template <typename acc_t, typename V>
 BLD_EXT_INLINE V from_hue(const V &hue, acc_t k, const V &value, const V &chroma) {
-  const V from_five = hue + k * chroma;
-  const V distance = (from_five < 0 ? -from_five : from_five) - 3 * chroma;
-  const V less = 2 * chroma - (distance < 0 ? -distance : distance);
-  const V positive = less < 0 ? V{} : less;
+  const V less = 2 * chroma - magnitude(magnitude(hue + k * chroma) - 3 * chroma);
+  const V positive = V{} > less ? V{} : less;
   return value - (positive < chroma ? positive : chroma);
 }
 
@@ -468,7 +482,7 @@ BLD_EXT_INLINE void finish(const Call &call, const View &view, const Colours<L, 
     const auto change = [&](auto channels, int64_t c, int64_t first) BLD_EXT_INLINE_LAMBDA {
       Block x[decltype(channels)::value];
       for (int64_t k = 0; k < channels; ++k)
-        std::memcpy(&x[k], from + (c + k) * plane + first, sizeof x[k]);
+        x[k] = read<L>(from + (c + k) * plane + first);
       colours.change(x);
       for (int64_t k = 0; k < channels; ++k) {
         acc_t values[L];

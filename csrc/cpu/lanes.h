@@ -18,8 +18,15 @@ namespace bld_ext {
 
 template <typename T, int64_t W> struct Vector {
   typedef T type __attribute__((vector_size(W * sizeof(T)), may_alias));
+  typedef T anywhere __attribute__((vector_size(W * sizeof(T)), may_alias, aligned(alignof(T))));
 };
 template <typename T, int64_t W> using Lanes = typename Vector<T, W>::type;
+
+// A register from any address, in one load. A memcpy into an element of an array is made of loads
+// and stores of 16 bytes, and reading the whole element has to wait for them.
+template <int64_t W, typename T> BLD_EXT_INLINE Lanes<T, W> read(const T *from) {
+  return *reinterpret_cast<const typename Vector<T, W>::anywhere *>(from);
+}
 
 // e^x for x <= 0; 0 where the result would not be a normal number. Relative error below 1.2e-7.
 template <int64_t W> BLD_EXT_INLINE void exp_nonpositive(Lanes<float, W> &x) {
