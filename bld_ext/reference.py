@@ -671,7 +671,7 @@ def recolor(x: Tensor, p: ViewParameters, settings: Policy, white: int) -> Tenso
         unit = LEVELS / (white + 1 if white != 1 else 1)
         levels = gray(x).nan_to_num().clamp(0, white) * unit
         mean = levels.round().long().sum((1, 2, 3), keepdim=True).double()
-        mean = quotient(mean, unit * x.shape[2] * x.shape[3])
+        mean = mean * (1 / (unit * x.shape[2] * x.shape[3]))
         x = blend(x, mean.to(x.dtype), p.contrast)
     if x.shape[1] == 3 and settings.saturation:
         x = blend(x, gray(x), p.saturation)

@@ -131,15 +131,15 @@ def count_norm(direction, C, S, B, last):
     return counted(code, part, rows * tile["CHANNELS"], 32 * warps, made.metadata.shared)
 
 
-def count_augment(side):
-    """Pixels: all of a program that has one tile, else the loop over tiles that writes them."""
+def count_augment(kernel, side):
+    """Pixels: all of a program that has one tile, else the loop over tiles."""
     from bld_ext.triton import augment as kernels
 
-    made = compile_augment("views", BENCHMARK, "u8", "fp32", side, False, 90)
-    rows, columns, warps, _ = kernels.shape(side, side, whole=True)
+    made = compile_augment(kernel, BENCHMARK, "u8", "fp32", side, False, 90)
+    tile = kernels.shape(side, side)
     code = machine_code.read(made.asm["cubin"], "views_kernel")
-    part = code if side <= min(rows, columns) else code.loops[0]
-    return counted(code, part, rows * columns, 32 * warps, made.metadata.shared)
+    part = code if kernels.constants(tile, side, side)["ONE_TILE"] else code.loops[0]
+    return counted(code, part, tile.rows * tile.columns, 32 * tile.warps, made.metadata.shared)
 
 
 def count_draw():
@@ -160,7 +160,8 @@ TRITON = {
         for direction in ("forward", "backward")
         for name in NORMS
     },
-    **{f"augment {side}x{side}": (count_augment, side) for side in (32, 224)},
+    **{f"augment {side}x{side}": (count_augment, "views", side) for side in (32, 224)},
+    "augment 224x224, sums": (count_augment, "sums", 224),
     "augment, draw": (count_draw,),
 }
 

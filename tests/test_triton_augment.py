@@ -154,11 +154,12 @@ def test_indices_of_another_number_are_refused():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (10, 10), (32, 32), (45, 45), (1, 5000), (224, 224)])
-@pytest.mark.parametrize("whole", [False, True])
-def test_tiles_cover_a_view(size, whole):
-    rows, columns, warps, programs = kernels.shape(*size, whole)
-    assert rows & (rows - 1) == 0 and columns & (columns - 1) == 0 and 1 <= warps <= 16
-    assert rows * columns <= kernels.BLOCK * (2 if whole else 1)
+def test_tiles_cover_a_view(size):
+    rows, columns, warps, programs = tile = kernels.shape(*size)
+    assert rows & (rows - 1) == 0 and columns & (columns - 1) == 0 and 1 <= warps <= 8
+    assert rows * columns <= 2 * kernels.BLOCK
     tiles = -(-size[0] // rows) * -(-size[1] // columns)
-    assert 1 <= programs <= tiles and (programs == 1 or not whole)
-    assert tiles == 1 or max(size) > 16
+    assert 1 <= programs <= tiles
+    fitted = kernels.constants(tile, *size)
+    assert fitted["ONE_TILE"] == (tiles == 1)
+    assert fitted["FULL"] == (rows * columns * tiles == size[0] * size[1])

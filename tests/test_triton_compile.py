@@ -43,8 +43,9 @@ AUGMENTS = {  # settings, image and view dtype, side, channels last, capability
 }
 AUGMENTS = {
     f"{kernel} {name}": (kernel, *case)
-    for kernel in ("prepare", "views")
+    for kernel in ("prepare", "sums", "views")
     for name, case in AUGMENTS.items()
+    if kernel != "sums" or name.endswith("-224")  # of views in several tiles
 }
 
 
@@ -58,7 +59,7 @@ NORMS = [
 
 
 def compile_augment(kernel, settings, image, view, side, channels_last, capability):
-    """As `compile_heads`, for the two kernels of augment."""
+    """As `compile_heads`, for "prepare", "sums" and "views"."""
     from bld_ext import SeededAugment
     from bld_ext.triton import augment as kernels
 
@@ -69,15 +70,17 @@ def compile_augment(kernel, settings, image, view, side, channels_last, capabili
         if image != "u8":
             constants |= dict(images_ptr=None, words_ptr=None)
     else:
-        made, tile = kernels.views_kernel, kernels.shape(side, side, policy.contrast > 0)
+        made, tile = kernels.views_kernel, kernels.shape(side, side)
         constants = kernels.flags(policy, 3) | kernels.constants(tile, side, side)
-        constants |= dict(CHANNELS_LAST=channels_last, PACKED=image == "u8")
+        constants |= dict(SUMS=kernel == "sums", CHANNELS_LAST=channels_last)
+        constants |= dict(PACKED=image == "u8")
         constants |= dict(WHITE={"u8": 255, "u16": 65_535}.get(image, 1))
         warps, image = tile.warps, "i32" if image == "u8" else image
     types = {parameter.name: "i32" for parameter in made.params}
     types |= dict(images_ptr=f"*{image}", settings_ptr="*fp32", drawn_ptr="*i32")
     types |= dict(made_ptr=f"*{view}", words_ptr="*i32")
     types |= dict.fromkeys(("seed_ptr", "step_ptr", "indices_ptr"), "*i64")
+    types |= dict(share="i64")
     types = {parameter.name: types[parameter.name] for parameter in made.params}
     return compile_source(made, types, constants, capability, warps)
 

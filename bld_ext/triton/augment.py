@@ -16,6 +16,7 @@ left out of the kernel.
 
 import contextlib
 import math
+import struct
 from typing import NamedTuple
 
 import torch
@@ -27,8 +28,8 @@ from bld_ext import reference
 from bld_ext.reference import GRAY, INTERPOLATIONS, PADDING_MODES, Policy
 from bld_ext.triton.device_data import kept, on_device
 
-BLOCK = 1024  # pixels of a tile; twice as many where contrast asks for a whole view
-PIXELS = 4  # of a thread, and twice as many where a program has one tile
+BLOCK = 1024  # pixels of a tile
+PIXELS = 8  # of a tile that a thread has
 TILES = 4  # that a program makes of a large view
 MOST_PROGRAMS = 65_535  # along the second axis of a grid
 BORDER = tl.constexpr(2)  # pixels around a packed image, where points outside of it end up
@@ -40,7 +41,8 @@ OP_GEOMETRY, OP_AFFINE, OP_COLOR, OP_SHAPE, OP_ERASE = map(tl.constexpr, range(5
     CROP_AREA, CROP_RATIO, ERASE_AREA, ERASE_RATIO, RANGES,
 ) = map(tl.constexpr, range(15))  # fmt: skip
 # where the numbers of a view are kept
-MATRIX, BITS, CROP, COLORS, TURNS, ERASED, WORDS = map(tl.constexpr, (0, 6, 7, 11, 14, 17, 24))
+MATRIX, BITS, CROP, COLORS, TURNS, ERASED = map(tl.constexpr, (0, 6, 7, 11, 14, 17))
+IMAGE, LEVEL_SUM, WORDS = map(tl.constexpr, (21, 22, 24))  # the sum is an int64
 RED, GREEN, BLUE = map(tl.constexpr, GRAY)
 ZEROS, REFLECT = (tl.constexpr(PADDING_MODES.index(mode)) for mode in ("zeros", "reflect"))
 FRACTION = tl.constexpr(reference.FRACTION)
@@ -301,6 +303,7 @@ def _draw(
     )
     at = place * WORDS
     _keep(drawn_ptr, at, MATRIX, _fixed_point(matrix, padding, H, W), exists)
+    _keep(drawn_ptr, at, IMAGE, (n.to(tl.int32),), exists)
     if RESIZED:
         _keep(drawn_ptr, at, CROP, crop, exists)
     if JITTERS:
@@ -308,6 +311,7 @@ def _draw(
         _keep(drawn_ptr, at, COLORS, (brightness, contrast, saturation), exists)
         wheel = (_from_five(turns, 5), _from_five(turns, 3), _from_five(turns, 1))
         _keep(drawn_ptr, at, TURNS, wheel, exists)
+        _keep(drawn_ptr, at, LEVEL_SUM, (place * 0, place * 0), exists)
     if ERASES:
         erased = _erased(counter, w_shape, settings_ptr, erase_below, H, W)
         _keep(drawn_ptr, at, ERASED, erased, exists)
@@ -442,8 +446,9 @@ def _coordinate(
     if NEAREST:
         return _clamp(_whole(x, size, bits, not RESIZED), -BORDER, size), 0
     else:
-        rounded = (x + (1 << (bits - FRACTION - 1))) >> (bits - FRACTION)
-        rounded = _clamp(rounded, -BORDER * ONE, size * ONE)
+        if RESIZED or PADDING == REFLECT:  # else `_points` has added this already
+            x += 1 << (bits - FRACTION - 1)
+        rounded = _clamp(x >> (bits - FRACTION), -BORDER * ONE, size * ONE)
         return rounded >> FRACTION, rounded & (ONE - 1)
 
 
@@ -460,6 +465,8 @@ def _points(
     if RESIZED:
         left, top = tl.load(view_ptr + CROP), tl.load(view_ptr + (CROP + 1))
         width, height = tl.load(view_ptr + (CROP + 2)), tl.load(view_ptr + (CROP + 3))
+    if not (NEAREST or RESIZED or PADDING == REFLECT):
+        c, f = c + (1 << (bits - FRACTION - 1)), f + (1 << (bits - FRACTION - 1))
     x, y = a * column + (b * row + c), d * column + (e * row + f)
     x, right = _coordinate(x, left, width, W, bits, RESIZED, NEAREST, PADDING)
     y, low = _coordinate(y, top, height, H, bits, RESIZED, NEAREST, PADDING)
@@ -471,7 +478,7 @@ def _near(words_ptr, points, W, NEAREST: tl.constexpr):
     """The words of the four neighbours, or of the nearest one."""
     x, y, _, _ = points
     stride = W + 2 * BORDER
-    at = words_ptr + ((y + BORDER) * stride + x + BORDER)
+    at = words_ptr + BORDER * (stride + 1) + (y * stride + x)
     if NEAREST:
         return (tl.load(at),)
     else:
@@ -481,14 +488,17 @@ def _near(words_ptr, points, W, NEAREST: tl.constexpr):
 @triton.jit
 def _byte(words, points, channel, NEAREST: tl.constexpr):
     """A channel of packed pixels, times 65,536 where it is blended; products and sums are exact."""
-    shift = 8 * channel
     if NEAREST:
-        return ((words[0] >> shift) & 255).to(tl.float32)
+        return ((words[0] >> (8 * channel)) & 255).to(tl.float32)
     else:
         _, _, right, low = points
-        upper = ((words[0] >> shift) & 255) * (ONE - right) + ((words[1] >> shift) & 255) * right
-        lower = ((words[2] >> shift) & 255) * (ONE - right) + ((words[3] >> shift) & 255) * right
-        return (upper * (ONE - low) + lower * low).to(tl.float32)
+        left, high, two = -right + ONE, -low + ONE, 0xFF00FF
+        shift = 8 * (channel % 2)  # two channels at a time, 0 and 2 or 1 and 3, in 16 bits each
+        upper = ((words[0] >> shift) & two) * left + ((words[1] >> shift) & two) * right
+        lower = ((words[2] >> shift) & two) * left + ((words[3] >> shift) & two) * right
+        half = 16 * (channel // 2)
+        blended = ((upper >> half) & 0xFFFF) * high + ((lower >> half) & 0xFFFF) * low
+        return blended.to(tl.float32)
 
 
 @triton.jit
@@ -551,17 +561,19 @@ def _rgb(
 
 
 @triton.jit
-def _luma(rgb):
-    r, g, b = rgb
-    return r * RED + g * GREEN + b * BLUE
+def _luma(x):
+    """Of three channels, or of the only one."""
+    return x[0] if len(x) == 1 else x[0] * RED + x[1] * GREEN + x[2] * BLUE
 
 
 @triton.jit
-def _level_sum(gray, mask, WHITE: tl.constexpr):
+def _level_sum(gray, mask, PACKED: tl.constexpr, WHITE: tl.constexpr):
     """Of whole numbers, so that the order of the sum does not matter."""
     unit: tl.constexpr = LEVELS if WHITE == 1 else LEVELS / (WHITE + 1)
     offset: tl.constexpr = 1.5 * 2**23 / unit  # adding it leaves the rounded number in the low bits
-    rounded = tl.minimum(tl.maximum(gray, 0.0), WHITE) + offset  # nan is black
+    if not PACKED:  # bytes are between black and white
+        gray = tl.minimum(tl.maximum(gray, 0.0), WHITE)  # nan is black
+    rounded = gray + offset
     levels = rounded.to(tl.int32, bitcast=True) - tl.full([], offset, tl.float32).to(
         tl.int32, bitcast=True
     )
@@ -569,9 +581,8 @@ def _level_sum(gray, mask, WHITE: tl.constexpr):
 
 
 @triton.jit
-def _mean(level_sum, H, W, WHITE: tl.constexpr):
-    unit: tl.constexpr = LEVELS if WHITE == 1 else LEVELS / (WHITE + 1)
-    return (level_sum.to(tl.float64) / ((H * W).to(tl.float64) * unit)).to(tl.float32)
+def _mean(level_sum, share):
+    return (level_sum.to(tl.float64) * share.to(tl.float64, bitcast=True)).to(tl.float32)
 
 
 @triton.jit
@@ -639,7 +650,10 @@ def _store(
 
 
 @triton.jit
-def _pixels(tile, H, W, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ONE_TILE: tl.constexpr):
+def _pixels(
+    tile, H, W,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ONE_TILE: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
     """Rows and columns of a tile, and which exist."""
     first_row, first_column = 0, 0
     if not ONE_TILE:
@@ -648,11 +662,12 @@ def _pixels(tile, H, W, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ONE_TILE: tl.
         first_column = (tile - first_row * across) * COLUMNS
     row = first_row * ROWS + tl.arange(0, ROWS)[:, None]
     column = first_column + tl.arange(0, COLUMNS)[None, :]
-    return row, column, (row < H) & (column < W)
+    mask = tl.full([ROWS, COLUMNS], True, tl.int1) if FULL else (row < H) & (column < W)
+    return row, column, mask
 
 
 @triton.jit(
-    do_not_specialize=["N", "C", "H", "W"],
+    do_not_specialize=["C", "H", "W", "share"],
     do_not_specialize_on_alignment=["images_ptr", "made_ptr", "drawn_ptr", "settings_ptr"],
 )
 def views_kernel(
@@ -660,10 +675,11 @@ def views_kernel(
     made_ptr,  # [V, N, C, H, W], or [V, N, H, W, C]
     drawn_ptr,  # [V, N, WORDS]
     settings_ptr,  # as `settings` has them
-    N,
     C,
     H,
     W,
+    share,  # of a level in the mean: the bits of a float64
+    SUMS: tl.constexpr,  # adds up the levels of the views, for their mean, and makes none
     RGB: tl.constexpr,  # C = 3
     CHANNELS_LAST: tl.constexpr,
     RESIZED: tl.constexpr,
@@ -680,63 +696,51 @@ def views_kernel(
     ROWS: tl.constexpr,  # of a tile
     COLUMNS: tl.constexpr,
     ONE_TILE: tl.constexpr,  # holds a view
+    FULL: tl.constexpr,  # every pixel of every tile exists
 ):
     place = tl.program_id(0).to(tl.int64)
-    n = (tl.program_id(0) % N).to(tl.int64)
+    size = tl.cast(C, tl.int64) * (H * W)
     view_ptr = drawn_ptr + place * WORDS
+    n = tl.load(view_ptr + IMAGE).to(tl.int64)
     if PACKED:
         image_ptr = images_ptr + n * ((H + 2 * BORDER) * (W + 2 * BORDER))
     else:
-        image_ptr = images_ptr + n * C * H * W
-    made_ptr += place * C * H * W
+        image_ptr = images_ptr + n * size
+    made_ptr += place * size
     tiles = 1 if ONE_TILE else tl.cdiv(H, ROWS) * tl.cdiv(W, COLUMNS)
 
-    mean = 0.0
-    if CONTRASTS and not ONE_TILE:
-        total = tl.zeros([], tl.int64)
-        for tile in range(tl.program_id(1), tiles, tl.num_programs(1)):
-            row, column, mask = _pixels(tile, H, W, ROWS, COLUMNS, ONE_TILE)
-            points = _points(row, column, view_ptr, H, W, RESIZED, NEAREST, PADDING)
-            if RGB:
-                gray = _luma(
-                    _rgb(
-                        image_ptr, points, view_ptr, H, W, BRIGHTENS, NEAREST, PADDING, PACKED,
-                        WHITE,
-                    )
-                )  # fmt: skip
-            else:
-                gray = _channel(
-                    image_ptr, points, 0, view_ptr, H, W, BRIGHTENS, NEAREST, PADDING, PACKED, WHITE
-                )
-            total += _level_sum(gray, mask, WHITE)
-        mean = _mean(total, H, W, WHITE)
+    sum_ptr = (view_ptr + LEVEL_SUM).to(tl.pointer_type(tl.int64))
+    total, mean = tl.zeros([], tl.int64), 0.0
+    if CONTRASTS and not (ONE_TILE or SUMS):
+        mean = _mean(tl.load(sum_ptr), share)
     for tile in range(tl.program_id(1), tiles, tl.num_programs(1)):
-        row, column, mask = _pixels(tile, H, W, ROWS, COLUMNS, ONE_TILE)
+        row, column, mask = _pixels(tile, H, W, ROWS, COLUMNS, ONE_TILE, FULL)
         points = _points(row, column, view_ptr, H, W, RESIZED, NEAREST, PADDING)
-        if RGB:
-            rgb = _rgb(
-                image_ptr, points, view_ptr, H, W, BRIGHTENS, NEAREST, PADDING, PACKED, WHITE
-            )
-            if CONTRASTS and ONE_TILE:
-                mean = _mean(_level_sum(_luma(rgb), mask, WHITE), H, W, WHITE)
-            rgb = _recolor(rgb, mean, view_ptr, CONTRASTS, SATURATES, SHIFTS_HUE, WHITE)
-            for k in tl.static_range(3):
-                _store(
-                    made_ptr, settings_ptr, rgb[k], k, 3, row, column, mask, view_ptr, H, W,
-                    NORMALISES, ERASES, CHANNELS_LAST, WHITE,
-                )  # fmt: skip
-        else:
-            for k in range(C):
-                value = _channel(
-                    image_ptr, points, k, view_ptr, H, W, BRIGHTENS, NEAREST, PADDING, PACKED, WHITE
+        for part in range(1 if RGB else C):
+            if RGB:
+                x = _rgb(
+                    image_ptr, points, view_ptr, H, W, BRIGHTENS, NEAREST, PADDING, PACKED, WHITE
                 )
-                if CONTRASTS and ONE_TILE:
-                    mean = _mean(_level_sum(value, mask, WHITE), H, W, WHITE)
-                changed = _recolor((value,), mean, view_ptr, CONTRASTS, False, False, WHITE)
-                _store(
-                    made_ptr, settings_ptr, changed[0], k, C, row, column, mask, view_ptr, H, W,
-                    NORMALISES, ERASES, CHANNELS_LAST, WHITE,
+            else:
+                x = (
+                    _channel(
+                        image_ptr, points, part, view_ptr, H, W, BRIGHTENS, NEAREST, PADDING,
+                        PACKED, WHITE,
+                    ),
                 )  # fmt: skip
+            if SUMS or (CONTRASTS and ONE_TILE):
+                levels = _level_sum(_luma(x), mask, PACKED, WHITE)
+                total += levels
+                mean = _mean(levels, share)
+            if not SUMS:
+                x = _recolor(x, mean, view_ptr, CONTRASTS, SATURATES, SHIFTS_HUE, WHITE)
+                for k in tl.static_range(len(x)):
+                    _store(
+                        made_ptr, settings_ptr, x[k], k if RGB else part, 3 if RGB else C, row,
+                        column, mask, view_ptr, H, W, NORMALISES, ERASES, CHANNELS_LAST, WHITE,
+                    )  # fmt: skip
+    if SUMS:
+        tl.atomic_add(sum_ptr, total)
 
 
 # ---- the launch ----
@@ -789,24 +793,28 @@ class Tile(NamedTuple):
     programs: int  # that share a view
 
 
-def shape(H: int, W: int, whole: bool) -> Tile:
-    """The tile for views of H x W pixels, of which a program needs the whole or not."""
+def shape(H: int, W: int) -> Tile:
+    """The tile for views of H x W pixels: a whole view, or some of 32 columns."""
     rows, columns = triton.next_power_of_2(H), triton.next_power_of_2(W)
-    most = 2 * BLOCK if whole else BLOCK
-    if rows * columns > most:
+    if rows * columns > 2 * BLOCK:
         columns = min(columns, 32)
-        rows = min(rows, most // columns)
+        rows = min(rows, BLOCK // columns)
+        if H % rows and H % rows <= rows // 2:  # the last tiles would be half empty
+            rows //= 2
     tiles = triton.cdiv(H, rows) * triton.cdiv(W, columns)
-    pixels = 2 * PIXELS if tiles == 1 else PIXELS
     programs = triton.cdiv(tiles, TILES) if tiles > TILES else tiles
-    warps = max(1, rows * columns // (32 * pixels))
-    return Tile(rows, columns, warps, 1 if whole else min(programs, MOST_PROGRAMS))
+    warps = max(1, rows * columns // (32 * PIXELS))
+    return Tile(rows, columns, warps, min(programs, MOST_PROGRAMS))
 
 
 def constants(tile: Tile, H: int, W: int) -> dict[str, int | bool]:
     """Of the second kernel, for a tile."""
-    one = H <= tile.rows and W <= tile.columns
-    return dict(ROWS=tile.rows, COLUMNS=tile.columns, ONE_TILE=one)
+    return dict(
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        ONE_TILE=H <= tile.rows and W <= tile.columns,
+        FULL=H % tile.rows == 0 and W % tile.columns == 0,
+    )
 
 
 def signed(word: int) -> int:
@@ -820,13 +828,16 @@ def launch(images, made, policy, seed, step, views, indices, channels_last):
     settled, device = Policy.unpack(policy), images.device
     white = reference.WHITE.get(images.dtype, 1)
     packed = images.dtype == torch.uint8 and C <= 4
+    white_view = reference.LEVELS / (white + 1 if white != 1 else 1) * H * W  # levels
+    (share,) = struct.unpack("<q", struct.pack("<d", 1 / white_view))
     numbers = kept(("augment", white, *policy), device, "policy", lambda: settings(settled, white))
     there = [x if on_device(x, device) else None for x in (seed, step)]
     seed, step = (x.item() if at is None else 0 for x, at in zip((seed, step), there, strict=True))
     border = 2 * BORDER.value
     words = images.new_empty((N, H + border, W + border), dtype=torch.int32) if packed else None
     drawn = images.new_empty((len(views) * N, WORDS.value), dtype=torch.int32)
-    tile = shape(H, W, settled.contrast > 0)
+    tile = shape(H, W)
+    fitted = constants(tile, H, W)
     guard = torch.cuda.device(device) if images.is_cuda else contextlib.nullcontext()
     first = 0
     with guard:
@@ -859,23 +870,25 @@ def launch(images, made, policy, seed, step, views, indices, channels_last):
                 enable_fp_fusion=False,  # every operation is rounded by itself
             )
             first += len(run)
-        views_kernel[(N * len(views), tile.programs)](
-            words if packed else images,
-            made,
-            drawn,
-            numbers,
-            N,
-            C,
-            H,
-            W,
-            CHANNELS_LAST=channels_last,
-            PACKED=packed,
-            WHITE=white,
-            **constants(tile, H, W),
-            **flags(settled, C),
-            num_warps=tile.warps,
-            enable_fp_fusion=False,
-        )
+        for sums in (True, False) if settled.contrast > 0 and not fitted["ONE_TILE"] else (False,):
+            views_kernel[(N * len(views), tile.programs)](
+                words if packed else images,
+                made,
+                drawn,
+                numbers,
+                C,
+                H,
+                W,
+                share,
+                SUMS=sums,
+                CHANNELS_LAST=channels_last,
+                PACKED=packed,
+                WHITE=white,
+                **fitted,
+                **flags(settled, C),
+                num_warps=tile.warps,
+                enable_fp_fusion=False,
+            )
 
 
 def augment(images, policy, seed, step, views, indices, dtype, channels_last):

@@ -436,8 +436,8 @@ template <int64_t L, typename acc_t> struct Colours {
           part += level(luma<acc_t>(r[i], g[i], b[i]));
       sum += part;
     }
-    const double pixels = static_cast<double>(unit) * static_cast<double>(size);
-    rest = (1 - contrast) * static_cast<acc_t>(static_cast<double>(sum) / pixels);
+    const double share = 1 / (static_cast<double>(unit) * static_cast<double>(size));
+    rest = (1 - contrast) * static_cast<acc_t>(static_cast<double>(sum) * share);
   }
 
   // The rest of it for a block of pixels; three channels, or the only one.
