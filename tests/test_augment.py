@@ -370,6 +370,18 @@ digest = hashlib.sha256(views.numpy().tobytes()).hexdigest()
 """
 
 
+def test_more_views_than_malloc_keeps_memory_for():
+    """A result of that size, over 32 MiB, is written into large pages."""
+    augment, images = SeededAugment(**EVERYTHING), make_images(H=128, W=128)
+    each = 4 * images.numel()
+    count = (33 << 20) // each + 1
+    made = augment(images, seed=3, step=5, views=range(count))
+    assert made.numel() * 4 > 33 << 20
+    for v in (0, count // 2, count - 1):
+        rows = slice(v * len(images), (v + 1) * len(images))
+        assert torch.equal(made[rows], augment(images, seed=3, step=5, views=[v]))
+
+
 def test_same_bits_in_a_fresh_process():
     here = {}
     exec(SCRIPT, here)

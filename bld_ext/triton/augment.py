@@ -4,8 +4,8 @@ the reference.
 The first draws the parameters of all views, a thread each, and packs images of up to four channels
 of uint8 into words with a border, so that a neighbour of a point is one load. In the second a
 program makes one view of one image, or some tiles of it: one resample, colour in registers, one
-write. Contrast needs the mean of the view first, so where a view is larger than a tile, a program
-walks over it twice.
+write. Contrast needs the mean of the view first: where a view is larger than a tile, a launch
+before adds up its levels.
 
 Points and weights are whole numbers. Colours are float32, of which every operation is rounded by
 itself and in the order of the reference; sums are of integers. So the bits are the reference's.

@@ -10,6 +10,10 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -575,6 +579,18 @@ int64_t scalar(const char *name, const Tensor &tensor) {
   return *static_cast<const int64_t *>(tensor.const_data_ptr());
 }
 
+// Asks for large pages where malloc always returns memory that was never touched: there a fault for
+// each small page takes longer than writing the views. It is advice, and may be ignored.
+void use_large_pages(void *memory, size_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t FRESH = 32 << 20, PAGE = 2 << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + PAGE - 1) / PAGE * PAGE;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / PAGE * PAGE;
+  if (bytes > FRESH)
+    madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 // Its documentation is in bld_ext/ops.py.
 Tensor augment(const Tensor &images_, std::vector<double> policy, const Tensor &seed,
                const Tensor &step, std::vector<int64_t> views,
@@ -622,6 +638,7 @@ Tensor augment(const Tensor &images_, std::vector<double> policy, const Tensor &
   Tensor made = torch::stable::new_empty(images, shape, dtype);
   if (made.numel() > 0) {
     call.views = made.mutable_data_ptr();
+    use_large_pages(call.views, made.numel() * made.element_size());
     const MakeViews run = kernel();
     torch::stable::parallel_for(0, N * V, std::max<int64_t>(1, PARALLEL_ELEMENTS / (C * H * W)),
                                 [&](int64_t begin, int64_t end) { run(call, begin, end); });
