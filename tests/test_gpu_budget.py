@@ -133,13 +133,16 @@ def count_norm(direction, C, S, B, last):
 
 def count_augment(kernel, side):
     """Pixels: all of a program that has one tile, else the loop over tiles."""
-    from bld_ext.triton import augment as kernels
+    import torch
 
+    from bld_ext import SeededAugment
+    from bld_ext.triton.augment import form as form_of
+
+    form, _ = form_of(SeededAugment(**BENCHMARK).policy, torch.uint8, 3, side, side, False)
     made = compile_augment(kernel, BENCHMARK, "u8", "fp32", side, False, 90)
-    tile = kernels.shape(side, side)
     code = machine_code.read(made.asm["cubin"], "views_kernel")
-    part = code if kernels.constants(tile, side, side)["ONE_TILE"] else code.loops[0]
-    return counted(code, part, tile.rows * tile.columns, 32 * tile.warps, made.metadata.shared)
+    part = code if form.ONE_TILE else code.loops[0]
+    return counted(code, part, form.ROWS * form.COLUMNS, 32 * form.warps, made.metadata.shared)
 
 
 def count_draw():

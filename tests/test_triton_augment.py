@@ -155,11 +155,11 @@ def test_indices_of_another_number_are_refused():
 
 @pytest.mark.parametrize("size", [(1, 1), (10, 10), (32, 32), (45, 45), (1, 5000), (224, 224)])
 def test_tiles_cover_a_view(size):
-    rows, columns, warps, programs = tile = kernels.shape(*size)
-    assert rows & (rows - 1) == 0 and columns & (columns - 1) == 0 and 1 <= warps <= 8
+    form, programs = kernels.form(SeededAugment().policy, torch.uint8, 3, *size, False)
+    rows, columns = form.ROWS, form.COLUMNS
+    assert rows & (rows - 1) == 0 and columns & (columns - 1) == 0 and 1 <= form.warps <= 8
     assert rows * columns <= 2 * kernels.BLOCK
     tiles = -(-size[0] // rows) * -(-size[1] // columns)
     assert 1 <= programs <= tiles
-    fitted = kernels.constants(tile, *size)
-    assert fitted["ONE_TILE"] == (tiles == 1)
-    assert fitted["FULL"] == (rows * columns * tiles == size[0] * size[1])
+    assert form.ONE_TILE == (tiles == 1)
+    assert form.FULL == (rows * columns * tiles == size[0] * size[1])

@@ -60,6 +60,8 @@ NORMS = [
 
 def compile_augment(kernel, settings, image, view, side, channels_last, capability):
     """As `compile_heads`, for "prepare", "sums" and "views"."""
+    import torch
+
     from bld_ext import SeededAugment
     from bld_ext.triton import augment as kernels
 
@@ -70,12 +72,11 @@ def compile_augment(kernel, settings, image, view, side, channels_last, capabili
         if image != "u8":
             constants |= dict(images_ptr=None, words_ptr=None)
     else:
-        made, tile = kernels.views_kernel, kernels.shape(side, side)
-        constants = kernels.flags(policy, 3) | kernels.constants(tile, side, side)
-        constants |= dict(SUMS=kernel == "sums", CHANNELS_LAST=channels_last)
-        constants |= dict(PACKED=image == "u8")
-        constants |= dict(WHITE={"u8": 255, "u16": 65_535}.get(image, 1))
-        warps, image = tile.warps, "i32" if image == "u8" else image
+        dtype = dict(u8=torch.uint8, u16=torch.uint16, bf16=torch.bfloat16, fp32=torch.float32)
+        form, _ = kernels.form(policy, dtype[image], 3, side, side, channels_last)
+        constants = dict(SUMS=kernel == "sums", F=form)
+        made, warps = kernels.views_kernel, form.warps
+        image = "i32" if form.PACKED else image
     types = {parameter.name: "i32" for parameter in made.params}
     types |= dict(images_ptr=f"*{image}", settings_ptr="*fp32", drawn_ptr="*i32")
     types |= dict(made_ptr=f"*{view}", words_ptr="*i32")

@@ -17,7 +17,7 @@ left out of the kernel.
 import contextlib
 import math
 import struct
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -434,61 +434,55 @@ def _snap(x, first, size, bits):
 
 
 @triton.jit
-def _coordinate(
-    x, first, length, size, bits,
-    RESIZED: tl.constexpr, NEAREST: tl.constexpr, PADDING: tl.constexpr,
-):  # fmt: skip
+def _coordinate(x, first, length, size, bits, F: tl.constexpr):
     """The pixel before a point of the image, or nearest to it, and the weight of the next one."""
-    if RESIZED:
+    if F.RESIZED:
         x = _snap(x, first, length, bits)
-    if PADDING == REFLECT:
+    if F.PADDING == REFLECT:
         x = _reflect(x, size, bits)
-    if NEAREST:
-        return _clamp(_whole(x, size, bits, not RESIZED), -BORDER, size), 0
+    if F.NEAREST:
+        return _clamp(_whole(x, size, bits, not F.RESIZED), -BORDER, size), 0
     else:
-        if RESIZED or PADDING == REFLECT:  # else `_points` has added this already
+        if F.RESIZED or F.PADDING == REFLECT:  # else `_points` has added this already
             x += 1 << (bits - FRACTION - 1)
         rounded = _clamp(x >> (bits - FRACTION), -BORDER * ONE, size * ONE)
         return rounded >> FRACTION, rounded & (ONE - 1)
 
 
 @triton.jit
-def _points(
-    row, column, view_ptr, H, W,
-    RESIZED: tl.constexpr, NEAREST: tl.constexpr, PADDING: tl.constexpr,
-):  # fmt: skip
+def _points(row, column, view_ptr, H, W, F: tl.constexpr):
     """The points of the image that pixels of a view show: column, row, right and low weight."""
     a, b, c = tl.load(view_ptr), tl.load(view_ptr + 1), tl.load(view_ptr + 2)
     d, e, f = tl.load(view_ptr + 3), tl.load(view_ptr + 4), tl.load(view_ptr + 5)
     bits = tl.load(view_ptr + BITS)
     left, top, width, height = 0, 0, 0, 0
-    if RESIZED:
+    if F.RESIZED:
         left, top = tl.load(view_ptr + CROP), tl.load(view_ptr + (CROP + 1))
         width, height = tl.load(view_ptr + (CROP + 2)), tl.load(view_ptr + (CROP + 3))
-    if not (NEAREST or RESIZED or PADDING == REFLECT):
+    if not (F.NEAREST or F.RESIZED or F.PADDING == REFLECT):
         c, f = c + (1 << (bits - FRACTION - 1)), f + (1 << (bits - FRACTION - 1))
     x, y = a * column + (b * row + c), d * column + (e * row + f)
-    x, right = _coordinate(x, left, width, W, bits, RESIZED, NEAREST, PADDING)
-    y, low = _coordinate(y, top, height, H, bits, RESIZED, NEAREST, PADDING)
+    x, right = _coordinate(x, left, width, W, bits, F)
+    y, low = _coordinate(y, top, height, H, bits, F)
     return x, y, right, low
 
 
 @triton.jit
-def _near(words_ptr, points, W, NEAREST: tl.constexpr):
+def _near(words_ptr, points, W, F: tl.constexpr):
     """The words of the four neighbours, or of the nearest one."""
     x, y, _, _ = points
     stride = W + 2 * BORDER
     at = words_ptr + BORDER * (stride + 1) + (y * stride + x)
-    if NEAREST:
+    if F.NEAREST:
         return (tl.load(at),)
     else:
         return tl.load(at), tl.load(at + 1), tl.load(at + stride), tl.load(at + stride + 1)
 
 
 @triton.jit
-def _byte(words, points, channel, NEAREST: tl.constexpr):
+def _byte(words, points, channel, F: tl.constexpr):
     """A channel of packed pixels, times 65,536 where it is blended; products and sums are exact."""
-    if NEAREST:
+    if F.NEAREST:
         return ((words[0] >> (8 * channel)) & 255).to(tl.float32)
     else:
         _, _, right, low = points
@@ -502,8 +496,8 @@ def _byte(words, points, channel, NEAREST: tl.constexpr):
 
 
 @triton.jit
-def _tap(channel_ptr, x, y, H, W, PADDING: tl.constexpr):
-    if PADDING == ZEROS:
+def _tap(channel_ptr, x, y, H, W, F: tl.constexpr):
+    if F.PADDING == ZEROS:
         mask = (x >= 0) & (x < W) & (y >= 0) & (y < H)
         return tl.load(channel_ptr + (y * W + x), mask=mask, other=0).to(tl.float32)
     else:
@@ -512,52 +506,50 @@ def _tap(channel_ptr, x, y, H, W, PADDING: tl.constexpr):
 
 
 @triton.jit
-def _sample(channel_ptr, points, H, W, NEAREST: tl.constexpr, PADDING: tl.constexpr):
+def _sample(channel_ptr, points, H, W, F: tl.constexpr):
     """A channel of pixels that are not packed."""
     x, y, right, low = points
-    total = _tap(channel_ptr, x, y, H, W, PADDING)
-    if not NEAREST:
+    total = _tap(channel_ptr, x, y, H, W, F)
+    if not F.NEAREST:
         unit = 1.0 / (ONE * ONE)
         left, high = -right + ONE, -low + ONE
         total = total * ((left * high).to(tl.float32) * unit)
         weight = (right * high).to(tl.float32) * unit
-        total += _tap(channel_ptr, x + 1, y, H, W, PADDING) * weight
+        total += _tap(channel_ptr, x + 1, y, H, W, F) * weight
         weight = (left * low).to(tl.float32) * unit
-        total += _tap(channel_ptr, x, y + 1, H, W, PADDING) * weight
+        total += _tap(channel_ptr, x, y + 1, H, W, F) * weight
         weight = (right * low).to(tl.float32) * unit
-        total += _tap(channel_ptr, x + 1, y + 1, H, W, PADDING) * weight
+        total += _tap(channel_ptr, x + 1, y + 1, H, W, F) * weight
     return total
 
 
 @triton.jit
-def _channel(
-    image_ptr, points, channel, view_ptr, H, W, BRIGHTENS: tl.constexpr, NEAREST: tl.constexpr,
-    PADDING: tl.constexpr, PACKED: tl.constexpr, WHITE: tl.constexpr,
-):  # fmt: skip
+def _channel(image_ptr, points, channel, view_ptr, H, W, F: tl.constexpr):
     """One channel of the points, brightened."""
-    factor = tl.load(view_ptr + COLORS).to(tl.float32, bitcast=True) if BRIGHTENS else 1.0
-    if PACKED:
+    factor = tl.load(view_ptr + COLORS).to(tl.float32, bitcast=True) if F.BRIGHTENS else 1.0
+    if F.PACKED:
         # a power of two, so that the product with the factor is exact
-        unit: tl.constexpr = 1.0 if NEAREST else 1.0 / (ONE * ONE)
-        value = _byte(_near(image_ptr, points, W, NEAREST), points, channel, NEAREST)
+        unit: tl.constexpr = 1.0 if F.NEAREST else 1.0 / (ONE * ONE)
+        value = _byte(_near(image_ptr, points, W, F), points, channel, F)
         value = value * (factor * unit)
-        return tl.minimum(value, WHITE) if BRIGHTENS else value
+        return tl.minimum(value, F.WHITE) if F.BRIGHTENS else value
     else:
         channel_ptr = image_ptr + tl.cast(channel, tl.int64) * H * W
-        value = _sample(channel_ptr, points, H, W, NEAREST, PADDING)
-        return _clamp(factor * value, 0.0, WHITE) if BRIGHTENS else value
+        value = _sample(channel_ptr, points, H, W, F)
+        return _clamp(factor * value, 0.0, F.WHITE) if F.BRIGHTENS else value
 
 
 @triton.jit
-def _rgb(
-    image_ptr, points, view_ptr, H, W, BRIGHTENS: tl.constexpr, NEAREST: tl.constexpr,
-    PADDING: tl.constexpr, PACKED: tl.constexpr, WHITE: tl.constexpr,
-):  # fmt: skip
-    """The three channels of the points, brightened. The compiler loads each word once."""
-    r = _channel(image_ptr, points, 0, view_ptr, H, W, BRIGHTENS, NEAREST, PADDING, PACKED, WHITE)
-    g = _channel(image_ptr, points, 1, view_ptr, H, W, BRIGHTENS, NEAREST, PADDING, PACKED, WHITE)
-    b = _channel(image_ptr, points, 2, view_ptr, H, W, BRIGHTENS, NEAREST, PADDING, PACKED, WHITE)
-    return r, g, b
+def _channels(image_ptr, points, channel, view_ptr, H, W, F: tl.constexpr):
+    """All three channels, or else one. The compiler loads each word once."""
+    if F.RGB:
+        return (
+            _channel(image_ptr, points, 0, view_ptr, H, W, F),
+            _channel(image_ptr, points, 1, view_ptr, H, W, F),
+            _channel(image_ptr, points, 2, view_ptr, H, W, F),
+        )
+    else:
+        return (_channel(image_ptr, points, channel, view_ptr, H, W, F),)
 
 
 @triton.jit
@@ -567,12 +559,12 @@ def _luma(x):
 
 
 @triton.jit
-def _level_sum(gray, mask, PACKED: tl.constexpr, WHITE: tl.constexpr):
+def _level_sum(gray, mask, F: tl.constexpr):
     """Of whole numbers, so that the order of the sum does not matter."""
-    unit: tl.constexpr = LEVELS if WHITE == 1 else LEVELS / (WHITE + 1)
+    unit: tl.constexpr = LEVELS if F.WHITE == 1 else LEVELS / (F.WHITE + 1)
     offset: tl.constexpr = 1.5 * 2**23 / unit  # adding it leaves the rounded number in the low bits
-    if not PACKED:  # bytes are between black and white
-        gray = tl.minimum(tl.maximum(gray, 0.0), WHITE)  # nan is black
+    if not F.PACKED:  # bytes are between black and white
+        gray = tl.minimum(tl.maximum(gray, 0.0), F.WHITE)  # nan is black
     rounded = gray + offset
     levels = rounded.to(tl.int32, bitcast=True) - tl.full([], offset, tl.float32).to(
         tl.int32, bitcast=True
@@ -603,46 +595,41 @@ def _shift_hue(rgb, view_ptr):
 
 
 @triton.jit
-def _recolor(
-    rgb, mean, view_ptr, CONTRASTS: tl.constexpr, SATURATES: tl.constexpr,
-    SHIFTS_HUE: tl.constexpr, WHITE: tl.constexpr,
-):  # fmt: skip
+def _recolor(rgb, mean, view_ptr, F: tl.constexpr):
     """Contrast, saturation and hue of one channel or three."""
-    if CONTRASTS:
+    if F.CONTRASTS:
         contrast = tl.load(view_ptr + (COLORS + 1)).to(tl.float32, bitcast=True)
         rest, changed = (1 - contrast) * mean, ()
         for k in tl.static_range(len(rgb)):
-            changed = changed + (_clamp(contrast * rgb[k] + rest, 0.0, WHITE),)
+            changed = changed + (_clamp(contrast * rgb[k] + rest, 0.0, F.WHITE),)
         rgb = changed
-    if SATURATES:
+    if F.SATURATES:
         saturation = tl.load(view_ptr + (COLORS + 2)).to(tl.float32, bitcast=True)
         rest, changed = (1 - saturation) * _luma(rgb), ()
         for k in tl.static_range(3):
-            changed = changed + (_clamp(saturation * rgb[k] + rest, 0.0, WHITE),)
+            changed = changed + (_clamp(saturation * rgb[k] + rest, 0.0, F.WHITE),)
         rgb = changed
-    if SHIFTS_HUE:
+    if F.SHIFTS_HUE:
         rgb = _shift_hue(rgb, view_ptr)
     return rgb
 
 
 @triton.jit
 def _store(
-    made_ptr, settings_ptr, value, channel, C, row, column, mask, view_ptr, H, W,
-    NORMALISES: tl.constexpr, ERASES: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    WHITE: tl.constexpr,
-):  # fmt: skip
+    made_ptr, settings_ptr, value, channel, C, row, column, mask, view_ptr, H, W, F: tl.constexpr
+):
     """Normalise, erase, and write a channel of a view."""
-    if NORMALISES:
+    if F.NORMALISES:
         scale = tl.load(settings_ptr + 3 * RANGES + channel)
         value = value * scale - tl.load(settings_ptr + 3 * RANGES + C + channel)
-    elif WHITE != 1:
-        value = tl.div_rn(value, tl.full(value.shape, WHITE, tl.float32))
-    if ERASES:
+    elif F.WHITE != 1:
+        value = tl.div_rn(value, tl.full(value.shape, F.WHITE, tl.float32))
+    if F.ERASES:
         left, top = tl.load(view_ptr + ERASED), tl.load(view_ptr + (ERASED + 1))
         width, height = tl.load(view_ptr + (ERASED + 2)), tl.load(view_ptr + (ERASED + 3))
         covered = (column >= left) & (column < left + width)
         value = tl.where(covered & (row >= top) & (row < top + height), 0.0, value)
-    if CHANNELS_LAST:
+    if F.CHANNELS_LAST:
         where = (row * W + column).to(tl.int64) * C + channel
     else:
         where = row * W + column + tl.cast(channel, tl.int64) * (H * W)
@@ -650,19 +637,19 @@ def _store(
 
 
 @triton.jit
-def _pixels(
-    tile, H, W,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ONE_TILE: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
+def _pixels(tile, H, W, F: tl.constexpr):
     """Rows and columns of a tile, and which exist."""
     first_row, first_column = 0, 0
-    if not ONE_TILE:
-        across = tl.cdiv(W, COLUMNS)
+    if not F.ONE_TILE:
+        across = tl.cdiv(W, F.COLUMNS)
         first_row = tile // across
-        first_column = (tile - first_row * across) * COLUMNS
-    row = first_row * ROWS + tl.arange(0, ROWS)[:, None]
-    column = first_column + tl.arange(0, COLUMNS)[None, :]
-    mask = tl.full([ROWS, COLUMNS], True, tl.int1) if FULL else (row < H) & (column < W)
+        first_column = (tile - first_row * across) * F.COLUMNS
+    row = first_row * F.ROWS + tl.arange(0, F.ROWS)[:, None]
+    column = first_column + tl.arange(0, F.COLUMNS)[None, :]
+    if F.FULL:
+        mask = tl.full([F.ROWS, F.COLUMNS], True, tl.int1)
+    else:
+        mask = (row < H) & (column < W)
     return row, column, mask
 
 
@@ -680,64 +667,38 @@ def views_kernel(
     W,
     share,  # of a level in the mean: the bits of a float64
     SUMS: tl.constexpr,  # adds up the levels of the views, for their mean, and makes none
-    RGB: tl.constexpr,  # C = 3
-    CHANNELS_LAST: tl.constexpr,
-    RESIZED: tl.constexpr,
-    BRIGHTENS: tl.constexpr,
-    CONTRASTS: tl.constexpr,
-    SATURATES: tl.constexpr,
-    SHIFTS_HUE: tl.constexpr,
-    NORMALISES: tl.constexpr,
-    ERASES: tl.constexpr,
-    NEAREST: tl.constexpr,
-    PADDING: tl.constexpr,
-    PACKED: tl.constexpr,
-    WHITE: tl.constexpr,
-    ROWS: tl.constexpr,  # of a tile
-    COLUMNS: tl.constexpr,
-    ONE_TILE: tl.constexpr,  # holds a view
-    FULL: tl.constexpr,  # every pixel of every tile exists
+    F: tl.constexpr,  # a Form
 ):
     place = tl.program_id(0).to(tl.int64)
     size = tl.cast(C, tl.int64) * (H * W)
     view_ptr = drawn_ptr + place * WORDS
     n = tl.load(view_ptr + IMAGE).to(tl.int64)
-    if PACKED:
+    if F.PACKED:
         image_ptr = images_ptr + n * ((H + 2 * BORDER) * (W + 2 * BORDER))
     else:
         image_ptr = images_ptr + n * size
     made_ptr += place * size
-    tiles = 1 if ONE_TILE else tl.cdiv(H, ROWS) * tl.cdiv(W, COLUMNS)
+    tiles = 1 if F.ONE_TILE else tl.cdiv(H, F.ROWS) * tl.cdiv(W, F.COLUMNS)
 
     sum_ptr = (view_ptr + LEVEL_SUM).to(tl.pointer_type(tl.int64))
     total, mean = tl.zeros([], tl.int64), 0.0
-    if CONTRASTS and not (ONE_TILE or SUMS):
+    if F.CONTRASTS and not (F.ONE_TILE or SUMS):
         mean = _mean(tl.load(sum_ptr), share)
     for tile in range(tl.program_id(1), tiles, tl.num_programs(1)):
-        row, column, mask = _pixels(tile, H, W, ROWS, COLUMNS, ONE_TILE, FULL)
-        points = _points(row, column, view_ptr, H, W, RESIZED, NEAREST, PADDING)
-        for part in range(1 if RGB else C):
-            if RGB:
-                x = _rgb(
-                    image_ptr, points, view_ptr, H, W, BRIGHTENS, NEAREST, PADDING, PACKED, WHITE
-                )
-            else:
-                x = (
-                    _channel(
-                        image_ptr, points, part, view_ptr, H, W, BRIGHTENS, NEAREST, PADDING,
-                        PACKED, WHITE,
-                    ),
-                )  # fmt: skip
-            if SUMS or (CONTRASTS and ONE_TILE):
-                levels = _level_sum(_luma(x), mask, PACKED, WHITE)
+        row, column, mask = _pixels(tile, H, W, F)
+        points = _points(row, column, view_ptr, H, W, F)
+        for part in range(1 if F.RGB else C):
+            x = _channels(image_ptr, points, part, view_ptr, H, W, F)
+            if SUMS or (F.CONTRASTS and F.ONE_TILE):
+                levels = _level_sum(_luma(x), mask, F)
                 total += levels
                 mean = _mean(levels, share)
             if not SUMS:
-                x = _recolor(x, mean, view_ptr, CONTRASTS, SATURATES, SHIFTS_HUE, WHITE)
+                x = _recolor(x, mean, view_ptr, F)
                 for k in tl.static_range(len(x)):
                     _store(
-                        made_ptr, settings_ptr, x[k], k if RGB else part, 3 if RGB else C, row,
-                        column, mask, view_ptr, H, W, NORMALISES, ERASES, CHANNELS_LAST, WHITE,
+                        made_ptr, settings_ptr, x[k], k if F.RGB else part, 3 if F.RGB else C,
+                        row, column, mask, view_ptr, H, W, F,
                     )  # fmt: skip
     if SUMS:
         tl.atomic_add(sum_ptr, total)
@@ -757,23 +718,6 @@ def runs(views: list[int]) -> list[range]:
     return found
 
 
-def flags(policy: Policy, C: int) -> dict[str, object]:
-    """What of the second kernel a policy needs."""
-    return dict(
-        RGB=C == 3,
-        RESIZED=policy.resized_crop is not None,
-        BRIGHTENS=policy.brightness > 0,
-        CONTRASTS=policy.contrast > 0,
-        SATURATES=policy.saturation > 0 and C == 3,
-        SHIFTS_HUE=policy.hue > 0 and C == 3,
-        NORMALISES=len(policy.mean) > 0,
-        ERASES=policy.erase > 0,
-        # whole pixels have one neighbour
-        NEAREST=policy.interpolation == INTERPOLATIONS[1] or not policy.turns,
-        PADDING=PADDING_MODES.index(policy.padding_mode),
-    )
-
-
 def draw_flags(policy: Policy) -> dict[str, object]:
     """What of the first kernel a policy needs."""
     affine = policy._replace(resized_crop=None, interpolation="bilinear", padding_mode="zeros")
@@ -786,15 +730,40 @@ def draw_flags(policy: Policy) -> dict[str, object]:
     )
 
 
-class Tile(NamedTuple):
-    rows: int
-    columns: int
-    warps: int
-    programs: int  # that share a view
+@dataclass(frozen=True)
+class Form:
+    """What is known of views when the second kernel is compiled."""
+
+    ROWS: int  # of a tile
+    COLUMNS: int
+    ONE_TILE: bool  # holds a view
+    FULL: bool  # every pixel of every tile exists
+    PACKED: bool  # images are in words
+    WHITE: int
+    CHANNELS_LAST: bool
+    RGB: bool
+    RESIZED: bool
+    BRIGHTENS: bool
+    CONTRASTS: bool
+    SATURATES: bool
+    SHIFTS_HUE: bool
+    NORMALISES: bool
+    ERASES: bool
+    NEAREST: bool
+    PADDING: int
+
+    @property
+    def warps(self) -> int:
+        return max(1, self.ROWS * self.COLUMNS // (32 * PIXELS))
 
 
-def shape(H: int, W: int) -> Tile:
-    """The tile for views of H x W pixels: a whole view, or some of 32 columns."""
+def form(
+    policy: Policy, dtype: torch.dtype, C: int, H: int, W: int, channels_last: bool
+) -> tuple[Form, int]:
+    """The form of views of such images, and how many programs share a view.
+
+    A tile is a whole view, or has 32 of its columns.
+    """
     rows, columns = triton.next_power_of_2(H), triton.next_power_of_2(W)
     if rows * columns > 2 * BLOCK:
         columns = min(columns, 32)
@@ -803,18 +772,27 @@ def shape(H: int, W: int) -> Tile:
             rows //= 2
     tiles = triton.cdiv(H, rows) * triton.cdiv(W, columns)
     programs = triton.cdiv(tiles, TILES) if tiles > TILES else tiles
-    warps = max(1, rows * columns // (32 * PIXELS))
-    return Tile(rows, columns, warps, min(programs, MOST_PROGRAMS))
-
-
-def constants(tile: Tile, H: int, W: int) -> dict[str, int | bool]:
-    """Of the second kernel, for a tile."""
-    return dict(
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        ONE_TILE=H <= tile.rows and W <= tile.columns,
-        FULL=H % tile.rows == 0 and W % tile.columns == 0,
+    made = Form(
+        ROWS=rows,
+        COLUMNS=columns,
+        ONE_TILE=tiles == 1,
+        FULL=H % rows == 0 and W % columns == 0,
+        PACKED=dtype == torch.uint8 and C <= 4,
+        WHITE=reference.WHITE.get(dtype, 1),
+        CHANNELS_LAST=channels_last,
+        RGB=C == 3,
+        RESIZED=policy.resized_crop is not None,
+        BRIGHTENS=policy.brightness > 0,
+        CONTRASTS=policy.contrast > 0,
+        SATURATES=policy.saturation > 0 and C == 3,
+        SHIFTS_HUE=policy.hue > 0 and C == 3,
+        NORMALISES=len(policy.mean) > 0,
+        ERASES=policy.erase > 0,
+        # whole pixels have one neighbour
+        NEAREST=policy.interpolation == INTERPOLATIONS[1] or not policy.turns,
+        PADDING=PADDING_MODES.index(policy.padding_mode),
     )
+    return made, min(programs, MOST_PROGRAMS)
 
 
 def signed(word: int) -> int:
@@ -826,8 +804,8 @@ def launch(images, made, policy, seed, step, views, indices, channels_last):
     """Writes the views into `made`, in a launch for each stretch of consecutive views, and one."""
     N, C, H, W = images.shape
     settled, device = Policy.unpack(policy), images.device
-    white = reference.WHITE.get(images.dtype, 1)
-    packed = images.dtype == torch.uint8 and C <= 4
+    shape, programs = form(settled, images.dtype, C, H, W, channels_last)
+    white, packed = shape.WHITE, shape.PACKED
     white_view = reference.LEVELS / (white + 1 if white != 1 else 1) * H * W  # levels
     (share,) = struct.unpack("<q", struct.pack("<d", 1 / white_view))
     numbers = kept(("augment", white, *policy), device, "policy", lambda: settings(settled, white))
@@ -836,8 +814,6 @@ def launch(images, made, policy, seed, step, views, indices, channels_last):
     border = 2 * BORDER.value
     words = images.new_empty((N, H + border, W + border), dtype=torch.int32) if packed else None
     drawn = images.new_empty((len(views) * N, WORDS.value), dtype=torch.int32)
-    tile = shape(H, W)
-    fitted = constants(tile, H, W)
     guard = torch.cuda.device(device) if images.is_cuda else contextlib.nullcontext()
     first = 0
     with guard:
@@ -870,8 +846,8 @@ def launch(images, made, policy, seed, step, views, indices, channels_last):
                 enable_fp_fusion=False,  # every operation is rounded by itself
             )
             first += len(run)
-        for sums in (True, False) if settled.contrast > 0 and not fitted["ONE_TILE"] else (False,):
-            views_kernel[(N * len(views), tile.programs)](
+        for sums in (True, False) if shape.CONTRASTS and not shape.ONE_TILE else (False,):
+            views_kernel[(N * len(views), programs)](
                 words if packed else images,
                 made,
                 drawn,
@@ -881,12 +857,8 @@ def launch(images, made, policy, seed, step, views, indices, channels_last):
                 W,
                 share,
                 SUMS=sums,
-                CHANNELS_LAST=channels_last,
-                PACKED=packed,
-                WHITE=white,
-                **fitted,
-                **flags(settled, C),
-                num_warps=tile.warps,
+                F=shape,
+                num_warps=shape.warps,
                 enable_fp_fusion=False,
             )
 

@@ -58,27 +58,45 @@ struct Place {
   int64_t lanes, lane_stride, class_stride;
 };
 
-// Four rows of four floats become four columns.
-BLD_EXT_INLINE void transpose(const float *from, int64_t from_stride, float *to,
-                              int64_t to_stride) {
-  typedef float Four __attribute__((vector_size(16)));
-  Four a, b, c, d;
-  std::memcpy(&a, from, sizeof a);
-  std::memcpy(&b, from + from_stride, sizeof b);
-  std::memcpy(&c, from + 2 * from_stride, sizeof c);
-  std::memcpy(&d, from + 3 * from_stride, sizeof d);
-  const Four ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
-  const Four ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-  const Four cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5);
-  const Four cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-  a = __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5);
-  b = __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7);
-  c = __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5);
-  d = __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7);
-  std::memcpy(to, &a, sizeof a);
-  std::memcpy(to + to_stride, &b, sizeof b);
-  std::memcpy(to + 2 * to_stride, &c, sizeof c);
-  std::memcpy(to + 3 * to_stride, &d, sizeof d);
+// Four floats of each of W / 4 rows, from row after row.
+template <int64_t W> BLD_EXT_INLINE Lanes<float, W> gather(const float *from, int64_t stride) {
+  if constexpr (W == 4) {
+    return read<4>(from);
+  } else {
+    const auto low = gather<W / 2>(from, stride),
+               high = gather<W / 2>(from + W / 8 * stride, stride);
+    return [&]<int... i>(std::integer_sequence<int, i...>) BLD_EXT_INLINE_LAMBDA {
+      return __builtin_shufflevector(low, high, i...);
+    }(std::make_integer_sequence<int, W>());
+  }
+}
+
+template <int64_t W>
+BLD_EXT_INLINE void scatter(const Lanes<float, W> &x, float *to, int64_t stride) {
+  if constexpr (W == 4)
+    std::memcpy(to, &x, sizeof x);
+  else
+    [&]<int... i>(std::integer_sequence<int, i...>) BLD_EXT_INLINE_LAMBDA {
+      scatter<W / 2>(__builtin_shufflevector(x, x, i...), to, stride);
+      scatter<W / 2>(__builtin_shufflevector(x, x, W / 2 + i...), to + W / 8 * stride, stride);
+    }(std::make_integer_sequence<int, W / 2>());
+}
+
+// In each 16 bytes of the four registers, four rows of four floats become four columns.
+template <int64_t W> BLD_EXT_INLINE void transpose(Lanes<float, W> (&x)[4]) {
+  Lanes<int32_t, W> in_turn, in_pairs;
+  for (int i = 0; i < W; ++i) {
+    in_turn[i] = i / 4 * 4 + i % 4 / 2 + i % 2 * int(W);
+    in_pairs[i] = i / 4 * 4 + i % 2 + i % 4 / 2 * int(W);
+  }
+  const Lanes<float, W> ab_low = __builtin_shuffle(x[0], x[1], in_turn);
+  const Lanes<float, W> ab_high = __builtin_shuffle(x[0], x[1], in_turn + 2);
+  const Lanes<float, W> cd_low = __builtin_shuffle(x[2], x[3], in_turn);
+  const Lanes<float, W> cd_high = __builtin_shuffle(x[2], x[3], in_turn + 2);
+  x[0] = __builtin_shuffle(ab_low, cd_low, in_pairs);
+  x[1] = __builtin_shuffle(ab_low, cd_low, in_pairs + 2);
+  x[2] = __builtin_shuffle(ab_high, cd_high, in_pairs);
+  x[3] = __builtin_shuffle(ab_high, cd_high, in_pairs + 2);
 }
 
 // Some classes of a tile from memory; lanes that are not there become 0.
@@ -90,9 +108,14 @@ BLD_EXT_INLINE void load(const T *from, const Place &at, int64_t classes, Lanes<
     std::memset(static_cast<void *>(tile), 0, classes * sizeof *tile);
   if constexpr (std::is_same_v<T, float>)
     if (at.lanes == W && at.class_stride == 1)
-      for (int64_t i = 0; i < W; i += 4) // four rows at a time, each read through
-        for (c = 0; c + 4 <= classes; c += 4)
-          transpose(from + c + i * at.lane_stride, at.lane_stride, to + c * W + i, W);
+      for (; c + 4 <= classes; c += 4) {
+        Lanes<float, W> x[4];
+        for (int k = 0; k < 4; ++k) // rows k, k + 4, ...
+          x[k] = gather<W>(from + c + k * at.lane_stride, 4 * at.lane_stride);
+        transpose<W>(x);
+        for (int k = 0; k < 4; ++k)
+          tile[c + k] = x[k];
+      }
   for (; c < classes; ++c)
     for (int64_t i = 0; i < at.lanes; ++i)
       to[c * W + i] = static_cast<acc_t>(from[c * at.class_stride + i * at.lane_stride]);
@@ -105,9 +128,12 @@ BLD_EXT_INLINE void store(const Lanes<acc_t, W> *tile, const Place &at, int64_t 
   int64_t c = 0;
   if constexpr (std::is_same_v<T, float>)
     if (at.lanes == W && at.class_stride == 1)
-      for (int64_t i = 0; i < W; i += 4) // four rows at a time, each written through
-        for (c = 0; c + 4 <= classes; c += 4)
-          transpose(from + c * W + i, W, to + c + i * at.lane_stride, at.lane_stride);
+      for (; c + 4 <= classes; c += 4) {
+        Lanes<float, W> x[4] = {tile[c], tile[c + 1], tile[c + 2], tile[c + 3]};
+        transpose<W>(x);
+        for (int k = 0; k < 4; ++k)
+          scatter<W>(x[k], to + c + k * at.lane_stride, 4 * at.lane_stride);
+      }
   for (; c < classes; ++c)
     for (int64_t i = 0; i < at.lanes; ++i)
       to[c * at.class_stride + i * at.lane_stride] = static_cast<T>(from[c * W + i]);
