@@ -157,7 +157,7 @@ def test_indices_of_another_number_are_refused():
 def test_tiles_cover_a_view(size):
     form, programs = kernels.form(SeededAugment().policy, torch.uint8, 3, *size, False)
     rows, columns = form.ROWS, form.COLUMNS
-    assert rows & (rows - 1) == 0 and columns & (columns - 1) == 0 and 1 <= form.warps <= 8
+    assert rows & (rows - 1) == 0 and columns & (columns - 1) == 0 and 1 <= form.warps <= 16
     assert rows * columns <= 2 * kernels.BLOCK
     tiles = -(-size[0] // rows) * -(-size[1] // columns)
     assert 1 <= programs <= tiles

@@ -13,6 +13,7 @@ from conftest import EVERYTHING, NORMALISED
 
 pytest.importorskip("triton")
 BENCHMARK = dict(crop_padding=4, flip=0.5, rotation=15, scale=(0.9, 1.1), jitter=0.4, **NORMALISED)
+ONE_CHANNEL = dict(rotation=10, brightness=0.4, contrast=0.4, mean=(0.5,), std=(0.25,))
 OPS = {  # the pointers that an op leaves out
     "head_softmax": {"labels", "targets", "old_grad", "new_grad", "old_loss", "new_loss",
                      "partials", "ticket"},
@@ -32,7 +33,7 @@ CASES = [  # dtype, widest old and new head, dense, temperature on the device, c
     ("bf16", (1000, 5), False, True, 90),
     ("fp32", (99, 100), False, True, 90),
 ]
-AUGMENTS = {  # settings, image and view dtype, side, channels last, capability
+AUGMENTS = {  # settings, image and view dtype, side, channels last, capability, channels
     "crop": (dict(crop_padding=4, flip=0.5), "u8", "fp32", 32, False, 90),
     "benchmark": (BENCHMARK, "u8", "fp32", 32, False, 90),
     "benchmark-224": (BENCHMARK, "u8", "bf16", 224, True, 90),
@@ -40,12 +41,24 @@ AUGMENTS = {  # settings, image and view dtype, side, channels last, capability
     "everything-reflect": (EVERYTHING | dict(padding_mode="reflect"), "fp32", "fp32", 32, True, 90),
     "benchmark-uint16": (BENCHMARK, "u16", "fp32", 32, False, 90),
     "everything-224": (EVERYTHING | NORMALISED, "bf16", "bf16", 224, False, 90),
+    "one-channel": (ONE_CHANNEL, "u8", "fp32", 28, False, 90, 1),
+    "one-channel-100": (
+        ONE_CHANNEL | dict(padding_mode="reflect"),
+        "u8",
+        "fp32",
+        100,
+        False,
+        80,
+        1,
+    ),
+    "four-channels-100": (dict(rotation=15, flip=0.5), "u16", "fp32", 100, True, 90, 4),
+    "everything-edge-100": (EVERYTHING | dict(padding_mode="edge"), "fp32", "fp16", 100, False, 90),
 }
 AUGMENTS = {
     f"{kernel} {name}": (kernel, *case)
     for kernel in ("prepare", "sums", "views")
     for name, case in AUGMENTS.items()
-    if kernel != "sums" or name.endswith("-224")  # of views in several tiles
+    if kernel != "sums" or ("contrast" in case[0] or "jitter" in case[0]) and case[3] > 32
 }
 
 
@@ -58,7 +71,7 @@ NORMS = [
 ]  # fmt: skip
 
 
-def compile_augment(kernel, settings, image, view, side, channels_last, capability):
+def compile_augment(kernel, settings, image, view, side, channels_last, capability, channels=3):
     """As `compile_heads`, for "prepare", "sums" and "views"."""
     import torch
 
@@ -73,7 +86,7 @@ def compile_augment(kernel, settings, image, view, side, channels_last, capabili
             constants |= dict(images_ptr=None, words_ptr=None)
     else:
         dtype = dict(u8=torch.uint8, u16=torch.uint16, bf16=torch.bfloat16, fp32=torch.float32)
-        form, _ = kernels.form(policy, dtype[image], 3, side, side, channels_last)
+        form, _ = kernels.form(policy, dtype[image], channels, side, side, channels_last)
         constants = dict(SUMS=kernel == "sums", F=form)
         made, warps = kernels.views_kernel, form.warps
         image = "i32" if form.PACKED else image

@@ -1,5 +1,5 @@
-"""augment in two launches, for uint8, uint16, float32, bfloat16 and float16 images; float64 runs on
-the reference.
+"""augment in two or three launches, for uint8, uint16, float32, bfloat16 and float16 images; those
+of float64 run on the reference.
 
 The first draws the parameters of all views, a thread each, and packs images of up to four channels
 of uint8 into words with a border, so that a neighbour of a point is one load. In the second a
@@ -29,7 +29,7 @@ from bld_ext.reference import GRAY, INTERPOLATIONS, PADDING_MODES, Policy
 from bld_ext.triton.device_data import kept, on_device
 
 BLOCK = 1024  # pixels of a tile
-PIXELS = 8  # of a tile that a thread has
+PIXELS = 8  # of a tile that a thread has, or half as many of images that are not packed
 TILES = 4  # that a program makes of a large view
 MOST_PROGRAMS = 65_535  # along the second axis of a grid
 BORDER = tl.constexpr(2)  # pixels around a packed image, where points outside of it end up
@@ -754,7 +754,8 @@ class Form:
 
     @property
     def warps(self) -> int:
-        return max(1, self.ROWS * self.COLUMNS // (32 * PIXELS))
+        each = PIXELS if self.PACKED else PIXELS // 2
+        return max(1, self.ROWS * self.COLUMNS // (32 * each))
 
 
 def form(
@@ -762,11 +763,11 @@ def form(
 ) -> tuple[Form, int]:
     """The form of views of such images, and how many programs share a view.
 
-    A tile is a whole view, or has 32 of its columns.
+    A tile is a whole view, or has 32 of its columns, or more of a view with few rows.
     """
     rows, columns = triton.next_power_of_2(H), triton.next_power_of_2(W)
     if rows * columns > 2 * BLOCK:
-        columns = min(columns, 32)
+        columns = min(columns, max(32, BLOCK // rows))
         rows = min(rows, BLOCK // columns)
         if H % rows and H % rows <= rows // 2:  # the last tiles would be half empty
             rows //= 2

@@ -197,11 +197,16 @@ struct Axis {
     return period - folded < folded ? period - folded : folded;
   }
 
+  // The sum may wrap around in lanes behind the end of a row.
+  template <typename V> BLD_EXT_INLINE static V plus(const V &x, int32_t y) {
+    return (V)((Lanes<uint32_t, sizeof(V) / 4>)x + uint32_t(y));
+  }
+
   // The nearest pixel; of two that are as near the even one, or the upper.
   template <bool even, typename V> BLD_EXT_INLINE V nearest(const V &x) const {
-    const V shifted = x + half;
+    const V shifted = plus(x, half);
     if constexpr (!even)
-      return within((shifted + std::min(greatest, 1 << (bits - FRACTION - 1))) >> bits, lowest,
+      return within(plus(shifted, std::min(greatest, 1 << (bits - FRACTION - 1))) >> bits, lowest,
                     greatest);
     const V upper = shifted >> bits;
     const V odd = (shifted & (2 * half - 1)) == 0 ? upper & 1 : V{};
@@ -210,7 +215,7 @@ struct Axis {
 
   // Rounded to 2^-FRACTION pixels.
   template <typename V> BLD_EXT_INLINE V between(const V &x) const {
-    const V rounded = (x + (1 << (bits - FRACTION - 1))) >> (bits - FRACTION);
+    const V rounded = plus(x, 1 << (bits - FRACTION - 1)) >> (bits - FRACTION);
     return within(rounded, lowest << FRACTION, greatest << FRACTION);
   }
 };
@@ -579,8 +584,8 @@ int64_t scalar(const char *name, const Tensor &tensor) {
   return *static_cast<const int64_t *>(tensor.const_data_ptr());
 }
 
-// Asks for large pages where malloc always returns memory that was never touched: there a fault for
-// each small page takes longer than writing the views. It is advice, and may be ignored.
+// Asks for large pages where malloc nearly always returns memory that was never touched: there a
+// fault for each small page takes longer than writing the views. It is advice, and may be ignored.
 void use_large_pages(void *memory, size_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t FRESH = 32 << 20, PAGE = 2 << 20;

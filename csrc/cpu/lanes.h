@@ -97,7 +97,8 @@ inline Registers registers() {
     const std::string_view wanted = variable ? variable : "";
     __builtin_cpu_init();
     if (wanted != "default" && wanted != "avx2" && __builtin_cpu_supports("avx512f") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
       return Registers::avx512;
     if (wanted != "default" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
       return Registers::avx2;
