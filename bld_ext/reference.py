@@ -668,7 +668,7 @@ def recolor(x: Tensor, p: ViewParameters, settings: Policy, white: int) -> Tenso
         x = blend(x, 0, p.brightness)
     if settings.contrast:
         # a sum of integers does not depend on the order of summation, and so not on the batch
-        unit = LEVELS / (white + 1 if white != 1 else 1)
+        unit = level_unit(white)
         levels = gray(x).nan_to_num().clamp(0, white) * unit
         mean = levels.round().long().sum((1, 2, 3), keepdim=True).double()
         mean = mean * (1 / (unit * x.shape[2] * x.shape[3]))
@@ -678,6 +678,11 @@ def recolor(x: Tensor, p: ViewParameters, settings: Policy, white: int) -> Tenso
     if x.shape[1] == 3 and settings.hue:
         x = shift_hue(x, p.hue.to(x.dtype).view(-1, 1, 1))
     return x
+
+
+def level_unit(white: int) -> float:
+    """Return how many of the LEVELS there are from a colour to the next whole number."""
+    return LEVELS / (white + 1 if white != 1 else 1)
 
 
 def gray(x: Tensor) -> Tensor:

@@ -358,18 +358,6 @@ def test_every_element_is_written(poison, dtype):
         assert views.isfinite().all()
 
 
-SCRIPT = """
-import hashlib, torch
-from bld_ext import SeededAugment
-images = torch.arange(4 * 3 * 10 * 7).remainder(251).to(torch.uint8).view(4, 3, 10, 7)
-augment = SeededAugment(
-    crop_padding=3, flip=0.5, rotation=20, scale=(0.8, 1.25), jitter=0.4, translate=(0.1, 0.2),
-    shear=(10, 15), resized_crop=(0.3, 1), erase=0.5)
-views = augment(images, seed=2**40 + 3, step=7, views=range(6))
-digest = hashlib.sha256(views.numpy().tobytes()).hexdigest()
-"""
-
-
 def test_more_views_than_malloc_keeps_memory_for():
     """A result of that size, over 32 MiB, is written into large pages."""
     augment, images = SeededAugment(**EVERYTHING), make_images(H=128, W=128)
@@ -380,6 +368,18 @@ def test_more_views_than_malloc_keeps_memory_for():
     for v in (0, count // 2, count - 1):
         rows = slice(v * len(images), (v + 1) * len(images))
         assert torch.equal(made[rows], augment(images, seed=3, step=5, views=[v]))
+
+
+SCRIPT = """
+import hashlib, torch
+from bld_ext import SeededAugment
+images = torch.arange(4 * 3 * 10 * 7).remainder(251).to(torch.uint8).view(4, 3, 10, 7)
+augment = SeededAugment(
+    crop_padding=3, flip=0.5, rotation=20, scale=(0.8, 1.25), jitter=0.4, translate=(0.1, 0.2),
+    shear=(10, 15), resized_crop=(0.3, 1), erase=0.5)
+views = augment(images, seed=2**40 + 3, step=7, views=range(6))
+digest = hashlib.sha256(views.numpy().tobytes()).hexdigest()
+"""
 
 
 def test_same_bits_in_a_fresh_process():

@@ -443,7 +443,7 @@ def _coordinate(x, first, length, size, bits, F: tl.constexpr):
     if F.NEAREST:
         return _clamp(_whole(x, size, bits, not F.RESIZED), -BORDER, size), 0
     else:
-        if F.RESIZED or F.PADDING == REFLECT:  # else `_points` has added this already
+        if not F.ROUNDS_FIRST:
             x += 1 << (bits - FRACTION - 1)
         rounded = _clamp(x >> (bits - FRACTION), -BORDER * ONE, size * ONE)
         return rounded >> FRACTION, rounded & (ONE - 1)
@@ -459,7 +459,7 @@ def _points(row, column, view_ptr, H, W, F: tl.constexpr):
     if F.RESIZED:
         left, top = tl.load(view_ptr + CROP), tl.load(view_ptr + (CROP + 1))
         width, height = tl.load(view_ptr + (CROP + 2)), tl.load(view_ptr + (CROP + 3))
-    if not (F.NEAREST or F.RESIZED or F.PADDING == REFLECT):
+    if F.ROUNDS_FIRST:
         c, f = c + (1 << (bits - FRACTION - 1)), f + (1 << (bits - FRACTION - 1))
     x, y = a * column + (b * row + c), d * column + (e * row + f)
     x, right = _coordinate(x, left, width, W, bits, F)
@@ -753,6 +753,11 @@ class Form:
     PADDING: int
 
     @property
+    def ROUNDS_FIRST(self) -> bool:
+        """Whether what rounds a point can be added once a view: nothing else is done to points."""
+        return not (self.NEAREST or self.RESIZED or self.PADDING == REFLECT.value)
+
+    @property
     def warps(self) -> int:
         each = PIXELS if self.PACKED else PIXELS // 2
         return max(1, self.ROWS * self.COLUMNS // (32 * each))
@@ -807,8 +812,8 @@ def launch(images, made, policy, seed, step, views, indices, channels_last):
     settled, device = Policy.unpack(policy), images.device
     shape, programs = form(settled, images.dtype, C, H, W, channels_last)
     white, packed = shape.WHITE, shape.PACKED
-    white_view = reference.LEVELS / (white + 1 if white != 1 else 1) * H * W  # levels
-    (share,) = struct.unpack("<q", struct.pack("<d", 1 / white_view))
+    levels = reference.level_unit(white) * H * W
+    (share,) = struct.unpack("<q", struct.pack("<d", 1 / levels))
     numbers = kept(("augment", white, *policy), device, "policy", lambda: settings(settled, white))
     there = [x if on_device(x, device) else None for x in (seed, step)]
     seed, step = (x.item() if at is None else 0 for x, at in zip((seed, step), there, strict=True))
