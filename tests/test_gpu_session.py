@@ -113,7 +113,9 @@ def test_tables_that_are_killed_go_on_to_the_same_bits(rehearsal, tmp_path):
         folder = tmp_path / str(lost)
         session = start(folder, "--rehearse", "table2")
         packed = folder / "out" / "checkpoints.tar"
-        wait_for(lambda packed=packed: packed.exists())
+        # runs last about as long as the time between two packings, so wait in the middle of one
+        wait_for(lambda folder=folder, session=session: holds_a_checkpoint(folder, session))
+        wait_for(packed.exists)
         os.kill(session.pid, signal.SIGKILL)
         session.communicate()
         wait_for(lambda folder=folder: not processes_of(folder))
@@ -134,6 +136,21 @@ def wait_for(condition, seconds=90):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def holds_a_checkpoint(folder: Path, session: subprocess.Popen) -> bool:
+    """Whether a run had a checkpoint when it was stopped; if not, it goes on."""
+    try:
+        groups = {os.getpgid(int(number)) for number in processes_of(folder)} - {session.pid}
+        for group in groups:
+            os.killpg(group, signal.SIGSTOP)
+        found = any(folder.glob("scratch/table*/*/runs/*.pt"))
+        if not found:
+            for group in groups:
+                os.killpg(group, signal.SIGCONT)
+    except ProcessLookupError:  # a command has ended in the meantime
+        return False
+    return found
 
 
 def is_removed(folder: Path) -> bool:
