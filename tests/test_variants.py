@@ -13,9 +13,17 @@ from benchmarks import why  # registers the schedule "watched"
 from benchmarks.paper.experiment import run
 from benchmarks.paper.methods import PRESETS
 from benchmarks.paper.streams import load_dataset
-from benchmarks.paper.variants import VARIANTS, added, inner_products
+from benchmarks.paper.variants import (
+    VARIANTS,
+    Elsewhere,
+    added,
+    inner_products,
+    puzzled,
+    turned,
+)
 from bld_ext import SeededAugment
 from bld_ext.api.layers import Layers
+from bld_ext.api.schedules import SCHEDULES
 
 AUGMENT = SeededAugment(crop_padding=1, dtype=torch.float64)
 
@@ -102,6 +110,37 @@ def test_features_are_distilled_to_lambda_times_the_new_norm(name, make_model, m
     else:  # the mean of two gradients of that length
         assert (norms[backbone] <= wanted[backbone] * (1 + 1e-9)).all()
         assert (norms[backbone] > 0).all()
+
+
+def test_what_is_distilled_elsewhere(make_model, make_batch):
+    """Without a change it is BLD; with one, G_d is that of the others and G_w that of the views."""
+    for change in (lambda views, generator: views, turned):
+        SCHEDULES["elsewhere"] = Elsewhere(change)
+        try:
+            elsewhere, plain = optimizers(make_model, "elsewhere")
+            batch = make_batch(3, 0, dtype=torch.float64)
+            for optimizer in (elsewhere, plain):
+                optimizer.step(*batch)
+        finally:
+            del SCHEDULES["elsewhere"]
+        found, expected = (torch.stack([*o.last.distillation_loss]) for o in (elsewhere, plain))
+        norms = elsewhere.last.reference_norms, plain.last.reference_norms
+        torch.testing.assert_close(*norms, rtol=1e-12, atol=0)
+        assert torch.allclose(found, expected, rtol=1e-10) == (change is not turned)
+
+
+@pytest.mark.parametrize("change", [turned, puzzled])
+def test_other_images_are_made_of_the_same_pixels(change):
+    images = torch.arange(5 * 3 * 8 * 8.0).view(5, 3, 8, 8)
+    seen = set()
+    for seed in range(40):
+        made = change(images, torch.Generator().manual_seed(seed))
+        again = change(images, torch.Generator().manual_seed(seed))
+        assert torch.equal(made, again) and not torch.equal(made, images)
+        assert made.shape == images.shape and set(made.unique().tolist()) <= {*range(960)}
+        assert ((made[:, 1:] - made[:, :-1]) == 64).all()  # channels stay together
+        seen.add(tuple(made[0, 0, 0].tolist()))
+    assert len(seen) == 6 if change is turned else len(seen) > 20
 
 
 def test_ranking_does_not_mind_an_offset():

@@ -1,8 +1,12 @@
 """Changes of BLD that were tried, each a method of its own. None of them is part of the package.
 
-Their results are in benchmarks/README.md. Most are a schedule that holds G_d and dL_t/dθ apart and
-combines them in its own way.
+Their results are in benchmarks/README.md. Most are a schedule, which combines G_d and dL_t/dθ in
+its own way, or makes them of something else.
 """
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +15,14 @@ from benchmarks.paper.methods import BLD, METHODS, Alternated, Settings, evaluat
 from bld_ext import MultiHead, SeededAugment, ops
 from bld_ext.api import passes
 from bld_ext.api.layers import Layers
-from bld_ext.api.schedules import SCHEDULES, SharedForward
+from bld_ext.api.pooled import not_gathered
+from bld_ext.api.schedules import SCHEDULES, SharedForward, TwoForward
 from bld_ext.api.stage import Stage
+from bld_ext.api.views import Views
+from bld_ext.philox import stream_seed
 
 Gradients = dict[Tensor, Tensor]  # of each parameter
+OTHERS_RNG = 253  # the op word of the Philox counter
 
 
 def inner_products(layers: Layers, a: Gradients, b: Gradients) -> Tensor:
@@ -178,6 +186,70 @@ class FeaturesAndLogits(Features):
     beside_logits = True
 
 
+def turned(views: Tensor, generator: torch.Generator) -> Tensor:
+    """Turn all images alike, by 90, 180 or 270 degrees, and in half of all calls mirror them."""
+    quarters, mirror = divmod(int(torch.randint(2, 8, (1,), generator=generator)), 2)
+    views = torch.rot90(views, quarters, (2, 3))
+    return views.flip(3) if mirror else views
+
+
+def puzzled(views: Tensor, generator: torch.Generator) -> Tensor:
+    """Make each quarter of an image from a random quarter of another, turned or mirrored."""
+    side, made = views.shape[2] // 2, torch.empty_like(views)
+    for y, x in ((0, 0), (0, side), (side, 0), (side, side)):
+        order = torch.randperm(len(views), generator=generator)
+        down, right = (side * i for i in torch.randint(2, (2,), generator=generator).tolist())
+        quarter = views[order, :, down : down + side, right : right + side]
+        made[:, :, y : y + side, x : x + side] = turned(quarter, generator)
+    return made
+
+
+class Elsewhere(TwoForward):
+    """Distils on other images, each made from a view. L_t stays on the views."""
+
+    def __init__(self, change: Callable[[Tensor, torch.Generator], Tensor]):
+        self.change = change  # of the images of one view, which are square with an even side
+        self.bank: Tensor | None = None  # of the batch; replaced with the next one
+
+    def others(self, stage: Stage) -> Views:
+        augment = stage.views.augment
+
+        def changed(images: Tensor, *, seed: int, step: int, views: range, **rest) -> Tensor:
+            made = augment(images, seed=seed, step=step, views=views, **rest)
+            parts = []
+            for part, view in zip(made.split(len(images)), views, strict=True):
+                generator = torch.Generator().manual_seed(stream_seed(seed, step, view, OTHERS_RNG))
+                parts.append(self.change(part, generator))
+            return torch.cat(parts)
+
+        return replace(stage.views, augment=changed)
+
+    def descend(self, stage, run, measure=False):
+        if stage.bank is None:
+            self.bank = self.predictions(stage)
+        return super().descend(stage, run, measure)
+
+    @torch.no_grad()
+    def predictions(self, stage: Stage) -> Tensor:
+        sizes = stage.views.sizes[:-1]
+        with not_gathered(stage.views.norms):
+            return torch.cat(
+                [
+                    ops.head_softmax(
+                        each.logits[:, : sum(sizes)].contiguous(), sizes, stage.temperature
+                    )
+                    for each in self.others(stage)
+                ]
+            )
+
+    def descend_both(self, stage):
+        replace(stage, views=self.others(stage), bank=self.bank).distil(nullcontext())
+        stage.rescale()
+        loss, norms = self.descend(stage, stage.learn, measure=stage.is_measured)
+        stage.note_step(norms)
+        return loss
+
+
 VARIANTS = {
     "projected": Projected(),
     "projected-alone": ProjectedAlone(),
@@ -186,6 +258,8 @@ VARIANTS = {
     "balanced-to-now": BalancedToNow(),
     "features": Features(),
     "features-and-logits": FeaturesAndLogits(),
+    "turned": Elsewhere(turned),
+    "puzzled": Elsewhere(puzzled),
 }
 SCHEDULES.update(VARIANTS)
 
