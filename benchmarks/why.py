@@ -134,7 +134,8 @@ def follow(dataset: str, root: str, method: str, settings: Settings, seed: int, 
         now = [evaluate(model, t, j) for j, t in enumerate(stream[: number + 1])]
         record["accuracy"].append(now)
     with batch_statistics(model):
-        record["accuracy by test batch"] = [evaluate(model, t, j) for j, t in enumerate(stream)]
+        mixed = [task.with_mixed_tests() for task in stream]
+        record["accuracy by test batch"] = [evaluate(model, t, j) for j, t in enumerate(mixed)]
     return record
 
 

@@ -167,6 +167,21 @@ def test_batch_statistics_are_a_passing_diagnostic():
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
+def test_test_images_are_mixed_where_their_batch_normalises_them():
+    labels = torch.arange(1000) // 500  # sorted, as in some files
+    images = labels.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
+    task = make_stream(Dataset("sorted", images, labels, images, labels), 1, seed=0)[0]
+    mixed = task.with_mixed_tests()
+    assert (
+        torch.equal(task.x_test[:, 0, 0, 0], labels) and (task.y_test[:500] == task.y_test[0]).all()
+    )
+    for x, y in zip(mixed.x_test.split(500), mixed.y_test.split(500), strict=True):
+        assert 200 < y.sum() < 300
+        assert ((x[:, 0, 0, 0] == x[0, 0, 0, 0]) == (y == y[0])).all()
+    assert torch.equal(mixed.x_test, task.with_mixed_tests().x_test)
+    assert mixed.x_train is task.x_train
+
+
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_networks_take_gray_and_colour(network, channels):

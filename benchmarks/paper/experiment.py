@@ -200,7 +200,8 @@ class Run:
     def record(self, stream: list[Task]) -> dict:
         state, model = self.state, self.learner.model
         with batch_statistics(model):
-            diagnostic = [evaluate(model, task, j) for j, task in enumerate(stream)]
+            mixed = [task.with_mixed_tests() for task in stream]
+            diagnostic = [evaluate(model, task, j) for j, task in enumerate(mixed)]
         record = {
             "accuracy": state.accuracy,
             "accuracy_with_batch_statistics": diagnostic,

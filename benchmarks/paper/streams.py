@@ -3,7 +3,7 @@
 import hashlib
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -69,6 +69,11 @@ class Task:
         for where in order.split(size):
             if len(where) > 1:
                 yield where, self.x_train[where], self.y_train[where]
+
+    def with_mixed_tests(self) -> "Task":
+        """Return the task with its test images shuffled, always alike; files may be sorted."""
+        order = torch.randperm(len(self.x_test), generator=torch.Generator().manual_seed(0))
+        return replace(self, x_test=self.x_test[order], y_test=self.y_test[order])
 
     def batch_count(self, size: int) -> int:
         full, rest = divmod(len(self.x_train), size)
