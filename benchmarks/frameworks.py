@@ -1,7 +1,7 @@
 """BLD in other people's frameworks, each with its own benchmark, loop and metrics.
 
-    python -m benchmarks.frameworks avalanche   # needs pip install "bld_ext[avalanche]"
-    python -m benchmarks.frameworks capymoa     # needs pip install "bld_ext[capymoa]" and Java
+    python -m benchmarks.frameworks avalanche   # needs pip install -e ".[avalanche]"
+    python -m benchmarks.frameworks capymoa     # needs pip install -e ".[capymoa]" and Java
 
 Both learn MNIST in five tasks of two classes, each image once, by BLD and by finetuning (λ = 0).
 """

@@ -1,4 +1,4 @@
-"""Batch-Level Distillation as a strategy of Avalanche: `pip install "bld_ext[avalanche]"`."""
+"""Batch-Level Distillation as a strategy of Avalanche: `pip install -e ".[avalanche]"`."""
 
 import torch
 from avalanche.training.templates import SupervisedTemplate

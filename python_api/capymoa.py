@@ -1,4 +1,4 @@
-"""Batch-Level Distillation as a learner of CapyMOA: `pip install "bld_ext[capymoa]"` and Java."""
+"""Batch-Level Distillation as a learner of CapyMOA: `pip install -e ".[capymoa]"` and Java."""
 
 from collections.abc import Iterable, Sequence
 
