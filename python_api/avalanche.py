@@ -31,12 +31,13 @@ class BLD(SupervisedTemplate):
     def model_adaptation(self, model: MultiHead | None = None) -> MultiHead:
         model, number = self.model if model is None else model, self.experience.current_experience
         if self.is_training:
-            if number < len(model.heads) - 1:
+            heads = len(model.heads)
+            if number not in (heads - 1, heads):
                 raise ValueError(
-                    f"experience: expected number {len(model.heads) - 1} or the next one, since a "
-                    f"step trains the newest head, got {number}"
+                    f"experience: expected {f'number {heads - 1} or the next one' if heads else 0}"
+                    f", since a step trains the newest head, got {number}"
                 )
-            if number == len(model.heads):
+            if number == heads:
                 model.add_head(len(self.experience.classes_in_this_experience))
         return super().model_adaptation(model)
 

@@ -115,9 +115,13 @@ class ViewBatchNorm3d(ViewBatchNorm, nn.BatchNorm3d):
 
 
 def spare_old_heads(model: nn.Module) -> None:
-    """Let each norm keep its statistics that is only in `model.heads`, and not in the last one."""
-    heads = getattr(model, "heads", None)
-    old = [*heads][:-1] if isinstance(heads, nn.ModuleList) else []
+    """Let each norm keep its statistics that is only in old heads: all but the last of `heads`.
+
+    These are the model's, or those of a module inside that has `head_sizes`, such as a MultiHead.
+    """
+    owners = [m for m in model.modules() if m is model or hasattr(m, "head_sizes")]
+    lists = [getattr(owner, "heads", None) for owner in owners]
+    old = [head for heads in lists if isinstance(heads, nn.ModuleList) for head in [*heads][:-1]]
     private = {m for head in old for m in head.modules()}
     others = {id(m) for m in _outside(model, {*map(id, old)})}
     for norm in model.modules():

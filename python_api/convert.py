@@ -94,7 +94,8 @@ def convert_view_batchnorm(module: nn.Module, statistics: str | None = None) -> 
 
     Args:
         statistics: when the running statistics are updated: "once" a batch, from all views of the
-            warm-up pooled, or at "every_pass", as in PyTorch. None leaves the setting as it is,
+            warm-up pooled, or at "every_pass", as in PyTorch; a schedule with fewer forward passes
+            then moves them less often. None leaves the setting as it is,
             which at first is "once".
     """
     if statistics not in (None, *STATISTICS):
@@ -117,12 +118,13 @@ def revert_view_batchnorm(module: nn.Module) -> nn.Module:
     """Give every module that `convert_view_batchnorm` changed its own class back, in place.
 
     Use it before tools that go by a module's exact type: torch.fx and torchvision's feature
-    extraction, torch.jit.script, torch.export. The next step of an optimizer converts again.
+    extraction, torch.jit.script, torch.export. The next step of an optimizer converts again, with
+    the default `statistics`.
     """
     for child in module.modules():
         if isinstance(child, ViewBatchNorm):
             child.__class__ = own_class(type(child))
-            for name in ("keeps", "views", "mode", "found", "pooled", "counted"):
+            for name in TAKEN:
                 vars(child).pop(name, None)
         elif type(child) is FusedSequential:
             child.__class__ = nn.Sequential

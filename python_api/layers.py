@@ -46,7 +46,8 @@ class Layers:
 
     def zeros(self) -> Tensor:
         """Return a zero for each layer, `[L]`."""
-        return shards.part(next(iter(self.index))).new_zeros(len(self.names))
+        like = next(p for p in self.index if p.is_floating_point())
+        return shards.part(like).new_zeros(len(self.names))
 
     def norms(self, params: Iterable[Tensor]) -> Tensor:
         """Return the norm of these parameters' gradients in each layer, `[L]`."""

@@ -5,7 +5,7 @@ Otherwise the distillation gradient is noise, which balancing scales to full siz
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -89,16 +89,26 @@ def _close(a: Tensor, b: Tensor, tolerance: float = 1e-3) -> bool:
     return torch.allclose(a, b, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
 
 
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
 def is_compiled(model: nn.Module) -> bool:
     return any(
         m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in model.modules()
     )
 
 
+def uncompiled(model: nn.Module) -> AbstractContextManager:
+    """Let a compiled model run as it is written: a pass to try it out would be compiled, too."""
+    return torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext()
+
+
 def require_repeatable(one: Views) -> bool:
     """Make a view twice and run the network on it twice.
 
-    Warns of buffers that move meanwhile and of modules that compute in reduced precision.
+    Warns of buffers that move meanwhile, of modules that compute in reduced precision and, on a
+    CPU, of those whose last digits differ.
 
     Returns:
         Whether the network computes the same from contiguous images; if not, images must be so.
@@ -114,11 +124,10 @@ def require_repeatable(one: Views) -> bool:
             "seeded before each call. Draw from one of them, or make a generator in the call from "
             "its arguments, as numpy.random.default_rng((seed, step, view))"
         )
-    if is_compiled(one.model):
-        return True  # each of these passes would be compiled
     calls, logits, dropouts = [[], []], [], _dropouts(one.model)
     for noted in calls:
-        with no_trace(one.model) as before, _watched(one.model, noted, masks=False):
+        watched = _watched(one.model, noted, masks=False)
+        with no_trace(one.model) as before, watched, uncompiled(one.model):
             (found,) = one
             moved = before.moved()
         logits.append(found.logits.detach())
@@ -128,6 +137,8 @@ def require_repeatable(one: Views) -> bool:
             _refuse(name, one.model)
     if not _close(*logits, 1e-5):  # a model that takes no hooks
         _refuse("", one.model)
+    if logits[0].device.type == "cpu":
+        _warn_of_last_digits(calls, logits)
     _warn_of_buffers(one.model, moved)
     _warn_of_reduced_precision(one.model, calls[0])
     if not one.channels_last:
@@ -139,9 +150,25 @@ def require_repeatable(one: Views) -> bool:
 
 
 def _logits(one: Views) -> Tensor:
-    with no_trace(one.model):
+    with no_trace(one.model), uncompiled(one.model):
         (found,) = one
     return found.logits.detach()
+
+
+def _warn_of_last_digits(calls: list[list[Call]], logits: list[Tensor]) -> None:
+    """Warn of what is not repeated bit for bit; on a GPU, atomic sums may do so within reason."""
+    if not _equal(*logits):
+        found = (
+            name
+            for (name, *first), (_, *again) in zip(*calls, strict=False)
+            if _equal(first[0], again[0]) and not _equal(first[1], again[1])
+        )
+        warn(
+            f"{next(found, '') or 'the model'} computed other last digits when it ran again on the "
+            "same view. Early in a task, what is distilled is as small as they are, and balancing "
+            "scales both to full size. Draw random numbers from the global generators of torch, "
+            "NumPy or Python, and keep nothing from one forward pass to the next but buffers",
+        )
 
 
 def _warn_of_reduced_precision(model: nn.Module, calls: list[Call]) -> None:
@@ -203,7 +230,7 @@ def what_mixes(first: Views, second: Views, both: Views) -> str | None:
     calls: list[list[Call]] = [[], [], []]
     logits = []
     for views, noted in zip((first, second, both), calls, strict=True):
-        with no_trace(first.model), _watched(first.model, noted):
+        with no_trace(first.model), _watched(first.model, noted), uncompiled(first.model):
             (found,) = views
         logits.append(found.logits.detach())
     for (name, *one), (_, *two), (_, *pair) in zip(*calls, strict=False):

@@ -186,6 +186,7 @@ class BLDOptimizer(StepRunner):
         self._recorder = Recorder()
         self._probed_with: object = NEVER
         self._sizes_found = NEVER, []
+        self._undistilled = 0, 0
         super().__init__(model, base, lr)
         convert_view_batchnorm(model)
 
@@ -216,7 +217,8 @@ class BLDOptimizer(StepRunner):
         Raises:
             ValueError, TypeError, RuntimeError: images, labels or model are not as expected. The
                 network has not changed then. After another error in the joint stage, such as
-                running out of memory, it may hold the warm-up update, unless `check_finite` is set.
+                running out of memory, it may hold the warm-up update, and with "in_backward" some
+                layers' updates, unless `check_finite` is set.
             FloatingPointError: with `check_finite`, a value is not finite. The network is as it was
                 before the step.
         """
@@ -244,6 +246,7 @@ class BLDOptimizer(StepRunner):
                     raise too_much(views, len(images), self._pass_size.automatic) from error
             else:
                 self._pass_size.on_trial = False
+                self._watch_distillation(sizes)
                 return loss
 
     @staticmethod
@@ -340,7 +343,8 @@ class BLDOptimizer(StepRunner):
     def load_state_dict(self, state_dict: dict) -> None:
         """Restore a saved state; training continues bit for bit as it would have then.
 
-        The model must already have the heads it had when the state was saved.
+        The model must already have the heads it had when the state was saved, and the optimizer
+        must have the options of then: views, λ and the like are not part of the state.
         """
         super().load_state_dict(state_dict)
         self.release()

@@ -56,6 +56,9 @@ def exact_float32() -> Iterator[None]:
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
+                # inside an autocast, one of the network's own would keep its casts of old weights
+                torch.clear_autocast_cache()
+                stack.callback(torch.clear_autocast_cache)
         stack.enter_context(_set_aside("precision", _precisions, _put_all_back))
         torch.backends.fp32_precision = "ieee"
         for switch in _SWITCHES:
@@ -146,18 +149,28 @@ def no_random_numbers(device: torch.device) -> Iterator[None]:
     """Refuse a forward pass that draws random numbers: a captured step cannot seed a generator.
 
     Raises:
-        ValueError: the generator of `device` advanced. This is not checked during a recording.
+        ValueError: a global generator of torch, NumPy or Python advanced. This is not checked
+            during a recording.
     """
     on_gpu = device.type == "cuda"
     if on_gpu and torch.cuda.is_current_stream_capturing():
         yield
         return
-    generator = torch.cuda.default_generators[device.index] if on_gpu else torch.default_generator
-    before = generator.get_state()
+    generators = [torch.default_generator]
+    if on_gpu:
+        generators.append(torch.cuda.default_generators[device.index])
+    before = _random_states(generators)
     yield
-    if not torch.equal(before, generator.get_state()):
+    if _random_states(generators) != before:
         raise ValueError(
             "capture: expected a model that draws no random numbers; dropout and the like are "
             "seeded anew in each pass, which a CUDA graph cannot do. Use capture=False, or set "
             "their probability to 0"
         )
+
+
+def _random_states(generators: list[torch.Generator]) -> tuple:
+    """Return the states of torch's generators, NumPy's and Python's, to be compared."""
+    _, words, *rest = np.random.get_state()
+    own = (generator.get_state().numpy().tobytes() for generator in generators)
+    return (*own, random.getstate(), words.tobytes(), *rest)

@@ -65,4 +65,5 @@ class Batch:
     reference_norms: Tensor  # [L]
     number: int  # position of the batch in the stream
     shape: tuple[int, ...]
+    sizes: tuple[int, ...]  # classes of each head
     settings: dict[str, object]  # of the warm-up, which make its views and its bank

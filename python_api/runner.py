@@ -53,6 +53,7 @@ class StepRunner(ModelOptimizer):
     _processes: Processes
     _probed_with: object  # the augment, heads and mode in which the model was tried out
     _sizes_found: tuple[object, list[int]]  # of a model without head_sizes, and its parameters then
+    _undistilled: tuple[int, int]  # heads, and batches without distillation since they were so many
 
     def release(self) -> None:
         """End the current batch: release the bank, the norms and the gradients."""
@@ -70,6 +71,26 @@ class StepRunner(ModelOptimizer):
         finally:
             self.release()
         return loss
+
+    def _watch_distillation(self, sizes: list[int]) -> None:
+        """Warn if the first two batches after a new head distil nothing; only these are read."""
+        heads, without = self._undistilled
+        if heads != len(sizes):
+            without = 0
+        if len(sizes) > 1 and self.balance != 0 and without < 2:
+            learns = self.last.reference_norms > 0
+            distils = any(bool((learns & (n > 0)).any()) for n in self.last.distillation_norms)
+            without = 2 if distils else without + 1
+            if not distils and without == 2:
+                warn(
+                    f"no layer was distilled in two batches with {len(sizes)} heads, since G_d or "
+                    "the new task's gradient is zero in each. Do old heads run under no_grad, or "
+                    "on detached features? Old heads keep their weights without that. Is the "
+                    "backbone frozen, has the newest head a single class, or have all labels none? "
+                    f"Do joint_steps={self.joint_steps} and warmup_lr={self.warmup_lr} leave "
+                    "nothing to distil? For finetuning, set balance=0",
+                )
+        self._undistilled = len(sizes), without
 
     def _captured_step(self, images: Tensor, labels: Tensor, sizes: list[int]) -> Tensor:
         self._follow_model()
@@ -103,7 +124,7 @@ class StepRunner(ModelOptimizer):
         report.warm_up_loss, report.reference_norms = loss, norms
         report.memory["bank"] = tensor_bytes([bank])
         report.memory["layer_norms"] = tensor_bytes([norms]) if self.balance else 0
-        self._begin_batch(bank, layers, norms, images)
+        self._begin_batch(bank, layers, norms, images, sizes)
         self.last = report
         return loss
 
@@ -117,11 +138,23 @@ class StepRunner(ModelOptimizer):
     ) -> Tensor:
         if bank is not None:
             checks.bank(bank, labels, len(self.views_here), sum(sizes[:-1]), dtype_of(self.model))
-            self._replace_bank(images, bank)
+        if self._batch is not None:
+            self._require_same_batch(images, sizes)
+        before, number = self._batch, self.batches
+        try:
+            if bank is not None:
+                self._replace_bank(images, sizes, bank)
+            return self._repeat(images, labels, sizes, losses)
+        except BaseException:
+            self._batch, self.batches = before, number
+            raise
+
+    def _repeat(
+        self, images: Tensor, labels: Tensor, sizes: list[int], losses: Sequence[str]
+    ) -> Tensor:
         batch, distils = self._batch, len(sizes) > 1 and self.balance != 0
         wanted = algorithm.LOSSES if distils else ("new",)
         losses = tuple(name for name in wanted if name in losses)  # each at most once
-        self._require_same_batch(images, sizes, "distillation" in losses)
         if not losses:
             return batch.reference_norms.new_zeros(())
         release_gradients(batch.layers.index)
@@ -134,7 +167,7 @@ class StepRunner(ModelOptimizer):
             self.last.new_loss.append(loss)
         return loss
 
-    def _replace_bank(self, images: Tensor, bank: Tensor) -> None:
+    def _replace_bank(self, images: Tensor, sizes: list[int], bank: Tensor) -> None:
         """Distil from `bank` from now on; begin a batch if there was no warm-up."""
         if self._batch is not None:
             self._batch = replace(self._batch, bank=bank)
@@ -145,12 +178,14 @@ class StepRunner(ModelOptimizer):
             params = [p for p in layers.index if p.requires_grad]
             self.last = StepReport(layers.names, reference_norms=norms)
             self.last.memory |= {"layer_norms": 0, "gradients": tensor_bytes(params)}
-            self._begin_batch(bank, layers, norms, images)
+            self._begin_batch(bank, layers, norms, images, sizes)
         self.last.memory["bank"] = tensor_bytes([bank])
 
-    def _begin_batch(self, bank: Tensor, layers: Layers, norms: Tensor, images: Tensor) -> None:
+    def _begin_batch(
+        self, bank: Tensor, layers: Layers, norms: Tensor, images: Tensor, sizes: list[int]
+    ) -> None:
         shape, settings = tuple(images.shape), self._settings_of_views()
-        self._batch = Batch(bank, layers, norms, self.batches, shape, settings)
+        self._batch = Batch(bank, layers, norms, self.batches, shape, tuple(sizes), settings)
         self.batches += 1
 
     def _settings_of_step(self) -> dict[str, str]:
@@ -173,17 +208,25 @@ class StepRunner(ModelOptimizer):
         return found
 
     def _settings_of_views(self) -> dict[str, object]:
-        names = ("views", "temperature", "augment", "ignore_index", "seed", "layer")
-        return {name: getattr(self, name) for name in names}
+        names = (
+            "views",
+            "views_in_pass",
+            "temperature",
+            "augment",
+            "ignore_index",
+            "seed",
+            "layer",
+        )
+        found = {name: getattr(self, name) for name in names}
+        return found | {"model.training": self.model.training}
 
-    def _require_same_batch(self, images: Tensor, sizes: list[int], distil: bool) -> None:
+    def _require_same_batch(self, images: Tensor, sizes: list[int]) -> None:
         batch = self._batch
-        old_classes = sum(sizes[:-1]) if distil else batch.bank.shape[1]
-        if tuple(images.shape) != batch.shape or old_classes != batch.bank.shape[1]:
+        if tuple(images.shape) != batch.shape or tuple(sizes) != batch.sizes:
             raise ValueError(
-                f"images: expected the batch of the last warm_up, shape {batch.shape} with "
-                f"{batch.bank.shape[1]} old classes, got {tuple(images.shape)} with {old_classes}; "
-                "call warm_up(images, labels) first"
+                f"images: expected the batch of the last warm_up, shape {batch.shape} with heads "
+                f"of {list(batch.sizes)} classes, got {tuple(images.shape)} with {sizes}; call "
+                "warm_up(images, labels) first"
             )
         for name, value in self._settings_of_views().items():
             if value != batch.settings[name]:

@@ -2,7 +2,8 @@
 
 A schedule has three methods. Each updates the parameters along one gradient and releases that
 gradient. Schedules differ in the order in which they call the operations of `Stage`, and so in
-memory and time, but not in what they compute. To add one, write a class here and list it in
+memory and time, but not in what they compute, except that `statistics="every_pass"` moves running
+statistics at each forward pass there is. To add one, write a class here and list it in
 `SCHEDULES`.
 """
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from bld_ext.api import passes
 from bld_ext.api.memory import tensor_bytes
+from bld_ext.api.mixing import is_compiled
 from bld_ext.api.stage import Stage
 
 # Runs the passes over all views; enters the context manager it gets around the last backward pass.
@@ -51,7 +53,7 @@ class TwoForward:
             stage.note_held()
         stage.require_finite(loss, *([] if norms is None else [norms]))
         stage.update(stage.params)
-        return norms
+        return norms if measure else None
 
     def descend_both(self, stage):
         stage.distil(nullcontext())  # G_d = Σ_v dL_d(v, ŷ_v)/dθ' / V
@@ -65,7 +67,7 @@ class TwoForward:
     def descend_old(self, stage):
         loss = stage.distil(nullcontext())
         stage.rescale()  # which needs the whole G_d
-        TwoForward._update(self, stage, loss)
+        self._update(stage, loss)
         return loss
 
 
@@ -74,10 +76,13 @@ class SharedForward(TwoForward):
 
     With all views in one pass of one process, both gradients are added to .grad, one after the
     other. Otherwise G_d is kept in a second set of gradients until both are complete. Sharded
-    parameters, of which FSDP adds up a single gradient, are learned as with `TwoForward`.
+    parameters, of which FSDP adds up a single gradient, are learned as with `TwoForward`, and so is
+    a compiled model, whose graphs can be walked backwards only once.
     """
 
     def descend_both(self, stage):
+        if is_compiled(stage.views.model):
+            return super().descend_both(stage)
         in_one = stage.processes.alone and stage.views.per_pass >= stage.views.count
         if in_one and not stage.sharded:
             loss, old_loss = passes.one_graph_pass(

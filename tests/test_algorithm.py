@@ -155,8 +155,9 @@ def test_equals_the_paper_s_algorithms(schedule, layer, views_per_pass, make_mod
 @pytest.mark.parametrize("layer", ["module", "tensor", "network"])
 @pytest.mark.parametrize("views_per_pass", [1, 4], ids="{}_views_a_pass".format)
 @pytest.mark.parametrize("schedule", ["two_forward", "shared_forward", "in_backward"])
+@pytest.mark.parametrize("check_finite", [False, True], ids=["", "check_finite"])
 def test_reports_the_share_of_the_new_task_s_step(
-    schedule, views_per_pass, layer, make_model, make_batch
+    check_finite, schedule, views_per_pass, layer, make_model, make_batch
 ):
     """The warm-up is so short that G_w is dL_t/dθ' but for rounding, and G_d is still clear."""
     model = make_model(dtype=torch.float64)
@@ -164,6 +165,7 @@ def test_reports_the_share_of_the_new_task_s_step(
     optimizer = arranged(
         model, LR, warmup_lr=1e-6, temperature=TEMPERATURE, balance=BALANCE, views=VIEWS,
         views_per_pass=views_per_pass, augment=AUGMENT, layer=layer, schedule=schedule, seed=SEED,
+        check_finite=check_finite,
     )  # fmt: skip
     assert optimizer.last is None
     for task, classes in enumerate((2, 3)):

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -253,7 +254,7 @@ def with_new_head(optimizer, x, y):
     [
         (lambda o, x, y: (x[1:], y[1:]), "images: .*last warm_up"),
         (lambda o, x, y: (x, with_value(y, 3)), "labels: "),
-        (with_new_head, "images: .*2 old classes, got .* 5"),
+        (with_new_head, r"images: .*last warm_up, .*\[2, 3\] classes, got .*\[2, 3, 4\]"),
     ],
     ids=["other-batch", "other-labels", "new-head"],
 )
@@ -266,6 +267,57 @@ def test_joint_on_what_was_not_warmed_up(make, make_batch, change, message):
     with pytest.raises(ValueError, match=message):
         optimizer.joint(*wrong)
     assert_same(snapshot(optimizer.model, optimizer), before)
+
+
+@pytest.mark.parametrize("losses", [["new"], ["new", "distillation"]])
+@pytest.mark.parametrize("balance", [0.0, 2.0])
+def test_a_head_that_is_added_amid_a_batch_is_refused(make, make_batch, losses, balance):
+    optimizer = make()
+    optimizer.balance = balance
+    images, labels = make_batch(3, number=1)
+    optimizer.warm_up(images, labels)
+    optimizer.model.add_head(3)
+    before = snapshot(optimizer.model, optimizer)
+    with pytest.raises(ValueError, match="^images: expected the batch of the last warm_up"):
+        optimizer.joint(images, labels, losses=losses)
+    assert_same(snapshot(optimizer.model, optimizer), before)
+
+
+def test_a_bank_that_was_refused_is_not_distilled_from(make, make_batch):
+    optimizer = make()
+    images, labels = make_batch(3, number=1)
+    optimizer.warm_up(images, labels)
+    bank, batches = optimizer._batch.bank, optimizer.batches
+    optimizer.temperature = 3.0
+    other = torch.full_like(bank, 1 / bank.shape[1])
+    with pytest.raises(ValueError, match="^temperature: "):
+        optimizer.joint(images, labels, bank=other)
+    assert optimizer._batch.bank is bank and optimizer.batches == batches
+
+
+def test_a_batch_that_fails_as_it_begins_has_not_begun(make, make_batch):
+    optimizer = make()
+    optimizer.balance = None
+    images, labels = make_batch(3, number=1)
+    optimizer.step(images, labels)
+    begun, bank = optimizer.batches, torch.full((optimizer.views * len(images), 2), 0.5)
+    with fails_in_forward(optimizer.model), pytest.raises(RuntimeError, match="^planted"):
+        optimizer.joint(images, labels, bank=bank)
+    assert optimizer._batch is None and optimizer.batches == begun
+    optimizer.joint(images, labels, bank=bank)
+    assert optimizer.batches == begun + 1
+
+
+@contextmanager
+def fails_in_forward(model):
+    def fail(*_):
+        raise RuntimeError("planted")
+
+    hook = model.register_forward_pre_hook(fail)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 # ---- a bad argument ----

@@ -221,6 +221,10 @@ def test_avalanche():
     assert accuracies == pytest.approx([x.item() for x in expected])
     with pytest.raises(ValueError, match="^experience: expected number 1 or the next one"):
         strategy.train(benchmark.train_stream[0])
+    model, optimizer = make(heads=())
+    skipping = BLD(model=model, optimizer=optimizer, train_mb_size=6)
+    with pytest.raises(ValueError, match="^experience: expected 0, .*got 1"):
+        skipping.train(benchmark.train_stream[1])
     model.backbone[2].eval()  # on purpose
     strategy.eval(benchmark.test_stream)
     strategy.mbatch = [IMAGES, LABELS, torch.arange(6) % 2]

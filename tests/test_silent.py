@@ -2,6 +2,8 @@
 
 import functools
 import random
+import warnings
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -431,7 +433,10 @@ def test_a_learning_rate_that_a_scheduler_may_set_is_checked(lr, make_model, mak
     assert_same(snapshot(model), before)
 
 
-CHANGES = {"temperature": 4.0, "views": 1, "augment": SeededAugment(), "seed": 1, "layer": "tensor"}
+CHANGES = {
+    "temperature": 4.0, "views": 1, "views_per_pass": 2, "augment": SeededAugment(), "seed": 1,
+    "layer": "tensor",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -442,6 +447,7 @@ def test_what_makes_the_views_stays_until_the_batch_ends(name, make_model, make_
     optimizer.warm_up(*batch)
     setattr(optimizer, name, CHANGES[name])
     before = snapshot(model)
+    name = name.replace("views_per_pass", "views_in_pass")
     with pytest.raises(ValueError, match=f"^{name}: expected .*, as in the last warm_up, got"):
         optimizer.joint(*batch)
     assert_same(snapshot(model), before)
@@ -707,6 +713,139 @@ def test_an_autocast_of_the_network_s_own_is_warned_of(make_model, make_batch):
     images, labels = make_batch(2)
     with pytest.warns(UserWarning, match="backbone.1 computes in torch.bfloat16"):
         BLDOptimizer(model, 0.1).step(images.float() / 255, labels)
+
+
+def test_an_autocast_outside_does_not_keep_old_weights(make_batch):
+    """Inside one, torch would keep the casts that the network's own made of them."""
+
+    class Cast(nn.Sequential):
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().forward(x).float()
+
+    def learn(outside):
+        torch.manual_seed(0)
+        model = MultiHead(Cast(nn.Flatten(), nn.Linear(192, 4)), 4)
+        model.add_head(2), model.add_head(3)
+        optimizer = BLDOptimizer(model, 0.1, warmup_lr=0.1, balance=None)
+        with outside:
+            images, labels = make_batch(3)
+            optimizer.step(images.float() / 255, labels)
+        return torch.stack([*optimizer.last.new_loss, *optimizer.last.distillation_norms[0]])
+
+    found = learn(torch.autocast("cpu", torch.bfloat16))
+    assert torch.equal(found, learn(nullcontext())) and found[2:].max() > 0
+
+
+class Apart(nn.Module):
+    """Old heads, and whether they are run as one should not run them."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+        self.heads, self.how = nn.ModuleList(), how
+
+    def forward(self, x):
+        features = self.backbone(x)
+        *old, new = self.heads
+        with torch.no_grad() if self.how == "no_grad" else nullcontext():
+            known = features.detach() if self.how == "detach" else features
+            logits = [head(known) for head in old]
+        return [*logits, new(features)]
+
+
+@pytest.mark.parametrize("how", ["no_grad", "detach", "frozen", "together"])
+@pytest.mark.parametrize("balance", [2.0, 0.0])
+def test_old_heads_that_nothing_can_be_distilled_from_are_warned_of(how, balance, make_batch):
+    model = Apart(how)
+    model.heads.append(nn.Linear(4, 2))
+    images, labels = make_batch(2)
+    images = images.float() / 255
+    optimizer = BLDOptimizer(model, 0.1, balance=balance)
+    optimizer.step(images, labels)  # the first task has no old head
+    model.heads.append(nn.Linear(4, 2))
+    model.backbone.requires_grad_(how != "frozen")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            optimizer.step(images, labels)
+    found = [w for w in caught if "no layer was distilled" in str(w.message)]
+    assert len(found) == (balance > 0 and how != "together")
+    assert any(n.any() for n in optimizer.last.distillation_norms) == (
+        balance > 0 and how in ("together", "detach")
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "classes", "distils"),
+    [
+        ({"joint_steps": 0}, 2, False),
+        ({"joint_steps": 1, "warmup_lr": 0}, 2, False),
+        ({}, 1, False),
+        ({"joint_steps": 2, "warmup_lr": 0}, 2, True),
+        ({"balance": None}, 2, True),
+        ({"joint_steps": 0, "balance": 0}, 2, None),
+    ],
+)
+def test_settings_that_never_distil_are_warned_of(
+    options, classes, distils, make_model, make_batch
+):
+    model = make_model([2, classes])
+    optimizer = BLDOptimizer(model, 0.1, views=2, augment=SeededAugment(jitter=0.1), **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for number in range(3):
+            optimizer.step(*make_batch(classes, number))
+    found = [w for w in caught if "no layer was distilled in two batches with 2" in str(w.message)]
+    assert len(found) == (distils is False)
+
+
+def test_a_first_batch_that_distils_nothing_is_not_warned_of(make_model, make_batch):
+    """A new head that begins with zeros has no gradient for the backbone yet."""
+    model = make_model([2, 2])
+    for param in model.heads[1].parameters():
+        nn.init.zeros_(param)
+    optimizer = BLDOptimizer(model, 0.1, views=2, augment=SeededAugment(jitter=0.1))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*no layer was distilled")
+        for number in range(3):
+            optimizer.step(*make_batch(2, number))
+    assert optimizer.last.distillation_norms[0].any()
+
+
+def test_last_digits_that_do_not_repeat_are_warned_of(make_batch):
+    class Noise(nn.Module):
+        generator = torch.Generator().manual_seed(0)
+
+        def forward(self, x):
+            return x + 3e-7 * torch.randn(x.shape, generator=self.generator)
+
+    model = MultiHead(nn.Sequential(nn.Flatten(), nn.Linear(192, 4), Noise()), 4)
+    model.add_head(2)
+    images, labels = make_batch(2)
+    with pytest.warns(UserWarning, match="backbone.2 computed other last digits"):
+        BLDOptimizer(model, 0.1).step(images.float() / 255, labels)
+
+
+@pytest.mark.parametrize("noise", [1e-3, 3e-7])
+def test_a_compiled_model_is_tried_out_as_it_is_written(noise, make_batch):
+    class Noise(nn.Module):
+        generator = torch.Generator().manual_seed(0)
+
+        def forward(self, x):
+            return x + noise * torch.randn(x.shape, generator=self.generator)
+
+    model = MultiHead(nn.Sequential(nn.Flatten(), nn.Linear(192, 4), Noise()), 4)
+    model.add_head(2)
+    model.backbone.compile(backend="eager")
+    images, labels = make_batch(2)
+    optimizer = BLDOptimizer(model, 0.1)
+    if noise == 1e-3:
+        with pytest.raises(ValueError, match="backbone.2, a Noise, computed another output"):
+            optimizer.step(images.float() / 255, labels)
+    else:
+        with pytest.warns(UserWarning, match="backbone.2 computed other last digits"):
+            optimizer.step(images.float() / 255, labels)
 
 
 # ---- what belongs to old heads alone ----

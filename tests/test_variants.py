@@ -11,7 +11,7 @@ from arrange import arranged
 
 from benchmarks import why  # registers the schedule "watched"
 from benchmarks.paper.experiment import run
-from benchmarks.paper.methods import PRESETS
+from benchmarks.paper.methods import PRESETS, make_learner
 from benchmarks.paper.streams import load_dataset
 from benchmarks.paper.variants import (
     VARIANTS,
@@ -21,7 +21,7 @@ from benchmarks.paper.variants import (
     puzzled,
     turned,
 )
-from bld_ext import SeededAugment
+from bld_ext import BLDOptimizer, SeededAugment
 from bld_ext.api.layers import Layers
 from bld_ext.api.schedules import SCHEDULES
 
@@ -141,6 +141,13 @@ def test_other_images_are_made_of_the_same_pixels(change):
         assert ((made[:, 1:] - made[:, :-1]) == 64).all()  # channels stay together
         seen.add(tuple(made[0, 0, 0].tolist()))
     assert len(seen) == 6 if change is turned else len(seen) > 20
+
+
+def test_gradients_that_processes_do_not_add_up_are_refused(monkeypatch):
+    monkeypatch.setattr(BLDOptimizer, "views_here", range(0, 12, 2))
+    with pytest.raises(ValueError, match="^method: turned .* in one process"):
+        make_learner("turned", PRESETS["digits"], 0)
+    make_learner("bld", PRESETS["digits"], 0)
 
 
 def test_ranking_does_not_mind_an_offset():

@@ -128,7 +128,7 @@ class Method:
             joint_steps=s.joint_steps,
             layer=s.layer,
             precision="mixed" if s.precision == "mixed" else "fp32",
-            capture=s.capture and self.capturable,
+            capture=s.capture and self.capturable and not s.dropout,
         )
 
     def begin(self, task: Task) -> None:

@@ -245,6 +245,7 @@ class Elsewhere(TwoForward):
     def descend_both(self, stage):
         replace(stage, views=self.others(stage), bank=self.bank).distil(nullcontext())
         stage.rescale()
+        stage.carry_on()
         loss, norms = self.descend(stage, stage.learn, measure=stage.is_measured)
         stage.note_step(norms)
         return loss
@@ -269,6 +270,14 @@ def method(name: str) -> type[BLD]:
         __doc__ = VARIANTS[name].__doc__
         capturable = False
 
+        def __init__(self, *args: object):
+            super().__init__(*args)
+            if self.optimizer.views_here != range(self.settings.views):
+                raise ValueError(
+                    f"method: {name} holds gradients apart that several processes do not add up; "
+                    "run it in one process, without torchrun"
+                )
+
         def options(self, s: Settings) -> dict:
             return super().options(s) | {"schedule": name}
 
@@ -291,7 +300,7 @@ class EvalBank(BLD):
         model, optimizer = self.model, self.optimizer
         sizes = list(model.head_sizes[:-1])
         views = optimizer.augment(
-            images, seed=optimizer.seed, step=number, views=range(self.settings.views)
+            images, seed=optimizer.seed, step=number, views=optimizer.views_here
         )
         with evaluating(model):
             logits = model(views)[:, : sum(sizes)]
