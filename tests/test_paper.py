@@ -320,7 +320,8 @@ def test_the_name_of_a_dataset_is_drawn_as_it_is(name, job, tmp_path):
     title = describe(name, SMALL, [0])
     records = job[1]["runs"]
     report.figure(records, title, tmp_path / "accuracy.png")
-    rows = [("lr", 1, m, e) for m, e in report.summarise(records).items()]
+    summary = report.summarise(records).items()
+    rows = [(setting, 1, m, e) for setting in ("lr", "a", "b", "c", "d") for m, e in summary]
     report.ablation_figure(rows, title, tmp_path / "ablation.png")
     for picture in ("accuracy", "ablation"):
         assert (tmp_path / f"{picture}.png").read_bytes().startswith(b"\x89PNG")

@@ -271,17 +271,21 @@ def ablation_table(rows: list[tuple]) -> str:
 
 
 def ablation_figure(rows: list[tuple], title: str, path: Path) -> None:
-    """Draw a panel for each setting: average accuracy at each value, mean and std over seeds."""
+    """Draw a panel for each setting, four in a row: mean and std of the average accuracy."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     names = list(dict.fromkeys(name for name, *_ in rows))
+    columns = min(4, len(names))
+    lines = -(-len(names) // columns)
     fig, axes = plt.subplots(
-        1, len(names), figsize=(2.6 * len(names), 3.2), sharey=True, squeeze=False
+        lines, columns, figsize=(2.6 * columns, 0.4 + 2.8 * lines), sharey=True, squeeze=False
     )
-    for ax, name in zip(axes[0], names, strict=True):
+    for ax in axes.flat[len(names) :]:
+        ax.set_axis_off()
+    for ax, name in zip(axes.flat[: len(names)], names, strict=True):
         for method in dict.fromkeys(m for _, _, m, _ in rows):
             own = [(str(v), e["average"]) for n, v, m, e in rows if (n, m) == (name, method)]
             ax.errorbar(
@@ -290,7 +294,8 @@ def ablation_figure(rows: list[tuple], title: str, path: Path) -> None:
             )  # fmt: skip
         ax.set_title(name, fontsize=9)
         ax.grid(alpha=0.3)
-    axes[0][0].set_ylabel("average accuracy, %")
+    for first in axes[:, 0]:
+        first.set_ylabel("average accuracy, %")
     axes[0][0].legend(fontsize=8)
     fig.suptitle(title, fontsize=9, parse_math=False)
     fig.tight_layout()
