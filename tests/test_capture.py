@@ -7,8 +7,10 @@ show is in test_gpu.py.
 
 import copy
 import pickle
+import random
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from arrange import arranged
@@ -344,6 +346,22 @@ def test_an_error_in_a_forward_pass_ends_cleanly(echo, make_model, make_batch):
 def test_a_model_with_dropout_is_refused_before_anything_changes(echo, make_model, make_batch):
     model = make_model(heads=(2, 2), dropout=0.2)
     echo(model)
+    before = state(model)
+    optimizer = make_optimizer(model, capture=True)
+    with pytest.raises(ValueError, match="^capture: expected a model that draws no random numbers"):
+        optimizer.step(*make_batch(2))
+    assert_same_bits(before, model.state_dict())
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [random.random, np.random.rand, lambda: torch.rand(())],
+    ids=["random", "numpy", "torch"],
+)
+def test_random_numbers_of_any_global_generator_are_refused(draw, echo, make_model, make_batch):
+    model = make_model(heads=(2, 2))
+    echo(model)
+    model.backbone.register_forward_pre_hook(lambda *_: draw() and None)
     before = state(model)
     optimizer = make_optimizer(model, capture=True)
     with pytest.raises(ValueError, match="^capture: expected a model that draws no random numbers"):

@@ -9,7 +9,7 @@ from arrange import arranged
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from bld_ext import MultiHead, SeededAugment
+from bld_ext import BLDOptimizer, MultiHead, SeededAugment
 from bld_ext.api import in_backward
 from bld_ext.api.in_backward import complete_layers
 
@@ -287,3 +287,23 @@ def test_the_warm_up_never_holds_a_whole_gradient(monkeypatch, make_model, make_
         assert largest <= optimizer.last.memory["gradients"] < gradient
         optimizer.joint(*batch)
         assert (optimizer.last.memory["gradients"] == gradient) == whole
+
+
+@pytest.mark.parametrize("schedule", ["two_forward", "in_backward"])
+def test_a_frozen_integer_may_come_first(schedule, make_model, make_batch):
+    class Quantized(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1, dtype=torch.int8), requires_grad=False)
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x) * self.scale.to(x.dtype)
+
+    model = make_model((2, 3))
+    model.backbone = Quantized(model.backbone)
+    assert not next(model.parameters()).is_floating_point()
+    optimizer = BLDOptimizer(model, 0.05, schedule=schedule)
+    optimizer.step(*make_batch(3))
+    norms = optimizer.last.reference_norms
+    assert norms.dtype == torch.float32 and (norms > 0).any()

@@ -851,9 +851,25 @@ def test_a_compiled_model_is_tried_out_as_it_is_written(noise, make_batch):
 # ---- what belongs to old heads alone ----
 
 
+class Inside(nn.Module):
+    """A MultiHead under another name."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.classifier = model
+
+    @property
+    def head_sizes(self):
+        return self.classifier.head_sizes
+
+    def forward(self, images):
+        return self.classifier(images)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, Inside], ids=["", "inside"])
 @pytest.mark.parametrize("views_per_pass", [1, 2])
 @pytest.mark.parametrize("statistics", ["once", "every_pass"])
-def test_the_statistics_of_an_old_head_stay(views_per_pass, statistics, make_batch):
+def test_the_statistics_of_an_old_head_stay(views_per_pass, statistics, wrap, make_batch):
     def head(features, classes):
         return nn.Sequential(nn.Linear(features, 5), nn.BatchNorm1d(5), nn.Linear(5, classes))
 
@@ -863,7 +879,8 @@ def test_the_statistics_of_an_old_head_stay(views_per_pass, statistics, make_bat
     model.add_head(2)
     convert_view_batchnorm(model, statistics=statistics)
     augment = SeededAugment(crop_padding=1)
-    optimizer = BLDOptimizer(model, 0.1, views=2, views_per_pass=views_per_pass, augment=augment)
+    options = dict(views=2, views_per_pass=views_per_pass, augment=augment)
+    optimizer = BLDOptimizer(wrap(model), 0.1, **options)
     optimizer.step(*make_batch(2))
     old = snapshot(model.heads[0])["state"]
     assert old["1.running_mean"].any()
