@@ -22,6 +22,7 @@ from bld_ext import (
     ops,
     tensor_bytes,
 )
+from bld_ext.api import heads
 
 
 @dataclass(frozen=True)
@@ -87,14 +88,8 @@ CPU_IMAGES = 6000  # training images of all tasks together
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into eval mode, without gradients; then each module back into its own mode."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with torch.no_grad(), heads.evaluating(model):
+        yield
 
 
 class Method:
