@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from bld_ext import ops
 
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")
+STATISTICS = ("once", "every_pass")
 
 
 class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):

@@ -9,12 +9,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from bld_ext.api.batch_norm import (
+    STATISTICS,
     ViewBatchNorm,
     ViewBatchNorm1d,
     ViewBatchNorm2d,
     ViewBatchNorm3d,
 )
-from bld_ext.api.own_batch_norm import TAKEN, own_class, view_class
+from bld_ext.api.own_batch_norm import TAKEN, is_taken, own_class, view_class
 
 
 def unwatched(*modules: nn.Module) -> bool:
@@ -74,7 +75,6 @@ _CONVERTED = {
     nn.BatchNorm3d: ViewBatchNorm3d,
 }
 _LEFT = (ViewBatchNorm, nn.SyncBatchNorm, LazyModuleMixin)
-STATISTICS = ("once", "every_pass")
 
 
 def convert_view_batchnorm(module: nn.Module, statistics: str | None = None) -> nn.Module:
@@ -95,8 +95,7 @@ def convert_view_batchnorm(module: nn.Module, statistics: str | None = None) -> 
     Args:
         statistics: when the running statistics are updated: "once" a batch, from all views of the
             warm-up pooled, or at "every_pass", as in PyTorch; a schedule with fewer forward passes
-            then moves them less often. None leaves the setting as it is,
-            which at first is "once".
+            then moves them less often. None leaves the setting as it is, which at first is "once".
     """
     if statistics not in (None, *STATISTICS):
         expected = ", ".join(STATISTICS)
@@ -105,7 +104,7 @@ def convert_view_batchnorm(module: nn.Module, statistics: str | None = None) -> 
         if type(child) in _CONVERTED:
             child.__class__ = _CONVERTED[type(child)]
         elif isinstance(child, _BatchNorm) and not isinstance(child, _LEFT):
-            if not any(hasattr(child, name) for name in TAKEN):
+            if not is_taken(child):
                 child.__class__ = view_class(type(child))
         if statistics and isinstance(child, ViewBatchNorm):
             child.statistics = statistics
@@ -119,13 +118,14 @@ def revert_view_batchnorm(module: nn.Module) -> nn.Module:
 
     Use it before tools that go by a module's exact type: torch.fx and torchvision's feature
     extraction, torch.jit.script, torch.export. The next step of an optimizer converts again, with
-    the default `statistics`.
+    the same `statistics`.
     """
     for child in module.modules():
         if isinstance(child, ViewBatchNorm):
             child.__class__ = own_class(type(child))
             for name in TAKEN:
-                vars(child).pop(name, None)
+                if name != "statistics":
+                    vars(child).pop(name, None)
         elif type(child) is FusedSequential:
             child.__class__ = nn.Sequential
         elif type(child).__module__ == "bld_ext.api.resnet":

@@ -5,7 +5,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from bld_ext.api.batch_norm import RUNNING, ViewBatchNorm, recomputing
+from bld_ext.api.batch_norm import RUNNING, STATISTICS, ViewBatchNorm, recomputing
 
 TAKEN = (
     "statistics",
@@ -17,6 +17,17 @@ TAKEN = (
     "counted",
     "fuses",
 )  # attributes of ViewBatchNorm
+
+
+def is_taken(norm: nn.Module) -> bool:
+    """Return whether a module has attributes of its own by these names.
+
+    A setting that an earlier conversion left is not one.
+    """
+    own = {**vars(norm)}
+    if own.get("statistics") in STATISTICS:
+        del own["statistics"]
+    return any(name in own or hasattr(type(norm), name) for name in TAKEN)
 
 
 class OwnViewBatchNorm(ViewBatchNorm):
