@@ -459,6 +459,7 @@ def test_frozen_amid_the_stream_and_thawed(base, schedule):
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiled_model_learns_the_same_bits(schedule, backend):
     """With a shared forward pass it learns as with two: its graphs can be walked only once."""
+    torch._dynamo.reset()  # of one function it compiles only so many variants in a process
     options = {"base": BASES["momentum"]}
     alike = "two_forward" if schedule == "shared_forward" else schedule
     optimizer = make((2,), schedule=alike, **options)

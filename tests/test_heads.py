@@ -150,6 +150,7 @@ def test_deepcopy_is_equal_and_independent(model, images):
 
 def test_compiled_in_one_graph_gives_the_same_logits(model, images):
     model.eval()
+    torch._dynamo.reset()  # of one function it compiles only so many variants in a process
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(images), model(images), rtol=1e-6, atol=1e-6)
     model.add_head(2)
