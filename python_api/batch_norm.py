@@ -115,12 +115,13 @@ class ViewBatchNorm3d(ViewBatchNorm, nn.BatchNorm3d):
     pass
 
 
-def spare_old_heads(model: nn.Module) -> None:
+def spare_old_heads(model: nn.Module, sizes: list[int]) -> None:
     """Let each norm keep its statistics that is only in old heads: all but the last of `heads`.
 
-    These are the model's, or those of a module inside that has `head_sizes`, such as a MultiHead.
+    These are the model's, or those of a module inside whose `head_sizes` are `sizes`, such as a
+    MultiHead.
     """
-    owners = [m for m in model.modules() if m is model or hasattr(m, "head_sizes")]
+    owners = [m for m in model.modules() if m is model or _has_sizes(m, sizes)]
     lists = [getattr(owner, "heads", None) for owner in owners]
     old = [head for heads in lists if isinstance(heads, nn.ModuleList) for head in [*heads][:-1]]
     private = {m for head in old for m in head.modules()}
@@ -128,6 +129,11 @@ def spare_old_heads(model: nn.Module) -> None:
     for norm in model.modules():
         if isinstance(norm, ViewBatchNorm):
             norm.keeps = norm in private and id(norm) not in others
+
+
+def _has_sizes(module: nn.Module, sizes: list[int]) -> bool:
+    own = getattr(module, "head_sizes", None)
+    return isinstance(own, (tuple, list)) and [*own] == sizes
 
 
 def _outside(module: nn.Module, left_out: set[int]) -> Iterator[nn.Module]:

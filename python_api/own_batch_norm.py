@@ -24,8 +24,9 @@ def is_taken(norm: nn.Module) -> bool:
 
     A setting that an earlier conversion left is not one.
     """
-    own = {**vars(norm)}
-    if own.get("statistics") in STATISTICS:
+    own = {**vars(norm), **norm._buffers, **norm._parameters, **norm._modules}
+    left = own.get("statistics")
+    if isinstance(left, str) and left in STATISTICS:
         del own["statistics"]
     return any(name in own or hasattr(type(norm), name) for name in TAKEN)
 

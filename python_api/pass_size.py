@@ -5,7 +5,7 @@ import re
 import torch
 from torch import Tensor, nn
 
-from bld_ext.api.mixing import warn_of_mixing
+from bld_ext.api.mixing import runs_uncompiled, warn_of_mixing
 from bld_ext.api.out_of_memory import is_out_of_memory
 from bld_ext.api.views import Views
 
@@ -67,6 +67,8 @@ class PassSize:
         return batch + tuple(p.requires_grad for p in params)
 
     def _look_for_mixing(self, views: Views, per_pass: int) -> None:
+        if not runs_uncompiled(views.model):
+            return
         try:
             warn_of_mixing(views.of(0), views.of(1), views.of(0, 1), per_pass)
         except (RuntimeError, MemoryError) as error:

@@ -53,12 +53,13 @@ def exact_float32() -> Iterator[None]:
     about mixing them with the newer ones.
     """
     with ExitStack() as stack:
+        # inside an autocast, even one that is disabled, one of the network's own would keep its
+        # casts of weights from one stage to the next
+        torch.clear_autocast_cache()
+        stack.callback(torch.clear_autocast_cache)
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
-                # inside an autocast, one of the network's own would keep its casts of old weights
-                torch.clear_autocast_cache()
-                stack.callback(torch.clear_autocast_cache)
         stack.enter_context(_set_aside("precision", _precisions, _put_all_back))
         torch.backends.fp32_precision = "ieee"
         for switch in _SWITCHES:
@@ -165,7 +166,7 @@ def no_random_numbers(device: torch.device) -> Iterator[None]:
         raise ValueError(
             "capture: expected a model that draws no random numbers; dropout and the like are "
             "seeded anew in each pass, which a CUDA graph cannot do. Use capture=False, or set "
-            "their probability to 0"
+            "their probability to 0. Another thread that draws from them meanwhile counts, too"
         )
 
 

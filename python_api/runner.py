@@ -81,16 +81,16 @@ class StepRunner(ModelOptimizer):
             learns = self.last.reference_norms > 0
             distils = any(bool((learns & (n > 0)).any()) for n in self.last.distillation_norms)
             without = 2 if distils else without + 1
+            self._undistilled = len(sizes), without
             if not distils and without == 2:
                 warn(
                     f"no layer was distilled in two batches with {len(sizes)} heads, since G_d or "
                     "the new task's gradient is zero in each. Do old heads run under no_grad, or "
                     "on detached features? Old heads keep their weights without that. Is the "
-                    "backbone frozen, has the newest head a single class, or have all labels none? "
+                    "backbone frozen, has a head a single class, or have all labels none? "
                     f"Do joint_steps={self.joint_steps} and warmup_lr={self.warmup_lr} leave "
                     "nothing to distil? For finetuning, set balance=0",
                 )
-        self._undistilled = len(sizes), without
 
     def _captured_step(self, images: Tensor, labels: Tensor, sizes: list[int]) -> Tensor:
         self._follow_model()
@@ -140,6 +140,8 @@ class StepRunner(ModelOptimizer):
             checks.bank(bank, labels, len(self.views_here), sum(sizes[:-1]), dtype_of(self.model))
         if self._batch is not None:
             self._require_same_batch(images, sizes)
+            if bank is None and "distillation" in losses:
+                self._require_bank(sizes)
         before, number = self._batch, self.batches
         try:
             if bank is not None:
@@ -219,6 +221,13 @@ class StepRunner(ModelOptimizer):
         )
         found = {name: getattr(self, name) for name in names}
         return found | {"model.training": self.model.training}
+
+    def _require_bank(self, sizes: list[int]) -> None:
+        if self.balance != 0 and self._batch.bank.shape[1] != sum(sizes[:-1]):
+            raise ValueError(
+                f"balance: expected 0, with which the last warm_up kept no bank, got "
+                f"{self.balance}; change it between two batches"
+            )
 
     def _require_same_batch(self, images: Tensor, sizes: list[int]) -> None:
         batch = self._batch
@@ -350,7 +359,6 @@ class StepRunner(ModelOptimizer):
     def _checked(self, images: Tensor, labels: Tensor) -> list[int]:
         add_up_gradients(self.model)
         convert_view_batchnorm(self.model)  # converts what was added since the last step
-        spare_old_heads(self.model)
         device = next(self.model.parameters()).device
         checks.tensors(images, labels)
         inputs.check(images, device, self.augment)
@@ -369,6 +377,7 @@ class StepRunner(ModelOptimizer):
         if looks:
             inputs.check_values(images, self.augment)
         sizes = self._head_sizes(images, labels)
+        spare_old_heads(self.model, sizes)
         if looks:
             targets.check_classes(labels, sizes[-1], self.ignore_index)
         self._follow_layout()

@@ -283,6 +283,19 @@ def test_a_head_that_is_added_amid_a_batch_is_refused(make, make_batch, losses, 
     assert_same(snapshot(optimizer.model, optimizer), before)
 
 
+def test_what_was_not_kept_cannot_be_distilled(make, make_batch):
+    optimizer = make()
+    optimizer.balance = 0
+    images, labels = make_batch(3, number=1)
+    optimizer.warm_up(images, labels)
+    optimizer.balance = 2
+    before = snapshot(optimizer.model, optimizer)
+    with pytest.raises(ValueError, match="^balance: expected 0, with which .*, got 2"):
+        optimizer.joint(images, labels)
+    assert_same(snapshot(optimizer.model, optimizer), before)
+    optimizer.joint(images, labels, losses=["new"])
+
+
 def test_a_bank_that_was_refused_is_not_distilled_from(make, make_batch):
     optimizer = make()
     images, labels = make_batch(3, number=1)

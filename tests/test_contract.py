@@ -457,17 +457,27 @@ def test_frozen_amid_the_stream_and_thawed(base, schedule):
     assert len(optimizer.param_groups[0]["params"]) == len(list(model.parameters()))
 
 
+def with_compiled_forward(model):
+    model.forward = torch.compile(model.forward, backend="aot_eager")
+    return model
+
+
+COMPILED = {
+    "eager": partial(torch.compile, backend="eager"),
+    "aot_eager": partial(torch.compile, backend="aot_eager"),
+    "forward": with_compiled_forward,
+}
+
+
 @schedules
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_compiled_model_learns_the_same_bits(schedule, backend):
+@pytest.mark.parametrize("wrap", COMPILED.values(), ids=COMPILED)
+def test_a_compiled_model_learns_the_same_bits(schedule, wrap):
     """With a shared forward pass it learns as with two: its graphs can be walked only once."""
     torch._dynamo.reset()  # of one function it compiles only so many variants in a process
     options = {"base": BASES["momentum"]}
     alike = "two_forward" if schedule == "shared_forward" else schedule
     optimizer = make((2,), schedule=alike, **options)
-    compiled = make(
-        (2,), wrap=partial(torch.compile, backend=backend), schedule=schedule, **options
-    )
+    compiled = make((2,), wrap=wrap, schedule=schedule, **options)
     for number in range(3):
         assert learn(optimizer, [number], [2]) == learn(compiled, [number], [2])
     assert bits([*optimizer.model.parameters()]) == bits([*compiled.model.parameters()])

@@ -315,6 +315,21 @@ def test_a_subclass_that_was_reverted_is_converted_again(statistics):
         convert_view_batchnorm(norm)
 
 
+@pytest.mark.parametrize("kind", ["buffer", "parameter", "module", "array"])
+def test_a_subclass_with_attributes_of_the_same_names_is_left_alone(kind):
+    norm = type("Own", (nn.BatchNorm2d,), {})(3)
+    if kind == "buffer":
+        norm.register_buffer("counted", torch.zeros(1))
+    elif kind == "parameter":
+        norm.views = nn.Parameter(torch.zeros(1))
+    elif kind == "module":
+        norm.mode = nn.Identity()
+    else:
+        norm.statistics = torch.zeros(2)
+    before = type(norm)
+    assert type(convert_view_batchnorm(norm)) is before
+
+
 def test_a_network_that_was_reverted_is_what_it_was(make_model, make_batch):
     """For tools that go by a module's exact type."""
     model = make_model(heads=(2, 2))

@@ -715,7 +715,15 @@ def test_an_autocast_of_the_network_s_own_is_warned_of(make_model, make_batch):
         BLDOptimizer(model, 0.1).step(images.float() / 255, labels)
 
 
-def test_an_autocast_outside_does_not_keep_old_weights(make_batch):
+@pytest.mark.parametrize(
+    "outside",
+    [
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        lambda: torch.autocast("cpu", torch.bfloat16, enabled=False),
+    ],
+    ids=["enabled", "disabled"],
+)
+def test_an_autocast_outside_does_not_keep_old_weights(outside, make_batch):
     """Inside one, torch would keep the casts that the network's own made of them."""
 
     class Cast(nn.Sequential):
@@ -733,7 +741,7 @@ def test_an_autocast_outside_does_not_keep_old_weights(make_batch):
             optimizer.step(images.float() / 255, labels)
         return torch.stack([*optimizer.last.new_loss, *optimizer.last.distillation_norms[0]])
 
-    found = learn(torch.autocast("cpu", torch.bfloat16))
+    found = learn(outside())
     assert torch.equal(found, learn(nullcontext())) and found[2:].max() > 0
 
 
@@ -848,6 +856,25 @@ def test_a_compiled_model_is_tried_out_as_it_is_written(noise, make_batch):
             optimizer.step(images.float() / 255, labels)
 
 
+@pytest.mark.parametrize("how", ["plain", "backbone", "forward", "model"])
+def test_a_step_inside_a_compiled_function(how, make_model, make_batch):
+    def learn(compiled):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = make_model([2, 2])
+        if compiled and how == "backbone":
+            model.backbone.compile(backend="eager")
+        elif compiled and how == "forward":
+            model.backbone.forward = torch.compile(model.backbone.forward, backend="eager")
+        network = torch.compile(model, backend="eager") if compiled and how == "model" else model
+        optimizer = BLDOptimizer(network, 0.1)
+        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        images, labels = make_batch(2)
+        return torch.stack([step(images.float() / 255, labels) for _ in range(2)])
+
+    torch.testing.assert_close(learn(True), learn(False))
+
+
 # ---- what belongs to old heads alone ----
 
 
@@ -864,6 +891,27 @@ class Inside(nn.Module):
 
     def forward(self, images):
         return self.classifier(images)
+
+
+def test_statistics_of_branches_inside_a_backbone_move(make_batch):
+    """Though these have `heads` and `head_sizes` of their own."""
+
+    class Branches(nn.Module):
+        head_sizes = [4, 4]
+
+        def __init__(self):
+            super().__init__()
+            parts = (nn.Sequential(nn.Linear(192, 4), nn.BatchNorm1d(4)) for _ in range(2))
+            self.heads = nn.ModuleList(parts)
+
+        def forward(self, x):
+            return torch.cat([head(x.flatten(1)) for head in self.heads], 1)
+
+    model = MultiHead(Branches(), 8)
+    model.add_head(2), model.add_head(2)
+    images, labels = make_batch(2)
+    BLDOptimizer(model, 0.1).step(images.float() / 255, labels)
+    assert [head[1].num_batches_tracked for head in model.backbone.heads] == [1, 1]
 
 
 @pytest.mark.parametrize("wrap", [lambda model: model, Inside], ids=["", "inside"])
