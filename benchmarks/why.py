@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from benchmarks.paper.__main__ import parse_methods, parse_seeds
 from benchmarks.paper.checkpoint import write_whole
-from benchmarks.paper.experiment import batch_statistics, evaluate
+from benchmarks.paper.experiment import evaluate, evaluate_by_test_batch
 from benchmarks.paper.methods import CPU, OWN, PRESETS, Settings, evaluating, make_learner
 from benchmarks.paper.report import markdown, save
 from benchmarks.paper.streams import Task, load_dataset, make_stream
@@ -133,9 +133,7 @@ def follow(dataset: str, root: str, method: str, settings: Settings, seed: int, 
             record["batches"].append(found)
         now = [evaluate(model, t, j) for j, t in enumerate(stream[: number + 1])]
         record["accuracy"].append(now)
-    with batch_statistics(model):
-        mixed = [task.with_mixed_tests() for task in stream]
-        record["accuracy by test batch"] = [evaluate(model, t, j) for j, t in enumerate(mixed)]
+    record["accuracy by test batch"] = evaluate_by_test_batch(model, stream)
     return record
 
 

@@ -55,8 +55,12 @@ class TwoForward:
         stage.update(stage.params)
         return norms if measure else None
 
+    def distil(self, stage: Stage) -> Tensor:
+        """Add G_d to .grad; return L_d."""
+        return stage.distil(nullcontext())
+
     def descend_both(self, stage):
-        stage.distil(nullcontext())  # G_d = Σ_v dL_d(v, ŷ_v)/dθ' / V
+        self.distil(stage)  # G_d = Σ_v dL_d(v, ŷ_v)/dθ' / V
         stage.rescale()  # G_d[l] ← λ ‖G_w[l]‖ / ‖G_d[l]‖ · G_d[l]
         stage.carry_on()
         # θ'' = θ' - α_j (G_d + Σ_v dL_t(v)/dθ' / V)
@@ -65,7 +69,7 @@ class TwoForward:
         return loss
 
     def descend_old(self, stage):
-        loss = stage.distil(nullcontext())
+        loss = self.distil(stage)
         stage.rescale()  # which needs the whole G_d
         self._update(stage, loss)
         return loss

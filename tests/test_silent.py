@@ -821,14 +821,19 @@ def test_a_first_batch_that_distils_nothing_is_not_warned_of(make_model, make_ba
     assert optimizer.last.distillation_norms[0].any()
 
 
+class Noise(nn.Module):
+    """Draws from a generator of its own, which goes on from pass to pass."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale, self.generator = scale, torch.Generator().manual_seed(0)
+
+    def forward(self, x):
+        return x + self.scale * torch.randn(x.shape, generator=self.generator)
+
+
 def test_last_digits_that_do_not_repeat_are_warned_of(make_batch):
-    class Noise(nn.Module):
-        generator = torch.Generator().manual_seed(0)
-
-        def forward(self, x):
-            return x + 3e-7 * torch.randn(x.shape, generator=self.generator)
-
-    model = MultiHead(nn.Sequential(nn.Flatten(), nn.Linear(192, 4), Noise()), 4)
+    model = MultiHead(nn.Sequential(nn.Flatten(), nn.Linear(192, 4), Noise(3e-7)), 4)
     model.add_head(2)
     images, labels = make_batch(2)
     with pytest.warns(UserWarning, match="backbone.2 computed other last digits"):
@@ -837,13 +842,7 @@ def test_last_digits_that_do_not_repeat_are_warned_of(make_batch):
 
 @pytest.mark.parametrize("noise", [1e-3, 3e-7])
 def test_a_compiled_model_is_tried_out_as_it_is_written(noise, make_batch):
-    class Noise(nn.Module):
-        generator = torch.Generator().manual_seed(0)
-
-        def forward(self, x):
-            return x + noise * torch.randn(x.shape, generator=self.generator)
-
-    model = MultiHead(nn.Sequential(nn.Flatten(), nn.Linear(192, 4), Noise()), 4)
+    model = MultiHead(nn.Sequential(nn.Flatten(), nn.Linear(192, 4), Noise(noise)), 4)
     model.add_head(2)
     model.backbone.compile(backend="eager")
     images, labels = make_batch(2)

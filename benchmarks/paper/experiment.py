@@ -199,12 +199,9 @@ class Run:
 
     def record(self, stream: list[Task]) -> dict:
         state, model = self.state, self.learner.model
-        with batch_statistics(model):
-            mixed = [task.with_mixed_tests() for task in stream]
-            diagnostic = [evaluate(model, task, j) for j, task in enumerate(mixed)]
         record = {
             "accuracy": state.accuracy,
-            "accuracy_with_batch_statistics": diagnostic,
+            "accuracy_with_batch_statistics": evaluate_by_test_batch(model, stream),
             "memory": state.memory,
             "columns": state.columns,
             "factors": state.factors,
@@ -256,6 +253,12 @@ def evaluate(model: MultiHead, task: Task, head: int, batch: int = 500) -> float
             images = images.repeat(2, 1, 1, 1)
         correct += int((model.predict(images, head)[: len(y)] == y.to(device)).sum())
     return 100 * correct / len(task.y_test)
+
+
+def evaluate_by_test_batch(model: MultiHead, stream: list[Task]) -> list[float]:
+    """Return each task's accuracy with images normalised by their own mixed batch: a diagnostic."""
+    with batch_statistics(model):
+        return [evaluate(model, task.with_mixed_tests(), j) for j, task in enumerate(stream)]
 
 
 @contextmanager

@@ -5,7 +5,6 @@ its own way, or makes them of something else.
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -242,13 +241,8 @@ class Elsewhere(TwoForward):
                 ]
             )
 
-    def descend_both(self, stage):
-        replace(stage, views=self.others(stage), bank=self.bank).distil(nullcontext())
-        stage.rescale()
-        stage.carry_on()
-        loss, norms = self.descend(stage, stage.learn, measure=stage.is_measured)
-        stage.note_step(norms)
-        return loss
+    def distil(self, stage):
+        return super().distil(replace(stage, views=self.others(stage), bank=self.bank))
 
 
 VARIANTS = {
