@@ -78,6 +78,7 @@ def names_of_kernels(folder: Path) -> dict:
     return {"torch": torch, "layers": [0, 0, 1], "images": images, **lists, **losses, **norm}
 
 
+FIGURES = ("benchmarks/README.md", "benchmarks/paper/README.md")
 NAMES = {
     "README.md": names_of_readme,
     "python_api/README.md": names_of_guide,
@@ -185,7 +186,7 @@ def broken_links(text: str, folder: Path) -> list[str]:
     return broken
 
 
-@pytest.mark.parametrize("name", [*NAMES, "CONTRIBUTING.md", "benchmarks/README.md"])
+@pytest.mark.parametrize("name", [*NAMES, "CONTRIBUTING.md", *FIGURES])
 def test_every_link_leads_somewhere(name):
     assert LINK.search(read(name))
     assert broken_links(read(name), (ROOT / name).parent) == []

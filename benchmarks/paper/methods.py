@@ -62,7 +62,7 @@ class Settings:
 PAPER_VIEWS = {"crop_padding": 4, "rotation": 15, "jitter": 0.2}
 FAST = {"views_per_pass": "auto", "schedule": "shared_forward"}  # changes speed, not results
 PRESETS = {
-    "digits": Settings(  # tuned on seeds 0 to 4, see benchmarks/README.md
+    "digits": Settings(  # tuned on seeds 0 to 4, see README.md
         "slim",
         3e-3,
         12,

@@ -1,6 +1,6 @@
 """Changes of BLD that were tried, each a method of its own. None of them is part of the package.
 
-Their results are in benchmarks/README.md. Most are a schedule, which combines G_d and dL_t/dθ in
+Their results are in README.md. Most are a schedule, which combines G_d and dL_t/dθ in
 its own way, or makes them of something else.
 """
 
