@@ -278,6 +278,7 @@ class BLDOptimizer(StepRunner):
         Returns L_t. `images` and `labels` are as in `step`.
         """
         sizes = self._check(images, labels)
+        self._watch_stages()
         self._choose_pass_size(images, labels, sizes)
         run = partial(self._warm_up, images, labels, sizes)
         return self._within_memory(images, partial(self._format.run, run))
@@ -347,7 +348,7 @@ class BLDOptimizer(StepRunner):
         must have the options of then: views, λ and the like are not part of the state.
         """
         super().load_state_dict(state_dict)
-        self.release()
+        self._release()
         self._recorder.forget()
         self._processes.forget()
 

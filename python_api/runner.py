@@ -57,6 +57,12 @@ class StepRunner(ModelOptimizer):
 
     def release(self) -> None:
         """End the current batch: release the bank, the norms and the gradients."""
+        try:
+            self._watch_stages()
+        finally:
+            self._release()
+
+    def _release(self) -> None:
         self._batch = None
         release_gradients(self._parameters())
 
@@ -69,7 +75,7 @@ class StepRunner(ModelOptimizer):
             for _ in range(self.joint_steps):
                 self._joint(images, labels, sizes)
         finally:
-            self.release()
+            self._release()
         return loss
 
     def _watch_distillation(self, sizes: list[int]) -> None:
@@ -91,6 +97,11 @@ class StepRunner(ModelOptimizer):
                     f"Do joint_steps={self.joint_steps} and warmup_lr={self.warmup_lr} leave "
                     "nothing to distil? For finetuning, set balance=0",
                 )
+
+    def _watch_stages(self) -> None:
+        """Watch a batch that is learned by `warm_up` and `joint`, when it ends."""
+        if self._batch is not None and self.last.distillation_norms:
+            self._watch_distillation([*self._batch.sizes])
 
     def _captured_step(self, images: Tensor, labels: Tensor, sizes: list[int]) -> Tensor:
         self._follow_model()
@@ -114,7 +125,7 @@ class StepRunner(ModelOptimizer):
 
     def _warm_up(self, images: Tensor, labels: Tensor, sizes: list[int]) -> Tensor:
         self._follow_model()
-        self.release()
+        self._release()
         layers = Layers.of(self.model, self._parameters(), self.layer)
         report = StepReport(layers.names)
         views = self._views(images, labels, sizes, self.batches)

@@ -762,21 +762,39 @@ class Apart(nn.Module):
         return [*logits, new(features)]
 
 
+def by_step(optimizer, images, labels):
+    optimizer.step(images, labels)
+
+
+def by_stages(optimizer, images, labels):
+    optimizer.warm_up(images, labels)
+    for _ in range(2):
+        optimizer.joint(images, labels)
+
+
+def by_stages_with_an_end(optimizer, images, labels):
+    by_stages(optimizer, images, labels)
+    optimizer.release()
+
+
 @pytest.mark.parametrize("how", ["no_grad", "detach", "frozen", "together"])
 @pytest.mark.parametrize("balance", [2.0, 0.0])
-def test_old_heads_that_nothing_can_be_distilled_from_are_warned_of(how, balance, make_batch):
+@pytest.mark.parametrize("learn", [by_step, by_stages, by_stages_with_an_end])
+def test_old_heads_that_nothing_can_be_distilled_from_are_warned_of(
+    learn, how, balance, make_batch
+):
     model = Apart(how)
     model.heads.append(nn.Linear(4, 2))
     images, labels = make_batch(2)
     images = images.float() / 255
     optimizer = BLDOptimizer(model, 0.1, balance=balance)
-    optimizer.step(images, labels)  # the first task has no old head
+    learn(optimizer, images, labels)  # the first task has no old head
     model.heads.append(nn.Linear(4, 2))
     model.backbone.requires_grad_(how != "frozen")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):
-            optimizer.step(images, labels)
+            learn(optimizer, images, labels)
     found = [w for w in caught if "no layer was distilled" in str(w.message)]
     assert len(found) == (balance > 0 and how != "together")
     assert any(n.any() for n in optimizer.last.distillation_norms) == (
