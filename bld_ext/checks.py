@@ -10,6 +10,7 @@ from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from bld_ext.reference import (
@@ -29,6 +30,11 @@ def require(condition: bool, argument: str, expected: str, got: object) -> None:
         raise ValueError(f"{argument}: expected {expected}, got {got}")
 
 
+def whole(value: object) -> bool:
+    """Return whether a value is a whole number; the first question is the fast one."""
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
+
+
 def logits(logits: Tensor, head_sizes: Sequence[int], exact: bool) -> list[int]:
     dense("logits", logits)
     require(logits.dtype in FLOATS, "logits", "a floating-point dtype", logits.dtype)
@@ -37,7 +43,7 @@ def logits(logits: Tensor, head_sizes: Sequence[int], exact: bool) -> list[int]:
     if not isinstance(head_sizes, Sequence):
         raise TypeError(f"head_sizes: expected a list, got {type(head_sizes).__name__}")
     sizes = list(head_sizes)
-    require(all(isinstance(s, Integral) for s in sizes), "head_sizes", "whole numbers", sizes)
+    require(all(map(whole, sizes)), "head_sizes", "whole numbers", sizes)
     require(all(s >= 1 for s in sizes), "head_sizes", "sizes of at least 1", sizes)
     total, classes = sum(sizes), logits.shape[1]
     if exact:
@@ -48,6 +54,9 @@ def logits(logits: Tensor, head_sizes: Sequence[int], exact: bool) -> list[int]:
     return sizes
 
 
+LEAST = 1e-38  # of what is divided by; the inverse of a smaller one overflows in float32
+
+
 def scalar(
     argument: str,
     value: float | Tensor,
@@ -56,30 +65,36 @@ def scalar(
     check_inputs: bool = False,
 ) -> Tensor:
     """Return a number as the float64 scalar tensor that kernels read, on `device` or on the CPU."""
-    expected = "a positive finite number" if positive else "a finite number, at least 0"
+    least = LEAST if positive else 0
+    expected = f"a {'positive ' if positive else ''}finite number, at least {least}"
     if not isinstance(value, Tensor):
-        if not isinstance(value, (int, float)):
+        if not isinstance(value, Real):
             kind = type(value).__name__
             raise TypeError(f"{argument}: expected a number or a scalar tensor, got {kind}")
-        known = (0 < value if positive else 0 <= value) and value <= sys.float_info.max
-        require(known, argument, expected, value)
-        return torch.full((), value, dtype=torch.float64, device="cpu")
+        require(least <= value <= sys.float_info.max, argument, expected, value)
+        return torch.full((), float(value), dtype=torch.float64, device="cpu")
     require(value.dim() == 0, argument, "a number or a scalar tensor", tuple(value.shape))
     require(value.dtype in FLOATS, argument, "a floating-point dtype", value.dtype)
     require(not value.requires_grad, argument, "a constant: detach it", "requires_grad=True")
+    plain(argument, value)
     devices = dict.fromkeys(("cpu", str(device)))
     require(str(value.device) in devices, argument, f"device {' or '.join(devices)}", value.device)
     if may_look(value, check_inputs):
-        valid = bool(value > 0 if positive else value >= 0) and bool(value.isfinite())
+        valid = bool(value >= least) and bool(value.isfinite())
         require(valid, argument, expected, value.item())
     return value.double()
 
 
 def may_look(tensor: Tensor, check_inputs: bool) -> bool:
-    """Return whether to check values: freely on a CPU; elsewhere only if asked, since it waits."""
+    """Return whether to check values: freely on a CPU; elsewhere only if asked, since it waits.
+
+    A tensor that stands for others, as in a trace or inside torch.func.vmap, has no values.
+    """
     if torch.compiler.is_compiling():
         remedy = "False: torch.compile cannot look at values. Check them before the compiled call"
         require(not check_inputs, "check_inputs", remedy, check_inputs)
+        return False
+    if isinstance(tensor, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return False
     return tensor.device.type == "cpu" or check_inputs
 
@@ -136,15 +151,16 @@ def view_batch_norm(
     require(input.dtype in FLOATS, "input", "a floating-point dtype", input.dtype)
     require(input.dim() >= 2, "input", "shape [V·B, C, *]", input.shape)
     plain("input", input)
-    whole = isinstance(views, Integral) and not isinstance(views, bool)
-    if not (whole and views >= 1 and len(input) % views == 0):
-        require(False, "views", f"a divisor of {len(input)}, the images of input", views)
+    images = input.shape[0]
+    if not (whole(views) and views >= 1 and images % views == 0):
+        require(False, "views", f"a divisor of {images}, the images of input", views)
     known = isinstance(eps, Real) and 0 <= eps <= sys.float_info.max
     require(known, "eps", "a finite number, at least 0", eps)
     for name, value in (("weight", weight), ("bias", bias), ("residual", residual)):
         if value is None:
             continue
         dense(name, value)
+        plain(name, value)
         if value.shape != (input.shape if name == "residual" else input.shape[1:2]):
             expected = tuple(input.shape) if name == "residual" else f"[{input.shape[1]}]"
             require(False, name, f"shape {expected}", tuple(value.shape))
@@ -188,11 +204,16 @@ def outside_classes(labels: Tensor, classes: int, ignored: int = IGNORED) -> tup
 # ---- lists of tensors that belong to layers ----
 
 
-def indices(layers: Sequence[int]) -> None:
+MOST_LAYERS = 2**31 - 1
+
+
+def indices(layers: Sequence[int], count: int = MOST_LAYERS) -> None:
     sequence("layers", layers)
     for i, l in enumerate(layers):
-        whole = isinstance(l, int) and not isinstance(l, bool)
-        require(whole, f"layers[{i}]", "a whole number", repr(l))
+        if not whole(l):
+            require(False, f"layers[{i}]", "a whole number", repr(l))
+        if not 0 <= l < count:
+            require(False, f"layers[{i}]", f"an index from 0 to {count - 1}", l)
 
 
 def layer_norms(tensors: Sequence[Tensor], layers: Sequence[int], num_layers: int) -> None:
@@ -240,16 +261,14 @@ def _tensor_lists(lists: dict[str, Sequence[Tensor]], layers: Sequence[int], L: 
     """
     for name, value in {**lists, "layers": layers}.items():
         sequence(name, value)
-    if not isinstance(L, int):
+    if not whole(L):
         raise TypeError(f"num_layers: expected a whole number, got {type(L).__name__}")
     (first_name, first), *_ = lists.items()
     written = () if first_name == "tensors" else first
     require(len(first) >= 1, first_name, "at least one tensor", "none")
     require(len(layers) == len(first), "layers", f"{len(first)} indices", len(layers))
-    indices(layers)
-    require(L >= 0, "num_layers", "at least 0", L)
-    for i, l in enumerate(layers):
-        require(0 <= l < L, f"layers[{i}]", f"an index from 0 to {L - 1}", l)
+    require(0 <= L <= MOST_LAYERS, "num_layers", f"0 to {MOST_LAYERS}", L)
+    indices(layers, L)
     for name, tensors in lists.items():
         require(len(tensors) == len(first), name, f"{len(first)} tensors", len(tensors))
         for i, (t, like) in enumerate(zip(tensors, first, strict=True)):
@@ -294,9 +313,38 @@ NAMES = {"interpolation": INTERPOLATIONS, "padding_mode": PADDING_MODES}
 
 def _numbers(value, count: int | None = None) -> bool:
     """Return whether `value` has `count` real numbers, all within ± 1e30."""
-    values = value if isinstance(value, (tuple, list)) else ()
-    known = all(isinstance(x, Real) and abs(x) < 1e30 for x in values)  # not nan either
-    return known and isinstance(value, (tuple, list)) and count in (None, len(values))
+    if not isinstance(value, (tuple, list)) or count not in (None, len(value)):
+        return False
+    return all(isinstance(x, Real) and abs(x) < 1e30 for x in value)  # not nan either
+
+
+def _known(name: str, value: object) -> bool:
+    """Return whether a setting of a policy may have this value."""
+    if name in MOST:
+        return _numbers((value,)) and 0 <= value <= MOST[name]
+    if name in MOST_EACH:
+        return _numbers(value, 2) and all(0 <= x <= MOST_EACH[name] for x in value)
+    if name in RANGES:
+        if name == "resized_crop" and value is None:
+            return True
+        low, high = RANGES[name]
+        return _numbers(value, 2) and low <= value[0] <= value[1] <= high
+    if name in NAMES:
+        return value in NAMES[name]
+    return _numbers(value) and (name == "mean" or all(x > 1e-30 for x in value))
+
+
+def _expected(name: str) -> str:
+    if name in MOST:
+        return f"0 to {MOST[name]}"
+    if name in MOST_EACH:
+        return f"(x, y), each 0 to {MOST_EACH[name]}"
+    if name in RANGES:
+        low, high = RANGES[name]
+        return f"(low, high) within {low:g} to {high:g}, low first"
+    if name in NAMES:
+        return f"one of {', '.join(NAMES[name])}"
+    return f"finite numbers{'' if name == 'mean' else ' above 0'}, one a channel"
 
 
 def policy(policy: Policy, prefix: str = "policy.") -> None:
@@ -304,34 +352,18 @@ def policy(policy: Policy, prefix: str = "policy.") -> None:
         kind = type(policy).__name__
         raise TypeError(f"policy: expected a Policy, such as SeededAugment(...).policy, got {kind}")
     for name, value in policy._asdict().items():
-        if name in MOST:
-            known, expected = _numbers((value,)) and 0 <= value <= MOST[name], f"0 to {MOST[name]}"
-        elif name in MOST_EACH:
-            most = MOST_EACH[name]
-            known = _numbers(value, 2) and all(0 <= x <= most for x in value)
-            expected = f"(x, y), each 0 to {most}"
-        elif name in RANGES:
-            low, high = RANGES[name]
-            known = _numbers(value, 2) and low <= value[0] <= value[1] <= high
-            known = known or name == "resized_crop" and value is None
-            expected = f"(low, high) within {low:g} to {high:g}, low first"
-        elif name in NAMES:
-            known, expected = value in NAMES[name], f"one of {', '.join(NAMES[name])}"
-        else:  # mean, std
-            known = _numbers(value) and (name == "mean" or all(x > 1e-30 for x in value))
-            expected = "finite numbers" + ("" if name == "mean" else " above 0")
-            expected += ", one a channel"
-        require(known, prefix + name, expected, repr(value))
-    whole = policy.crop_padding == int(policy.crop_padding)
-    require(whole, f"{prefix}crop_padding", "whole pixels", policy.crop_padding)
+        if not _known(name, value):
+            require(False, prefix + name, _expected(name), repr(value))
+    pixels = policy.crop_padding
+    require(pixels == int(pixels), f"{prefix}crop_padding", "whole pixels", pixels)
     means, stds = len(policy.mean), len(policy.std)
     require(means == stds, f"{prefix}std", f"as many values as mean, {means}", stds)
 
 
 def image_size(size: Sequence[int], argument: str = "size") -> tuple[int, int]:
     sides = tuple(size) if isinstance(size, Sequence) else (size,)
-    whole = len(sides) == 2 and all(isinstance(side, Integral) and side > 0 for side in sides)
-    require(whole, argument, "(height, width) of at least one pixel", size)
+    known = len(sides) == 2 and all(whole(side) and side > 0 for side in sides)
+    require(known, argument, "(height, width) of at least one pixel", size)
     require(max(sides) <= 2**24, argument, "sides of at most 2**24 pixels", sides)
     small = (sides[0] + 4) * (sides[1] + 4) < 2**31 - 128
     require(small, argument, "fewer than 2**31 pixels, with a border of 2", sides)
@@ -347,14 +379,13 @@ def reach(policy: Policy, size: tuple[int, int]) -> None:
     (shear_x, shear_y), smallest = map(math.radians, policy.shear), policy.scale[0]
     steps = (1 + math.tan(shear_x)) / math.cos(shear_y) / smallest  # a bound, between two pixels
     furthest = steps * (H + W) * (0.5 + max(policy.translate)) + 2 * (H + W + policy.crop_padding)
-    require(
-        furthest < REACH,
-        "images",
-        f"sides for which no pixel of a view shows a point more than {REACH} pixels away, with "
-        f"scale {policy.scale}, shear {policy.shear} and crop_padding {policy.crop_padding}; make "
-        "the images smaller or the ranges narrower",
-        f"{H} x {W}",
-    )
+    if furthest >= REACH:
+        raise ValueError(
+            f"images: expected sides for which no pixel of a view shows a point more than {REACH} "
+            f"pixels away, with scale {policy.scale}, shear {policy.shear} and crop_padding "
+            f"{policy.crop_padding}, got {H} x {W}; make the images, the padding or the ranges "
+            "smaller"
+        )
 
 
 def images(images: Tensor, policy: Policy, dtype: torch.dtype, channels_last: bool) -> None:
@@ -381,8 +412,7 @@ def views(views: Sequence[int]) -> list[int]:
     expected = f"whole numbers, 0 to {2**32 - 1}"
     require(isinstance(views, Sequence), "views", expected, views)
     views = list(views)
-    whole = all(isinstance(v, int) and 0 <= v < 2**32 for v in views)
-    require(whole, "views", expected, views)
+    require(all(whole(v) and 0 <= v < 2**32 for v in views), "views", expected, views)
     return views
 
 
@@ -390,23 +420,23 @@ def counter(seed, step, indices, N, device):
     """Return seed and step as int64 scalar tensors; numbers become scalars on the CPU."""
     for name, value, limit in (("seed", seed, 2**63), ("step", step, 2**32)):
         if isinstance(value, Tensor):
-            scalar = value.dtype == torch.int64 and value.dim() == 0
+            known = value.dtype == torch.int64 and value.dim() == 0
             got = f"{value.dtype} {tuple(value.shape)}"
-            require(scalar, name, "a whole number or an int64 scalar", got)
+            require(known, name, "a whole number or an int64 scalar", got)
             where = f"a scalar on the CPU or on {device}, where the images are"
             require(value.device in (device, torch.device("cpu")), name, where, value.device)
             if not may_look(value, check_inputs=False):
                 continue
             value = value.item()
-        whole = isinstance(value, Integral) and 0 <= value < limit
-        require(whole, name, f"a whole number, 0 to {limit - 1}", value)
+        known = whole(value) and 0 <= value < limit
+        require(known, name, f"a whole number, 0 to {limit - 1}", value)
     if indices is not None:
         dense("indices", indices)
         require(indices.dtype == torch.int64, "indices", "torch.int64", indices.dtype)
         expected, shape = (N,), tuple(indices.shape)
         require(shape == expected, "indices", f"shape {expected}", shape)
         require(indices.device == device, "indices", f"device {device}", indices.device)
-        if device.type == "cpu" and indices.numel() and not torch.compiler.is_compiling():
+        if indices.numel() and may_look(indices, check_inputs=False):
             low, high = indices.min().item(), indices.max().item()
             require(low >= 0 and high < 2**32, "indices", f"0 to {2**32 - 1}", f"{low} to {high}")
     return tuple(

@@ -24,6 +24,7 @@ the incoming gradient and then rounds once, to the dtype of logits.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -222,7 +223,7 @@ def view_batch_norm(
         input: `[V·B, C, *]`, one view after the other; float16, bfloat16, float32 or float64. Best
             contiguous or channels-last, which needs no copy; the output then has the same layout.
         weight, bias: `[C]` or None.
-        residual: shaped like input, or None.
+        residual: shaped like input and of its dtype, or None.
         views: V, a divisor of the number of images.
         eps: ε ≥ 0.
         relu: whether to return max(y, 0).
@@ -250,6 +251,13 @@ def view_batch_norm(
 # ---- per-layer norms, balance and update ----
 
 
+# how the kernels begin an error that is about an argument
+REFUSED = re.compile(
+    r"(tensors|grads|params|distill_grads|new_grads|layers|num_layers|reference_norms|balance|lr)"
+    r"(\[\d+\])?: "
+)
+
+
 def _on_layers(name: str, *arguments):
     """Call an op on lists of tensors; if it fails, raise an error that names the wrong argument.
 
@@ -264,7 +272,10 @@ def _on_layers(name: str, *arguments):
             return op(*arguments)
         except (RuntimeError, TypeError) as error:
             getattr(checks, name)(*arguments)
-            raise ValueError(str(error).partition("\nException raised from")[0]) from error
+            message = str(error).partition("\nException raised from")[0]
+            if not REFUSED.match(message):  # such as one of memory
+                raise
+            raise ValueError(message) from error
 
 
 def _mark_written(tensors: Sequence[Tensor]) -> None:

@@ -25,10 +25,11 @@ def philox(counter: tuple, key: tuple) -> tuple:
     """Return four random 32-bit words for each counter.
 
     Args:
-        counter: four 32-bit values, Python integers or broadcastable int64 tensors.
+        counter: four Python integers or broadcastable int64 tensors, whose lowest 32 bits count.
         key: two 32-bit values, likewise.
     """
-    (c0, c1, c2, c3), (k0, k1) = counter, key
+    c0, c1, c2, c3 = (word & MASK for word in counter)
+    k0, k1 = key
     for _ in range(ROUNDS):
         # int64 products wrap around, but their 64 bits are those of the unsigned product
         product0, product1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]

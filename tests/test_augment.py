@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import EVERYTHING
 from scipy import stats
+from torch._dynamo.testing import CompileCounter
 from torch.library import opcheck
 from torchvision.transforms.v2 import functional as tv
 
@@ -546,6 +547,39 @@ def test_compiles_into_one_graph():
     augment, images = SeededAugment(**EVERYTHING), make_images()
     compiled = torch.compile(lambda x: augment(x, **COORDINATES), fullgraph=True)
     assert torch.equal(compiled(images), augment(images, **COORDINATES))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiles_once_for_all_sizes(dynamic):
+    counter, augment = CompileCounter(), SeededAugment(**EVERYTHING)
+    compiled = torch.compile(
+        lambda x: augment(x, **COORDINATES), fullgraph=True, dynamic=dynamic, backend=counter
+    )
+    for side in range(8, 18):
+        images = make_images(H=side, W=side + 1)
+        assert torch.equal(compiled(images), augment(images, **COORDINATES))
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_views_are_tensors_of_their_own(channels_last):
+    policy = SeededAugment(crop_padding=1).policy
+    for images in (make_images(), make_images(N=0), make_images(N=1, C=1, H=1, W=1)):
+        views = ops.augment(images, policy, 0, 0, [0, 1], channels_last=channels_last)
+        expected = reference.augment(
+            images, policy.pack(), torch.tensor(0), torch.tensor(0), [0, 1], None, torch.float32,
+            channels_last,
+        )  # fmt: skip
+        assert not views._is_view() and views.stride() == expected.stride()
+        assert torch.equal(views, expected)
+
+
+@pytest.mark.skipif(backend("augment") != "compiled", reason="bld_ext._C was not built")
+def test_higher_bits_of_numbers_do_not_count_anywhere():
+    policy = SeededAugment(crop_padding=2, flip=0.5, rotation=30).policy.pack()
+    given = torch.tensor(5), torch.tensor(2**32 + 5), [1], torch.arange(5) + 2**33
+    arguments = (make_images(), policy, *given, torch.float32, False)
+    assert torch.equal(torch.ops.bld_ext.augment(*arguments), reference.augment(*arguments))
 
 
 def test_repr_shows_what_differs_from_the_default():

@@ -203,10 +203,22 @@ LOGITS = torch.zeros(2, 5)
         ((LOGITS[0], [5]), r"logits: expected shape \[N, C, \*\], got \(5,\)"),
         ((LOGITS, [3, 3]), r"head_sizes: expected a sum of at most 5, from logits, got \[3, 3\]"),
         ((LOGITS, [3, 0]), r"head_sizes: expected sizes of at least 1, got \[3, 0\]"),
-        ((LOGITS, [5], 0.0), "temperature: expected a positive finite number, got 0.0"),
-        ((LOGITS, [5], -1.0), "temperature: expected a positive finite number, got -1.0"),
-        ((LOGITS, [5], float("inf")), "temperature: expected a positive finite number, got inf"),
-        ((LOGITS, [5], float("nan")), "temperature: expected a positive finite number, got nan"),
+        (
+            (LOGITS, [5], 0.0),
+            "temperature: expected a positive finite number, at least 1e-38, got 0.0",
+        ),
+        (
+            (LOGITS, [5], -1.0),
+            "temperature: expected a positive finite number, at least 1e-38, got -1.0",
+        ),
+        (
+            (LOGITS, [5], float("inf")),
+            "temperature: expected a positive finite number, at least 1e-38, got inf",
+        ),
+        (
+            (LOGITS, [5], float("nan")),
+            "temperature: expected a positive finite number, at least 1e-38, got nan",
+        ),
     ],
 )
 def test_bad_argument(arguments, message):

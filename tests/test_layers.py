@@ -2,9 +2,11 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bld_ext import backend, ops, reference
 from bld_ext.reference import compute_dtype
@@ -542,6 +544,35 @@ def test_tensors_that_share_memory():
     assert ops.layer_norms([whole, whole[:3]], [0, 1]).isfinite().all()
     with pytest.raises(ValueError, match=r"^grads\[\d\]: expected memory of its own"):
         ops.balance_layers_([whole, whole[:3]], [0, 1], NORM)  # though known from being read
+
+
+def test_reference_norms_may_be_among_what_is_rescaled():
+    reference = torch.tensor([3.0, 4.0, 5.0])
+    others = [torch.randn(600_000) for _ in range(2)]
+    copies = [t.clone() for t in (reference, *others)]
+    expected, _ = ops.balance_layers_(copies, [0, 1, 2], reference.clone(), 1.0)
+    found, _ = ops.balance_layers_([reference, *others], [0, 1, 2], reference, 1.0)
+    assert torch.equal(found, expected) and all(map(torch.equal, (reference, *others), copies))
+
+
+class OutOfMemory(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        raise torch.OutOfMemoryError("no memory is left")
+
+
+def test_running_out_of_memory_stays_what_it_is():
+    with OutOfMemory(), pytest.raises(torch.OutOfMemoryError, match="^no memory is left$"):
+        ops.layer_norms(T, [0, 1])
+
+
+def test_indices_and_layers_beyond_any_list():
+    for index in (-1, 2**63):
+        with pytest.raises(ValueError, match=rf"^layers\[1\]: expected an index .* got {index}$"):
+            ops.layer_norms(T, [0, index])
+    with pytest.raises(ValueError, match=f"^num_layers: expected 0 to {2**31 - 1}, got {2**63}$"):
+        ops.layer_norms(T, [0, 1], 2**63)
+    assert torch.equal(ops.layer_norms(T, np.array([0, 1]).tolist()), ops.layer_norms(T, [0, 1]))
+    assert torch.equal(ops.layer_norms(T, [np.int64(0), np.int64(1)]), ops.layer_norms(T, [0, 1]))
 
 
 @pytest.mark.parametrize("num_layers", [None, 3])

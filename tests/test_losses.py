@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 from torch.nn import functional as F
 
@@ -246,7 +248,7 @@ def test_compiles_into_one_graph(name):
 
 
 LOGITS, LABELS, BANK = torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64), torch.zeros(2, 3)
-FINITE = "a positive finite number"
+FINITE = "a positive finite number, at least 1e-38"
 RANGE = "class indices of the newest head, 0 to 1, or -100"
 FROM_ZERO = "Number each task's classes from 0"
 
@@ -436,8 +438,8 @@ def test_temperature_may_be_a_tensor():
 @pytest.mark.parametrize(
     "value, message",
     [
-        (torch.tensor(0.0), "a positive finite number, got 0.0"),
-        (torch.tensor(torch.nan), "a positive finite number, got nan"),
+        (torch.tensor(0.0), "a positive finite number, at least 1e-38, got 0.0"),
+        (torch.tensor(torch.nan), "a positive finite number, at least 1e-38, got nan"),
         (torch.ones(2), r"a number or a scalar tensor, got \(2,\)"),
         (torch.tensor(2), "a floating-point dtype, got torch.int64"),
         (torch.tensor(2.0, requires_grad=True), "a constant: detach it, got requires_grad=True"),
@@ -477,6 +479,53 @@ def test_the_logits_of_an_ignored_label_do_not_matter(value, spatial):
     labels[1] = -100
     loss, _ = ops.warm_up_loss(logits, labels, SIZES, TEMPERATURE)
     assert loss.isfinite() and not grad_of(loss, logits)[1].any()
+
+
+@pytest.mark.parametrize("classes, scale", [(1000, 1e-3), (100_000, 1e-3), (300_000, 5)])
+def test_wide_heads_lose_no_digits(classes, scale):
+    """Of nearly equal logits, as those of a new head, and of others."""
+    logits = (torch.rand(3, 2 * classes) * scale).requires_grad_()
+    labels, bank = torch.tensor([0, classes - 1, 7]), torch.rand(3, classes).softmax(1)
+    losses = ops.joint_loss(logits, labels, bank, [classes, classes], TEMPERATURE)
+    values, grads = exact(logits, labels, bank, [classes, classes])
+    for loss, value, grad in zip(losses, values, grads, strict=True):
+        assert abs(loss.item() / value.item() - 1) < 1e-6
+        (found,) = torch.autograd.grad(loss, logits, retain_graph=True)
+        assert (found - grad).norm() < 1e-5 * grad.norm()
+    sums = ops.head_softmax(logits.detach(), [classes]).double().sum(1)
+    assert (sums - 1).abs().max() < 1e-5
+
+
+def test_labels_that_float32_cannot_tell_apart():
+    classes = 2**24 + 4
+    logits = torch.zeros(1, classes, requires_grad=True)
+    loss, _ = ops.warm_up_loss(logits, torch.tensor([2**24 + 1]), [classes])
+    (grad,) = torch.autograd.grad(loss, logits)
+    assert (grad < 0).nonzero().tolist() == [[0, 2**24 + 1]]
+
+
+def test_labels_of_another_shape_are_refused_by_the_kernel():
+    tau = torch.tensor(TEMPERATURE, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"labels: expected \[N, \*spatial\]"):
+        torch.ops.bld_ext.warm_up_loss(
+            torch.randn(4, 3, 2), torch.zeros(2, 4, dtype=torch.int64), [3], tau
+        )
+
+
+def test_tensors_without_values_are_not_looked_at():
+    labels = torch.tensor([0, 1, 1, 0])
+
+    def loss(logits, labels):
+        return ops.warm_up_loss(logits, labels, [2, 2])[0]
+
+    logits = torch.randn(4, 4)
+    with FakeTensorMode() as fake:
+        made = [fake.from_tensor(t) for t in (logits, labels)]
+        assert loss(*made).shape == ()
+    graph = make_fx(loss, tracing_mode="symbolic")(logits, labels)
+    assert torch.equal(graph(logits, labels), loss(logits, labels))
+    found = torch.func.vmap(loss, (None, 0))(logits, torch.stack([labels, 1 - labels]))
+    assert torch.equal(found, torch.stack([loss(logits, labels), loss(logits, 1 - labels)]))
 
 
 def test_a_batch_of_ignored_labels():

@@ -105,6 +105,33 @@ def test_float64_and_nothing_run_on_the_definition():
             assert torch.equal(a, b) or a.isnan().all()
 
 
+@each_layout
+@each_shape
+def test_views_that_int32_cannot_count(shape, last, monkeypatch):
+    """The arithmetic of such views, on small ones."""
+    found = kernels.tile_shape(513 * 256**2, 64, 256**2, last, kernels.FORWARD_TILES)
+    assert found["WIDE"] and not kernels.tile_shape(513 * 256**2, 32, 256**2, last, 6)["WIDE"]
+    tensors, _ = arguments(shape, last=last)
+    x, weight, bias, residual = on_device(tensors)
+    grad, results = torch.randn_like(x), []
+    shape_of = kernels.tile_shape
+    for wide in (False, True):
+        monkeypatch.setattr(kernels, "tile_shape", lambda *a, w=wide: shape_of(*a) | {"WIDE": w})
+        out, *found = kernels.view_batch_norm(x, weight, bias, residual, 3, 1e-5, True)
+        given = grad, x, out, weight, bias, *found
+        results.append(
+            [out, *found, *kernels.view_batch_norm_backward(*given, 3, 1e-5, True, True)]
+        )
+    assert all(map(torch.equal, *results))
+
+
+def test_more_views_than_a_grid_has_run_on_the_definition():
+    x = torch.randn(kernels.MOST_VIEWS + 1, 1, 2, device=DEVICE)
+    args = (x, None, None, None, len(x), 1e-5, False)
+    for a, b in zip(kernels.view_batch_norm(*args), reference.view_batch_norm(*args), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_nan_stays():
     x = torch.randn(4, 3, 5, device=DEVICE)
     x[0, 1, 0] = torch.nan

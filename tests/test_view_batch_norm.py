@@ -286,10 +286,33 @@ def test_a_second_derivative_is_refused():
         grad.sum().backward()
 
 
-def test_forward_mode_is_refused():
-    x = torch.randn(4, 3, 2)
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="^input"):
-        ops.view_batch_norm(torch.autograd.forward_ad.make_dual(x, x))
+@pytest.mark.parametrize("name", ["input", "weight", "bias", "residual"])
+def test_other_modes_of_differentiation_are_refused(name):
+    given = dict(input=torch.randn(4, 3, 2), weight=torch.ones(3), bias=torch.zeros(3))
+    given["residual"] = given["input"].clone()
+
+    def output(value):
+        return ops.view_batch_norm(**given | {name: value})[0].sum()
+
+    value = given[name]
+    with pytest.raises(NotImplementedError, match=f"^{name}: .* forward-mode"):
+        torch.func.jvp(output, (value,), (torch.ones_like(value),))
+    with pytest.raises(NotImplementedError, match=f"^{name}: .* torch.func.grad"):
+        torch.func.grad(output)(value)
+
+
+def test_exports_for_any_number_of_images():
+    class Norm(torch.nn.Module):
+        def forward(self, x):
+            return ops.view_batch_norm(x)[0]
+
+    shapes = ({0: torch.export.Dim.DYNAMIC},)
+    for strict in (False, True):
+        program = torch.export.export(
+            Norm(), (torch.randn(6, 4, 3),), dynamic_shapes=shapes, strict=strict
+        )
+        x = torch.randn(9, 4, 3)
+        assert torch.equal(program.module()(x), Norm()(x))
 
 
 def test_nothing_unwritten(poison):

@@ -21,6 +21,7 @@ WARPS = (4, 8, 16)  # of a program, the fewest that hold its slab
 FORWARD_TILES, BACKWARD_TILES = 10, 6  # at most in registers, for each of x, and x and dL/dy
 MANY_TILES = 12  # forward, for the most warps; with more, registers spill
 FEWEST = 2048  # elements of a slab, if there are as many
+MOST_VIEWS = 65_535  # along the second axis of a grid
 VIEWS_BLOCK = tl.constexpr(32)  # views whose parts are added up at once
 
 
@@ -133,8 +134,11 @@ def forward_kernel(
     CHANNELS: tl.constexpr,
     TILES: tl.constexpr,
     WHOLE: tl.constexpr,  # TILES tiles hold the slab
+    WIDE: tl.constexpr,  # a view has elements that int32 cannot count
 ):
     """A pointer that is None leaves its part out."""
+    if WIDE:
+        C, S, stride_b = tl.cast(C, tl.int64), tl.cast(S, tl.int64), tl.cast(stride_b, tl.int64)
     view = tl.program_id(1).to(tl.int64)
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     x_ptr += view * n * C
@@ -237,8 +241,11 @@ def backward_kernel(
     CHANNELS: tl.constexpr,
     TILES: tl.constexpr,
     WHOLE: tl.constexpr,  # TILES tiles hold the slab
+    WIDE: tl.constexpr,  # a view has elements that int32 cannot count
 ):
     """A pointer that is None leaves its part out."""
+    if WIDE:
+        C, S, stride_b = tl.cast(C, tl.int64), tl.cast(S, tl.int64), tl.cast(stride_b, tl.int64)
     view = tl.program_id(1).to(tl.int64)
     views = tl.num_programs(1)
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
@@ -316,7 +323,10 @@ def tile_shape(n: int, C: int, S: int, last: bool, most: int) -> dict[str, int |
             break
     whole = tiles <= limit
     tiles = tiles if whole else most
-    return dict(ROWS=rows, CHANNELS=channels, TILES=tiles, WHOLE=whole, LAST=last, num_warps=warps)
+    return dict(
+        ROWS=rows, CHANNELS=channels, TILES=tiles, WHOLE=whole, LAST=last, WIDE=n * C >= 2**31,
+        num_warps=warps,
+    )  # fmt: skip
 
 
 class _Layout:
@@ -341,8 +351,13 @@ class _Layout:
         return torch.empty_like(self.like).copy_(tensor)
 
 
+def _runs(input, views):
+    """Whether the kernels take such an input."""
+    return input.dtype != torch.float64 and input.numel() > 0 and views <= MOST_VIEWS
+
+
 def view_batch_norm(input, weight, bias, residual, views, eps, relu):
-    if input.dtype == torch.float64 or input.numel() == 0:
+    if not _runs(input, views):
         return reference.view_batch_norm(input, weight, bias, residual, views, eps, relu)
     layout = _Layout(input, views, FORWARD_TILES)
     y = layout.like
@@ -359,7 +374,7 @@ def view_batch_norm(input, weight, bias, residual, views, eps, relu):
 def view_batch_norm_backward(
     grad_output, input, output, weight, bias, mean, variance, views, eps, relu, residual
 ):
-    if input.dtype == torch.float64 or input.numel() == 0:
+    if not _runs(input, views):
         return reference.view_batch_norm_backward(
             grad_output, input, output, weight, bias, mean, variance, views, eps, relu, residual
         )

@@ -41,30 +41,33 @@ class OnDevice:
         return self.data
 
 
-KEPT = 1024  # beyond these the oldest go, if no graph reads them
+KEPT = 1024  # beyond these go those that were used longest ago, if no graph reads them
 _kept: dict[tuple, OnDevice] = {}
+_lock = threading.Lock()
 
 
 def kept(key: Hashable, device: torch.device, argument: str, make: Callable[[], Tensor]) -> Tensor:
-    """What `make` returns, on the device: made and copied once for a key, while it is in use.
+    """What `make` returns, on the device: made and copied once for a key that is in use.
 
     `argument` is the name of what it is made from, for the error while a graph is captured.
     """
     captured = capturing(device)
-    if (key, device) not in _kept:
-        if captured:
-            raise RuntimeError(
-                f"{argument}: expected what the device knows, got a new one, {key}, while a CUDA "
-                "graph is captured. Run the op with it once before."
-            )
-        for old in [k for k, data in _kept.items() if not data.captured][
-            : max(0, len(_kept) - KEPT + 1)
-        ]:
-            del _kept[old]
-        _kept[key, device] = OnDevice(make(), device)
-    found = _kept[key, device]
-    found.captured |= captured
-    return found.get()
+    with _lock:
+        found = _kept.pop((key, device), None)
+        if found is None:
+            if captured:
+                raise RuntimeError(
+                    f"{argument}: expected what the device knows, got a new one, {key}, while a "
+                    "CUDA graph is captured. Run the op with it once before."
+                )
+            for old in [k for k, data in _kept.items() if not data.captured][
+                : max(0, len(_kept) - KEPT + 1)
+            ]:
+                del _kept[old]
+            found = OnDevice(make(), device)
+        found.captured |= captured
+        _kept[key, device] = found  # the last of them
+        return found.get()
 
 
 class Tickets:

@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "../check.h"
+#include "channels_last.h"
 #include "lanes.h"
 #include "view.h"
 
@@ -603,10 +604,13 @@ Tensor augment(const Tensor &images_, std::vector<double> policy, const Tensor &
   BLD_CHECK(images_.dim() == 4, "images: expected shape [N, C, H, W]");
   const int64_t N = images_.size(0), C = images_.size(1), H = images_.size(2), W = images_.size(3);
   const Tensor images = torch::stable::contiguous(images_);
-  const Tensor indices = torch::stable::contiguous(indices_.value_or(images));
-  BLD_CHECK(!indices_ || (indices.is_cpu() && indices.scalar_type() == ScalarType::Long &&
-                          indices.dim() == 1 && indices.numel() == N),
-            "indices: expected ", N, " int64 numbers on the CPU, one an image");
+  std::optional<Tensor> indices;
+  if (indices_) {
+    BLD_CHECK(indices_->is_cpu() && indices_->scalar_type() == ScalarType::Long &&
+                  indices_->dim() == 1 && indices_->numel() == N,
+              "indices: expected ", N, " int64 numbers on the CPU, one an image");
+    indices = torch::stable::contiguous(*indices_);
+  }
   BLD_CHECK(H <= 1 << 20 && W <= 1 << 20, "images: expected sides of at most 2^20, got ", H, " x ",
             W);
   BLD_CHECK((H + 2 * BORDER) < INT32_MAX / (W + 2 * BORDER),
@@ -626,7 +630,7 @@ Tensor augment(const Tensor &images_, std::vector<double> policy, const Tensor &
             static_cast<uint64_t>(scalar("seed", seed)),
             static_cast<uint32_t>(scalar("step", step)),
             std::move(views),
-            indices_ ? static_cast<const int64_t *>(indices.const_data_ptr()) : nullptr};
+            indices ? static_cast<const int64_t *>(indices->const_data_ptr()) : nullptr};
   const int64_t channels = static_cast<int64_t>(call.policy.mean.size());
   BLD_CHECK(channels == 0 || channels == C, "policy.mean: expected ", C,
             " values, one a channel, got ", channels);
@@ -638,9 +642,9 @@ Tensor augment(const Tensor &images_, std::vector<double> policy, const Tensor &
   BLD_CHECK(dtype != ScalarType::Byte && dtype != ScalarType::UInt16,
             "dtype: expected a floating-point dtype, got an integer one");
 
-  const std::vector<int64_t> shape =
-      channels_last ? std::vector<int64_t>{V * N, H, W, C} : std::vector<int64_t>{V * N, C, H, W};
-  Tensor made = torch::stable::new_empty(images, shape, dtype);
+  const std::vector<int64_t> shape{V * N, C, H, W};
+  Tensor made = channels_last ? new_channels_last(images, shape, static_cast<int32_t>(dtype))
+                              : torch::stable::new_empty(images, shape, dtype);
   if (made.numel() > 0) {
     call.views = made.mutable_data_ptr();
     use_large_pages(call.views, made.numel() * made.element_size());
@@ -648,8 +652,6 @@ Tensor augment(const Tensor &images_, std::vector<double> policy, const Tensor &
     torch::stable::parallel_for(0, N * V, std::max<int64_t>(1, PARALLEL_ELEMENTS / (C * H * W)),
                                 [&](int64_t begin, int64_t end) { run(call, begin, end); });
   }
-  if (channels_last) // [N, H, W, C] to [N, C, H, W]
-    made = torch::stable::transpose(torch::stable::transpose(made, 1, 3), 2, 3);
   return made;
 }
 

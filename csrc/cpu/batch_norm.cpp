@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "../check.h"
+#include "channels_last.h"
 #include "lanes.h"
 
 namespace bld_ext {
@@ -431,23 +432,13 @@ public:
     const bool kept = permuted || input.is_contiguous();
     return torch::stable::to(kept ? input : torch::stable::contiguous(input), ScalarType::Float);
   }
-  // A tensor of its own, and no view of one: autograd lets nobody change views in place.
   Tensor make(const Tensor &input) const {
     const std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
     if (!permuted)
       return torch::stable::new_empty(input, sizes);
-    std::vector<int64_t> strides(sizes.size(), 1);
-    int64_t stride = sizes[1];
-    for (size_t d = sizes.size() - 1; d > 1; stride *= sizes[d--])
-      strides[d] = stride;
-    strides[0] = stride;
-    int32_t dtype, device;
+    int32_t dtype;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(input.get(), &dtype));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(input.get(), &device));
-    AtenTensorHandle made;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(input.dim(), sizes.data(), strides.data(),
-                                                    dtype, device, 0, &made));
-    return Tensor(made);
+    return new_channels_last(input, sizes, dtype);
   }
 };
 

@@ -148,35 +148,55 @@ template <typename T> BLD_EXT_INLINE void zero(const Place &at, int64_t classes,
       std::memset(static_cast<void *>(to + c * at.class_stride), 0, at.lanes * sizeof(T));
 }
 
+// A sum over the classes of a head, some of them at a time, so that many of them lose no digits.
+constexpr int64_t SOME = 256;
+template <typename acc_t, int64_t W> struct Sum {
+  Lanes<acc_t, W> all{}, some{};
+
+  BLD_EXT_INLINE void turn() {
+    all += some;
+    some = Lanes<acc_t, W>{};
+  }
+};
+
 // z -> p = softmax(z / τ), in place; returns log Σ e^x of x = (z - max) / τ, and shows each x to
-// `visit(c, x)`. The one softmax: it makes the bank, and p is compared with the bank.
-template <typename acc_t, int64_t W, typename Visit>
+// `visit(c, x)`, and `turn()` behind some of them. The one softmax: it makes the bank, and p is
+// compared with the bank.
+template <typename acc_t, int64_t W, typename Visit, typename Turn>
 BLD_EXT_INLINE Lanes<acc_t, W> softmax(Lanes<acc_t, W> *z, int64_t classes,
-                                       acc_t inverse_temperature, Visit visit) {
+                                       acc_t inverse_temperature, Visit visit, Turn turn) {
   Lanes<acc_t, W> largest = z[0];
   for (int64_t c = 1; c < classes; ++c)
     largest = z[c] > largest ? z[c] : largest;
   // The largest, where e^x = 1, are counted apart: log Σ e^x keeps its digits where Σ e^x is
   // near 1.
-  Lanes<acc_t, W> others{}, ones{};
-  for (int64_t c = 0; c < classes; ++c) {
-    Lanes<acc_t, W> x = (z[c] - largest) * inverse_temperature;
-    visit(c, x);
-    const auto one = x == 0;
-    exp_nonpositive<W>(x);
-    others += one ? Lanes<acc_t, W>{} : x;
-    ones += one ? Lanes<acc_t, W>{} + 1 : Lanes<acc_t, W>{};
-    z[c] = x;
+  Sum<acc_t, W> others;
+  Lanes<acc_t, W> ones{};
+  for (int64_t first = 0; first < classes; first += SOME) {
+    const int64_t end = std::min(first + SOME, classes);
+    for (int64_t c = first; c < end; ++c) {
+      Lanes<acc_t, W> x = (z[c] - largest) * inverse_temperature;
+      visit(c, x);
+      const auto one = x == 0;
+      exp_nonpositive<W>(x);
+      others.some += one ? Lanes<acc_t, W>{} : x;
+      ones += one ? Lanes<acc_t, W>{} + 1 : Lanes<acc_t, W>{};
+      z[c] = x;
+    }
+    others.turn();
+    turn();
   }
-  Lanes<acc_t, W> sum = others + ones;
+  Lanes<acc_t, W> sum = others.all + ones;
   const Lanes<acc_t, W> inverse = acc_t(1) / sum;
   for (int64_t c = 0; c < classes; ++c)
     z[c] *= inverse;
   // log(1 + a) = log(s) a / (s - 1) with s the rounded 1 + a, as Kahan has it
-  const Lanes<acc_t, W> a = others + (ones - 1), above = sum - 1;
+  const Lanes<acc_t, W> a = others.all + (ones - 1), above = sum - 1;
   log_of_sum<W>(sum);
   return above == 0 ? a : sum * (a / above);
 }
+
+BLD_EXT_INLINE void nothing() {}
 
 // All heads at W neighbouring positions, or the `lanes` that are left of a line, from position s of
 // image n; adds to sums = {new loss, old loss}. `x` and `y` have room for all classes.
@@ -194,17 +214,18 @@ BLD_EXT_INLINE void tile(const Heads<scalar_t, acc_t> &h, int64_t n, int64_t s, 
   int64_t first = 0; // class at which the head begins
   for (int64_t size : h.head_sizes) {
     Lanes<acc_t, W> *p = x + first, *target = y + first;
-    Lanes<acc_t, W> mass{}, dot{};
+    Sum<acc_t, W> mass, dot;
     const auto compare = [&](int64_t c, const Lanes<acc_t, W> &x) BLD_EXT_INLINE_LAMBDA {
-      mass += target[c];
-      dot += target[c] == 0 ? Lanes<acc_t, W>{} : target[c] * x; // 0 even where x = -inf
+      mass.some += target[c];
+      dot.some += target[c] == 0 ? Lanes<acc_t, W>{} : target[c] * x; // 0 even where x = -inf
     };
+    const auto turn = [&]() BLD_EXT_INLINE_LAMBDA { mass.turn(), dot.turn(); };
     const auto ignore = [](int64_t, const Lanes<acc_t, W> &) BLD_EXT_INLINE_LAMBDA {};
-    const Lanes<acc_t, W> log_sum = h.targets
-                                        ? softmax<acc_t, W>(p, size, h.inverse_temperature, compare)
-                                        : softmax<acc_t, W>(p, size, h.inverse_temperature, ignore);
+    const Lanes<acc_t, W> log_sum =
+        h.targets ? softmax<acc_t, W>(p, size, h.inverse_temperature, compare, turn)
+                  : softmax<acc_t, W>(p, size, h.inverse_temperature, ignore, nothing);
     if (h.targets) {
-      old_loss += mass * log_sum - dot;  // -Σ ŷ (x - log Σ e^x)
+      old_loss += mass.all * log_sum - dot.all; // -Σ ŷ (x - log Σ e^x)
       for (int64_t c = 0; c < size; ++c) // exactly 0 where the bank was made from these logits
         target[c] = (p[c] - target[c]) * h.inverse_temperature;
     }
@@ -219,21 +240,23 @@ BLD_EXT_INLINE void tile(const Heads<scalar_t, acc_t> &h, int64_t n, int64_t s, 
 
   if (h.labels) {
     Lanes<acc_t, W> *p = x + h.C_old;
-    Lanes<acc_t, W> label{}, poison{}, counts{}, dot{};
+    typedef std::conditional_t<sizeof(acc_t) == 4, int32_t, int64_t> Class;
+    Lanes<Class, W> label{};
+    Lanes<acc_t, W> poison{}, counts{}, dot{};
     for (int64_t i = 0; i < lanes; ++i) {
       const int64_t class_ = h.labels[n * h.S + s + i];
       const bool known = 0 <= class_ && class_ < C_new;
-      label[i] = known ? static_cast<acc_t>(class_) : -1;
+      label[i] = known ? static_cast<Class>(class_) : -1;
       poison[i] = known ? 0 : std::numeric_limits<acc_t>::quiet_NaN();
       counts[i] = class_ != IGNORED;
     }
     const auto pick = [&](int64_t c, const Lanes<acc_t, W> &x) BLD_EXT_INLINE_LAMBDA {
-      dot += label == static_cast<acc_t>(c) ? x : Lanes<acc_t, W>{};
+      dot += label == static_cast<Class>(c) ? x : Lanes<acc_t, W>{};
     };
-    new_loss = softmax<acc_t, W>(p, C_new, 1, pick) - dot + poison;
+    new_loss = softmax<acc_t, W>(p, C_new, 1, pick, nothing) - dot + poison;
     new_loss = counts == 0 ? Lanes<acc_t, W>{} : new_loss; // whatever its logits are
     for (int64_t c = 0; c < C_new; ++c) {
-      p[c] += (label == static_cast<acc_t>(c) ? Lanes<acc_t, W>{} - 1 : Lanes<acc_t, W>{}) + poison;
+      p[c] += (label == static_cast<Class>(c) ? Lanes<acc_t, W>{} - 1 : Lanes<acc_t, W>{}) + poison;
       p[c] = counts == 0 ? Lanes<acc_t, W>{} : p[c];
     }
     store<acc_t, W>(p, at, C_new, h.new_grad + new_start);
@@ -252,7 +275,7 @@ BLD_EXT_INLINE void run_pieces(const Heads<scalar_t, acc_t> &h, int64_t begin, i
   struct alignas(64) Room {
     Lanes<acc_t, W> lanes[64 / sizeof(Lanes<acc_t, W>)];
   };
-  std::vector<Room> room(2 * h.C);
+  std::vector<Room> room((2 * h.C * sizeof(Lanes<acc_t, W>) + sizeof(Room) - 1) / sizeof(Room));
   Lanes<acc_t, W> *x = room.data()->lanes, *y = x + h.C;
   for (int64_t i = begin; i < end; ++i) {
     sums[i][0] = sums[i][1] = 0;
@@ -398,8 +421,11 @@ void set_labels(Call &call, const Tensor &labels) {
             call.logits.size(1), ", the classes of logits");
   call.head_sizes.pop_back();
   BLD_CHECK(labels.scalar_type() == ScalarType::Long, "labels: expected int64");
-  BLD_CHECK(labels.numel() * call.logits.size(1) == call.logits.numel(),
+  const auto of_logits = call.logits.sizes(), of_labels = labels.sizes();
+  BLD_CHECK(labels.dim() + 1 == call.logits.dim() && of_labels[0] == of_logits[0] &&
+                std::equal(of_labels.begin() + 1, of_labels.end(), of_logits.begin() + 2),
             "labels: expected [N, *spatial], one for each position of logits");
+  BLD_CHECK(call.logits.size(1) < INT32_MAX, "logits: expected fewer than 2^31 classes");
   call.labels = dense(labels);
 }
 

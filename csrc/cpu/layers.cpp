@@ -390,7 +390,10 @@ std::tuple<Tensor, Tensor> balance(const std::vector<TensorList *> &lists, Tenso
   const int64_t L = reference_norms.numel();
   check_lists(lists, layers, L);
   const double lambda = scalar("balance", balance_);
-  const Tensor reference = torch::stable::contiguous(reference_norms);
+  std::vector<double> reference(L); // which the lists may hold, too
+  const Tensor norms_given = torch::stable::contiguous(reference_norms);
+  for (int64_t l = 0; l < L; ++l)
+    reference[l] = element(norms_given, l);
   align(lists);
   const auto table = find_table(lists, measured, layers, L);
 
@@ -399,9 +402,8 @@ std::tuple<Tensor, Tensor> balance(const std::vector<TensorList *> &lists, Tenso
     set(norms, l, std::sqrt(sum));
     set(factors, l,
         norms.scalar_type() == ScalarType::Double
-            ? balance_factor<double>(std::sqrt(sum), element(reference, l), lambda)
-            : balance_factor<float>(static_cast<float>(std::sqrt(sum)), element(reference, l),
-                                    lambda));
+            ? balance_factor<double>(std::sqrt(sum), reference[l], lambda)
+            : balance_factor<float>(static_cast<float>(std::sqrt(sum)), reference[l], lambda));
     return element(factors, l);
   });
   write_back(*lists[0]);
