@@ -409,7 +409,7 @@ def images(images: Tensor, policy: Policy, dtype: torch.dtype, channels_last: bo
 
 
 def views(views: Sequence[int]) -> list[int]:
-    expected = f"whole numbers, 0 to {2**32 - 1}"
+    expected = f"a sequence of whole numbers, 0 to {2**32 - 1}, such as range(3)"
     require(isinstance(views, Sequence), "views", expected, views)
     views = list(views)
     require(all(whole(v) and 0 <= v < 2**32 for v in views), "views", expected, views)

@@ -105,6 +105,9 @@ class SeededAugment:
         )  # fmt: skip
         self.policy = Policy(*map(_plain, settings))
         checks.policy(self.policy, prefix="")
+        unit = all(0 <= x <= 1 for x in self.policy.mean)
+        expected = "values from 0 to 1, as images have before they are normalised: divide by 255"
+        checks.require(unit, "mean", expected, mean)
         self._geometry = self.policy.geometry_alone()
         self.dtype = dtype
         self.channels_last = channels_last

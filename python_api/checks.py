@@ -1,8 +1,10 @@
 """Checks that BLDOptimizer makes before anything changes; errors name argument and remedy."""
 
+import difflib
+import inspect
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -154,12 +156,19 @@ def augment(name: str, value: object) -> object:
     return value
 
 
-def removed(given: dict[str, object], known: dict[str, str]) -> None:
+def removed(given: dict[str, object], known: dict[str, str], options: Sequence[str]) -> None:
     """Refuse removed options, naming what replaces each, and unknown ones."""
     for name in given:
         if name in known:
             raise TypeError(f"{name}: BLDOptimizer has no such option any more; {known[name]}")
-        raise TypeError(f"BLDOptimizer.__init__() got an unexpected keyword argument {name!r}")
+        if name in inspect.signature(torch.optim.SGD).parameters:
+            remedy = f"give it to the base, base=functools.partial(torch.optim.SGD, {name}=...)"
+        else:
+            names = difflib.get_close_matches(name, options, 1)
+            remedy = (
+                f"did you mean {names[0]}=?" if names else f"the options are {', '.join(options)}"
+            )
+        raise TypeError(f"{name}: BLDOptimizer has no such option; {remedy}")
 
 
 def rates(lr: float, warmup_lr: float | None) -> float:
@@ -320,4 +329,7 @@ def tensors(images: object, labels: object) -> None:
         raise RuntimeError("step: it computes gradients; call it outside torch.inference_mode()")
     if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
         kinds = f"{type(images).__name__} and {type(labels).__name__}"
-        raise TypeError(f"images, labels: expected two tensors, step(images, labels), got {kinds}")
+        raise TypeError(
+            f"images, labels: expected two tensors, step(images, labels), got {kinds}; make them "
+            "with torch.as_tensor"
+        )

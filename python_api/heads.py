@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from bld_ext.api import checks
 from bld_ext.api.convert import unwatched
 from bld_ext.api.outputs import find_features
+from bld_ext.reference import WHITE
 
 
 class MultiHead(nn.Module):
@@ -86,9 +87,13 @@ class MultiHead(nn.Module):
         linear = None if found is None else _first_linear(found)
         if linear is None:
             got = f"{name!r}" + ("" if found is None else f", a {type(found).__name__}")
+            known = _classifier(model)
+            there = (
+                f"such as {known!r}" if known else "but this model has none: use MultiHead(model)"
+            )
             raise ValueError(
-                "name: expected a module of the model with a linear layer in it, such as "
-                f"{_classifier(model)!r}, got {got}"
+                "name: expected a module of the model with a linear layer in it, "
+                f"{there}, got {got}"
             )
         options.setdefault("in_features", linear.in_features)
         multi = cls(model, **options)
@@ -165,6 +170,11 @@ class MultiHead(nn.Module):
                 "heads are classifiers of their own, whose logits cannot be compared: evaluate "
                 "each task with its head. model(images) has the logits of all"
             )
+        if images.dtype in WHITE:
+            raise ValueError(
+                f"images: expected what the network was trained on, float images, got "
+                f"{images.dtype}; use SeededAugment.plain(images), or images / 255 without it"
+            )
         task = 0 if task is None else operator.index(task)
         if not 0 <= task < len(self.heads):
             raise ValueError(f"task: expected 0 to {len(self.heads) - 1}, got {task}")
@@ -226,7 +236,7 @@ def _first_linear(module: nn.Module) -> nn.Linear | None:
     return next((m for m in module.modules() if isinstance(m, nn.Linear)), None)
 
 
-def _classifier(model: nn.Module) -> str:
+def _classifier(model: nn.Module) -> str | None:
     """Return the name of the child with the last linear layer, as that of most classifiers."""
     names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    return names[-1].partition(".")[0] if names else "fc"
+    return names[-1].partition(".")[0] if names else None

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bld_ext.api.augment import parameters_of
+from bld_ext.api.augment import is_seeded, parameters_of
 from bld_ext.checks import outside_classes
 from bld_ext.reference import IGNORED
 
@@ -22,6 +22,11 @@ def check(labels: Tensor, images: Tensor, augment: object) -> None:
     if labels.dim() < 1 or len(labels) != len(images):
         shape = tuple(labels.shape)
         raise ValueError(f"labels: expected one for each of {len(images)} images, got {shape}")
+    if must_move(labels, augment) and is_seeded(augment) and labels.shape[1:] != images.shape[2:]:
+        raise ValueError(
+            f"labels: expected one for each image, or one for each pixel of {list(images.shape)}, "
+            f"got {list(labels.shape)}; of one-hot labels use labels.argmax(1)"
+        )
     if must_move(labels, augment) and not takes_masks(augment):
         raise ValueError(
             f"labels: expected one for each image, got {list(labels.shape)}, which have positions. "

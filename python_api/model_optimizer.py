@@ -35,6 +35,11 @@ class ModelOptimizer(torch.optim.Optimizer):
 
     def __init__(self, model: nn.Module, base: Callable[..., torch.optim.Optimizer], lr: float):
         self.model = model
+        if not callable(base):
+            got = base if isinstance(base, str) else f"an object, {type(base).__name__}"
+            raise TypeError(
+                f"base: expected the class of a torch optimizer, such as torch.optim.SGD, got {got}"
+            )
         self.base = base(list(model.parameters()), lr=lr if isinstance(lr, Tensor) else float(lr))
         if not isinstance(self.base, torch.optim.Optimizer):
             kind = type(self.base).__name__

@@ -5,6 +5,7 @@ Constraints", ECCV 2020. This file has the interface, `algorithm.py` the method,
 what surrounds the method in a step.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -170,7 +171,7 @@ class BLDOptimizer(StepRunner):
         reproducible: bool = False,
         **removed: object,
     ):
-        checks.removed(removed, REMOVED)
+        checks.removed(removed, REMOVED, inspect.getfullargspec(type(self).__init__).kwonlyargs)
         checks.model(model)
         self._processes = Processes(process_group, checks.choice("shard", shard, SHARDS))
         self.warmup_ratio = checks.rates(lr, warmup_lr)
@@ -186,7 +187,7 @@ class BLDOptimizer(StepRunner):
         self._recorder = Recorder()
         self._probed_with: object = NEVER
         self._sizes_found = NEVER, []
-        self._undistilled = 0, 0
+        self._undistilled, self._alone = (0, 0), set()
         super().__init__(model, base, lr)
         convert_view_batchnorm(model)
 

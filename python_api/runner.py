@@ -6,6 +6,7 @@ Each of these concerns has a file of its own: exact arithmetic (`precision`), Ba
 (`out_of_memory`) and recording as a CUDA graph (`capture`).
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -54,6 +55,7 @@ class StepRunner(ModelOptimizer):
     _probed_with: object  # the augment, heads and mode in which the model was tried out
     _sizes_found: tuple[object, list[int]]  # of a model without head_sizes, and its parameters then
     _undistilled: tuple[int, int]  # heads, and batches without distillation since they were so many
+    _alone: set[int]  # ids of the parameters beside which the only head was seen
 
     def release(self) -> None:
         """End the current batch: release the bank, the norms and the gradients."""
@@ -80,6 +82,8 @@ class StepRunner(ModelOptimizer):
 
     def _watch_distillation(self, sizes: list[int]) -> None:
         """Warn if the first two batches after a new head distil nothing; only these are read."""
+        if len(sizes) == 1 and self.balance != 0:
+            self._watch_only_head()
         heads, without = self._undistilled
         if heads != len(sizes):
             without = 0
@@ -88,6 +92,8 @@ class StepRunner(ModelOptimizer):
             distils = any(bool((learns & (n > 0)).any()) for n in self.last.distillation_norms)
             without = 2 if distils else without + 1
             self._undistilled = len(sizes), without
+            if distils:
+                self._warn_of_noise()
             if not distils and without == 2:
                 warn(
                     f"no layer was distilled in two batches with {len(sizes)} heads, since G_d or "
@@ -97,6 +103,31 @@ class StepRunner(ModelOptimizer):
                     f"Do joint_steps={self.joint_steps} and warmup_lr={self.warmup_lr} leave "
                     "nothing to distil? For finetuning, set balance=0",
                 )
+
+    def _watch_only_head(self) -> None:
+        """Warn where a model whose output has one head has new parameters, perhaps a head."""
+        params = {id(param) for param in self.model.parameters()}
+        if self._alone & params and params - self._alone:
+            warn(
+                "the model has new parameters since its last batch, but its output still has a "
+                "single head, so nothing is distilled. If a head was added, return the logits of "
+                "all heads side by side, the newest last; if one was replaced, keep the old one"
+            )
+        self._alone = params
+
+    def _warn_of_noise(self) -> None:
+        """Warn where ‖G_d‖ is so small beside ‖G_w‖ that it is made of rounding errors."""
+        wanted, found = self.last.reference_norms, self.last.distillation_norms[0]
+        both = (wanted > 0) & (found > 0)
+        ratio = (wanted / found)[both].nanmedian() if both.any() else wanted.new_zeros(())
+        if ratio > 1 / torch.finfo(ratio.dtype).eps:
+            digits = -math.log10(torch.finfo(ratio.dtype).eps)
+            warn(
+                f"‖G_w‖ / ‖G_d‖ is {ratio:.1g} in the median layer, and numbers have only "
+                f"{digits:.0f} digits, so the first joint update distils rounding errors. Raise "
+                f"warmup_lr={self.warmup_lr:.3g}, with which the old predictions hardly move, or "
+                "call model.double()"
+            )
 
     def _watch_stages(self) -> None:
         """Watch a batch that is learned by `warm_up` and `joint`, when it ends."""
@@ -406,7 +437,8 @@ class StepRunner(ModelOptimizer):
             if self._sizes_found[0] is NEVER and len(found) > 1:
                 warn(
                     f"the model has no head_sizes, so its output is read as heads of {found} "
-                    "classes, the newest one last. Return the logits of heads alone"
+                    "classes, the newest one last. If it returns anything else, return the logits "
+                    "of heads alone. Its own head_sizes = [...] would say so without this warning"
                 )
             self._sizes_found = shapes, found
         return self._sizes_found[1]

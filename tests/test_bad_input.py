@@ -364,8 +364,19 @@ def test_bad_option(make_model, name, value):
 def test_an_option_that_is_no_more_names_what_replaced_it(name, make_model):
     with pytest.raises(TypeError, match=f"^{name}: BLDOptimizer has no such option any more; .*="):
         BLDOptimizer(make_model((2,)), **{name: True})
-    with pytest.raises(TypeError, match="unexpected keyword argument 'lambda_'"):
-        BLDOptimizer(make_model((2,)), lambda_=1)
+
+
+@pytest.mark.parametrize(
+    "name, remedy",
+    [
+        ("lambda_", "the options are warmup_lr, temperature, balance, .*, reproducible$"),
+        ("num_views", "did you mean views=?"),
+        ("momentum", r"give it to the base, base=functools.partial\(torch.optim.SGD, momentum=..."),
+    ],
+)
+def test_an_option_that_never_was_has_a_remedy(name, remedy, make_model):
+    with pytest.raises(TypeError, match=f"^{name}: BLDOptimizer has no such option; {remedy}"):
+        BLDOptimizer(make_model((2,)), **{name: 1})
 
 
 def test_warmup_lr_needs_an_lr(make_model):

@@ -627,10 +627,22 @@ def test_a_table_stands_beside_the_printed_one(tiny_mnist, tmp_path, capsys):
     assert "lr: 0.001 before, 1.0 now" in capsys.readouterr().err
 
 
+def test_tasks_of_one_class_are_told_of(tmp_path, capsys):
+    options = ["--methods", "bld", *TINY, "--out", str(tmp_path)]
+    assert main(["--tasks", "5", *options]) == 0
+    assert "a single class" not in capsys.readouterr().err
+    assert main(["--tasks", "6", *options]) == 0
+    told = capsys.readouterr().err
+    assert "tasks: 6 tasks of 10 classes leave some tasks a single class" in told
+    assert f"replacing {tmp_path / 'results.json'}; --resume goes on with it" in told
+
+
 def test_a_dry_run_measures_and_writes_nothing(tiny_mnist, tmp_path, capsys):
     assert main(["table2", "--preset", "cpu", *TINY, *tiny_mnist, "--dry-run"]) == 0
     shown = capsys.readouterr().out
-    assert re.search(r"\| bld +\|", shown) and "minutes with 1 at a time" in shown
+    assert re.search(r"\| bld +\|", shown) and re.search(
+        "minutes?( or two)? with 1 at a time", shown
+    )
     assert "4 of 4" not in shown and "1 of 1" in shown  # --views 1
     assert [p.name for p in (tmp_path / "out").iterdir()] == [".lock"]
 

@@ -1059,3 +1059,93 @@ def test_a_state_of_a_compiled_model_goes_into_a_plain_one(make_model, make_batc
     model, other = make_model([2, 3]), make_model([2, 3])
     saved = BLDOptimizer(torch.compile(model), 0.1).state_dict()
     BLDOptimizer(other, 0.1).load_state_dict(saved)
+
+
+# ---- what is distilled, and whether it is more than noise ----
+
+
+@pytest.mark.parametrize(
+    "rate, dtype, noisy",
+    [(1e-6, torch.float32, True), (1e-2, torch.float32, False), (1e-6, torch.float64, False)],
+)
+def test_a_distillation_gradient_of_rounding_errors_is_warned_of(rate, dtype, noisy, make_batch):
+    torch.manual_seed(0)
+    backbone = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )  # fmt: skip
+    model = MultiHead(backbone, 8).to(dtype)
+    for _ in range(2):
+        model.add_head(2).to(dtype)
+    optimizer = BLDOptimizer(
+        model, rate, views=2, augment=SeededAugment(crop_padding=1, dtype=dtype)
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for number in range(3):
+            optimizer.step(*make_batch(2, number))
+    about = [str(w.message) for w in caught if "distils rounding errors" in str(w.message)]
+    assert len(about) == noisy
+    assert all("Raise warmup_lr=1e-08" in text and "only 7 digits" in text for text in about)
+
+
+class OnlyTheNewest(nn.Module):
+    """A model of several heads that returns the logits of one."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.heads = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), nn.ModuleList()
+
+    def forward(self, x):
+        return [self.heads[-1](self.backbone(x))]
+
+
+def exchanged(model):
+    model.heads[0] = nn.Linear(4, 2)
+
+
+def appended(model):
+    model.heads.append(nn.Linear(4, 2))
+
+
+@pytest.mark.parametrize("change", [exchanged, appended])
+@pytest.mark.parametrize("balance", [2.0, 0.0])
+def test_a_new_head_beside_which_no_old_one_is_returned_is_warned_of(change, balance, make_batch):
+    model = OnlyTheNewest()
+    appended(model)
+    images, labels = make_batch(2)
+    optimizer = BLDOptimizer(model, 0.1, balance=balance, views=1, augment=SeededAugment())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            optimizer.step(images, labels)
+        assert not [w for w in caught if "single head" in str(w.message)]
+        change(model)
+        for _ in range(2):
+            optimizer.step(images, labels)
+    assert len([w for w in caught if "single head" in str(w.message)]) == (balance > 0)
+
+
+def test_statistics_of_another_range_are_refused():
+    with pytest.raises(ValueError, match=r"^mean: expected values from 0 to 1, .* divide by 255"):
+        SeededAugment(mean=(125.3, 123.0, 113.9), std=(63.0, 62.1, 66.7))
+
+
+@pytest.mark.parametrize("base", ["sgd", torch.optim.SGD([torch.zeros(1)], 0.1)])
+def test_a_base_that_is_no_class_is_refused(base, make_model):
+    with pytest.raises(TypeError, match="^base: expected the class of a torch optimizer, such as"):
+        BLDOptimizer(make_model((2,)), base=base)
+
+
+def test_remedies_at_test_time_and_for_one_hot_labels(make_batch):
+    images, _ = make_batch(2)
+    model = MultiHead(nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), 4)
+    model.add_head(2)
+    images = (255 * images).to(torch.uint8)
+    with pytest.raises(ValueError, match=r"^images: .* torch.uint8; use SeededAugment.plain"):
+        model.predict(images, task=0)
+    optimizer = BLDOptimizer(model, views=1, augment=SeededAugment(crop_padding=1))
+    with pytest.raises(ValueError, match=r"^labels: .* of one-hot labels use labels.argmax\(1\)"):
+        optimizer.step(images, torch.zeros(len(images), 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="^name: .* but this model has none: use MultiHead"):
+        MultiHead.replacing(nn.Sequential(nn.Conv2d(3, 4, 1)), "fc")

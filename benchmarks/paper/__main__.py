@@ -42,7 +42,7 @@ from benchmarks.paper.work import (
 EXAMPLES = """\
 examples:
   python -m benchmarks.paper
-      the digits stream: five tasks, ten seeds, two minutes on two cores
+      the digits stream: five tasks, ten seeds, one or two minutes on two cores
   python -m benchmarks.paper table2 --preset cpu
       table 2 of the paper with a slim network and few images, beside the printed figures
   python -m benchmarks.paper table3 --device cuda --resume
@@ -278,6 +278,10 @@ def lead(args: argparse.Namespace) -> int:
             for file in (out / "results.json", out / "accuracy.png"):
                 if file.is_dir():  # an error here is better than one after hours of training
                     raise IsADirectoryError(f"{file} is a folder; give another --out")
+            if (out / "results.json").exists() and not (args.resume or args.dry_run):
+                print(
+                    f"replacing {out / 'results.json'}; --resume goes on with it", file=sys.stderr
+                )
             (dry_run if args.dry_run else command)(work)
     except (DatasetError, CheckpointError, ValueError, OSError, *NO_MEMORY) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)

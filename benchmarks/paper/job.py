@@ -148,7 +148,13 @@ def preflight(
     batches = [count_batches(learner, stream) for stream in streams for learner in learners]
     if not all(batches):
         raise ValueError("a task has fewer than 2 training images; give more, or fewer --tasks")
-    return sum(batches), loaded.notes
+    notes = loaded.notes
+    if loaded.classes < 2 * settings.tasks:
+        notes += (
+            f"tasks: {settings.tasks} tasks of {loaded.classes} classes leave some tasks a single "
+            "class, whose accuracy is 100 % and which teaches nothing; give fewer --tasks",
+        )
+    return sum(batches), notes
 
 
 def run_all(
