@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -200,6 +201,7 @@ class Situation:
     after: dict
     views: list[Tensor]
     cross_entropy: float
+    warm_up_norms: dict[str, float]  # ‖G_w‖ of each layer
 
 
 def situations(
@@ -231,7 +233,8 @@ def situations(
             augment=lambda images, views, **_: torch.cat([shown[v] for v in views]),
         )  # fmt: skip
         loss = once.step(images, labels).item()
-        return Situation(before, twin.state_dict(), shown, loss / len(images))
+        norms = dict(zip(once.last.layers, once.last.reference_norms.tolist(), strict=True))
+        return Situation(before, twin.state_dict(), shown, loss / len(images), norms)
 
     for number in range(2):
         model.add_head(2)
@@ -247,14 +250,24 @@ def situations(
     return found
 
 
-def table(found: dict[str, Situation], model: nn.Module) -> Iterator[list[str]]:
+def in_float64(situation: Situation, model: nn.Module) -> dict[str, Tensor]:
+    """Return G_d of each tensor in float64."""
+    states = (situation.before, situation.after)
+    wide = [{k: v.double() for k, v in state.items()} for state in states]
+    views = [x.double() for x in situation.views]
+    return distillation_gradient(copy.deepcopy(model).double(), *wide, views, Mode())
+
+
+def shrinkage(situation: Situation, exact: dict[str, Tensor]) -> float:
+    """Return ‖G_w‖ / ‖G_d‖ in the median layer; 1e7 is as far as the digits of float32 go."""
+    norms = {name: gradient.norm().item() for name, gradient in by_layer(exact).items()}
+    return median(situation.warm_up_norms[name] / norm for name, norm in norms.items() if norm)
+
+
+def table(
+    found: dict[str, Situation], exact: dict[str, dict[str, Tensor]], model: nn.Module
+) -> Iterator[list[str]]:
     """Yield a row for each mode: cosines and ratios of norms, early and late."""
-    double = copy.deepcopy(model).double()
-    exact = {}
-    for name, s in found.items():
-        wide = [{k: v.double() for k, v in state.items()} for state in (s.before, s.after)]
-        views = [x.double() for x in s.views]
-        exact[name] = distillation_gradient(double, *wide, views, Mode())
     on_gpu = found and next(iter(found.values())).views[0].is_cuda
     for label, mode in (MODES | MODES_OF_A_GPU if on_gpu else MODES).items():
         row = [label]
@@ -290,8 +303,11 @@ def main() -> None:
     )
     print("\n| mode | " + " | ".join(f"{n}: lowest cosine | median | norm" for n in found) + " |")
     print("| --- |" + " ---: |" * (3 * len(found)))
-    for row in table(found, model):
+    exact = {name: in_float64(s, model) for name, s in found.items()}
+    for row in table(found, exact, model):
         print("| " + " | ".join(row) + " |", flush=True)
+    ratios = (f"{name} {shrinkage(s, exact[name]):.1g}" for name, s in found.items())
+    print(f"\n‖G_w‖ / ‖G_d‖ in the median layer: {', '.join(ratios)}")
 
 
 if __name__ == "__main__":

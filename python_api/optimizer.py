@@ -25,6 +25,7 @@ from bld_ext.api.report import Batch, StepReport
 from bld_ext.api.runner import NEVER, StepRunner
 from bld_ext.api.schedules import SCHEDULES
 from bld_ext.api.setting import Setting
+from bld_ext.api.warn import warn
 
 REMOVED = {
     "balance_in_backward": "it changed neither results nor memory; schedule='in_backward' updates "
@@ -342,13 +343,27 @@ class BLDOptimizer(StepRunner):
 
     # ---- what every torch optimizer has ----
 
+    def state_dict(self) -> dict:
+        """Return torch's state and, under "bld", what tells whether it fits this optimizer."""
+        saved = super().state_dict()
+        saved["bld"]["options"] = self._options()
+        return saved
+
     def load_state_dict(self, state_dict: dict) -> None:
         """Restore a saved state; training continues bit for bit as it would have then.
 
         The model must already have the heads it had when the state was saved, and the optimizer
-        must have the options of then: views, λ and the like are not part of the state.
+        the options of then: views, λ and the like are not restored, and a warning names those that
+        are others.
         """
         super().load_state_dict(state_dict)
+        saved, own = state_dict.get("bld", {}).get("options", {}), self._options()
+        apart = [f"{k}={own[k]} (it was {v})" for k, v in saved.items() if own.get(k, v) != v]
+        if apart:
+            warn(
+                f"the state was saved with other options than those of this optimizer, which keeps "
+                f"its own: {', '.join(apart)}"
+            )
         self._release()
         self._recorder.forget()
         self._processes.forget()

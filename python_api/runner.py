@@ -232,16 +232,20 @@ class StepRunner(ModelOptimizer):
         self._batch = Batch(bank, layers, norms, self.batches, shape, tuple(sizes), settings)
         self.batches += 1
 
+    def _options(self) -> dict[str, str]:
+        """The options that what is learned depends on."""
+        names = ("temperature", "balance", "joint_steps", "views", "ignore_index", "layer",
+                 "schedule", "precision", "reproducible")  # fmt: skip
+        found = {name: repr(getattr(self, name)) for name in names}
+        seeded = is_seeded(self.augment)
+        found["augment"] = repr(self.augment) if seeded else type(self.augment).__name__
+        return found | {"warmup_lr": f"{self.warmup_ratio} · lr"}
+
     def _settings_of_step(self) -> dict[str, str]:
         """What the processes of a step must have alike; learning rates on a GPU are not read."""
-        names = ("temperature", "balance", "joint_steps", "views", "ignore_index",
-                 "layer", "schedule", "precision", "check_finite", "reproducible")  # fmt: skip
-        found = {name: repr(getattr(self, name)) for name in names}
-        found["augment"] = (
-            repr(self.augment) if is_seeded(self.augment) else type(self.augment).__name__
-        )
+        found = self._options()
         found["base"] = type(self.base).__name__
-        found["warmup_lr"] = f"{self.warmup_ratio} · lr"
+        found["check_finite"] = repr(self.check_finite)
         found["model.training"] = repr(self.model.training)
         for i, group in enumerate(self.param_groups):
             for name, value in group.items():

@@ -167,11 +167,7 @@ def found():
     torch.manual_seed(0)
     model = emulation.make_model("slim")
     situations = emulation.situations(model, "digits", "", lr=3e-3, views=2, train_lr=1e-3)
-    exact, double = {}, copy.deepcopy(model).double()
-    for name, s in situations.items():
-        wide = [{k: v.double() for k, v in state.items()} for state in (s.before, s.after)]
-        views = [x.double() for x in s.views]
-        exact[name] = emulation.distillation_gradient(double, *wide, views, emulation.Mode())
+    exact = {name: emulation.in_float64(s, model) for name, s in situations.items()}
     yield model, situations, exact
     torch.set_num_threads(threads)
 
@@ -199,3 +195,17 @@ def test_every_layer_keeps_its_gradient(found, when, backward):
 def test_what_is_refused_loses_it(found, mode):
     mode = mode and emulation.Mode(mode, mode)
     assert min(cosine(found, when, mode) for when in ("early", "late")) < 0.9
+
+
+def test_the_shorter_the_warm_up_the_smaller_is_what_is_distilled(found):
+    """‖G_w‖ / ‖G_d‖, where 1e7 is as far as the digits of float32 go."""
+    model, situations, exact = found
+    early = emulation.shrinkage(situations["early"], exact["early"])
+    assert 1e2 < early < 1e6
+    short = copy.deepcopy(situations["early"])
+    for name, value in short.before.items():  # a hundredth of the warm-up
+        if value.is_floating_point() and "running" not in name:
+            short.after[name] = (
+                value.double() + (short.after[name].double() - value) / 100
+            ).float()
+    assert 50 < emulation.shrinkage(short, emulation.in_float64(short, model)) / early < 200

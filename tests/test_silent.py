@@ -1149,3 +1149,20 @@ def test_remedies_at_test_time_and_for_one_hot_labels(make_batch):
         optimizer.step(images, torch.zeros(len(images), 2, dtype=torch.int64))
     with pytest.raises(ValueError, match="^name: .* but this model has none: use MultiHead"):
         MultiHead.replacing(nn.Sequential(nn.Conv2d(3, 4, 1)), "fc")
+
+
+def test_a_state_of_other_options_is_told_of(make_model):
+    def make(**options):
+        augment = options.pop("augment", SeededAugment(crop_padding=2))
+        return BLDOptimizer(make_model((2,)), 1e-2, augment=augment, **options)
+
+    saved = make(views=3).state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(views=3).load_state_dict(saved)
+        make(views=3, views_per_pass=3, check_finite=True).load_state_dict(saved)
+        make(views=4).load_state_dict({k: v for k, v in saved.items() if k != "bld"})
+    with pytest.warns(UserWarning, match=r"views=4 \(it was 3\), warmup_lr=0.1 · lr \(it was 0.01"):
+        make(views=4, warmup_lr=1e-3).load_state_dict(saved)
+    with pytest.warns(UserWarning, match=r"augment=.*flip=0.5.* \(it was .*crop_padding=2\)\)"):
+        make(views=3, augment=SeededAugment(flip=0.5)).load_state_dict(saved)
