@@ -148,55 +148,48 @@ template <typename T> BLD_EXT_INLINE void zero(const Place &at, int64_t classes,
       std::memset(static_cast<void *>(to + c * at.class_stride), 0, at.lanes * sizeof(T));
 }
 
-// A sum over the classes of a head, some of them at a time, so that many of them lose no digits.
+// Classes whose terms are added up before they join the others, so that wide heads lose no digits.
 constexpr int64_t SOME = 256;
-template <typename acc_t, int64_t W> struct Sum {
-  Lanes<acc_t, W> all{}, some{};
 
-  BLD_EXT_INLINE void turn() {
-    all += some;
-    some = Lanes<acc_t, W>{};
-  }
+template <typename acc_t, int64_t W> struct Sums {
+  Lanes<acc_t, W> log_sum, first, second;
 };
 
-// z -> p = softmax(z / τ), in place; returns log Σ e^x of x = (z - max) / τ, and shows each x to
-// `visit(c, x)`, and `turn()` behind some of them. The one softmax: it makes the bank, and p is
-// compared with the bank.
-template <typename acc_t, int64_t W, typename Visit, typename Turn>
-BLD_EXT_INLINE Lanes<acc_t, W> softmax(Lanes<acc_t, W> *z, int64_t classes,
-                                       acc_t inverse_temperature, Visit visit, Turn turn) {
+// z -> p = softmax(z / τ), in place; returns log Σ e^x of x = (z - max) / τ, and the two sums to
+// which `visit(c, x, first, second)` adds. The one softmax: it makes the bank, and p is compared
+// with the bank.
+template <typename acc_t, int64_t W, typename Visit>
+BLD_EXT_INLINE Sums<acc_t, W> softmax(Lanes<acc_t, W> *z, int64_t classes,
+                                      acc_t inverse_temperature, Visit visit) {
   Lanes<acc_t, W> largest = z[0];
   for (int64_t c = 1; c < classes; ++c)
     largest = z[c] > largest ? z[c] : largest;
   // The largest, where e^x = 1, are counted apart: log Σ e^x keeps its digits where Σ e^x is
   // near 1.
-  Sum<acc_t, W> others;
-  Lanes<acc_t, W> ones{};
-  for (int64_t first = 0; first < classes; first += SOME) {
-    const int64_t end = std::min(first + SOME, classes);
-    for (int64_t c = first; c < end; ++c) {
+  Lanes<acc_t, W> others{}, ones{}, first{}, second{};
+  for (int64_t begin = 0; begin < classes; begin += SOME) {
+    Lanes<acc_t, W> some{}, some_first{}, some_second{};
+    const int64_t end = std::min(begin + SOME, classes);
+    for (int64_t c = begin; c < end; ++c) {
       Lanes<acc_t, W> x = (z[c] - largest) * inverse_temperature;
-      visit(c, x);
+      visit(c, x, some_first, some_second);
       const auto one = x == 0;
       exp_nonpositive<W>(x);
-      others.some += one ? Lanes<acc_t, W>{} : x;
+      some += one ? Lanes<acc_t, W>{} : x;
       ones += one ? Lanes<acc_t, W>{} + 1 : Lanes<acc_t, W>{};
       z[c] = x;
     }
-    others.turn();
-    turn();
+    others += some, first += some_first, second += some_second;
   }
-  Lanes<acc_t, W> sum = others.all + ones;
+  Lanes<acc_t, W> sum = others + ones;
   const Lanes<acc_t, W> inverse = acc_t(1) / sum;
   for (int64_t c = 0; c < classes; ++c)
     z[c] *= inverse;
   // log(1 + a) = log(s) a / (s - 1) with s the rounded 1 + a, as Kahan has it
-  const Lanes<acc_t, W> a = others.all + (ones - 1), above = sum - 1;
+  const Lanes<acc_t, W> a = others + (ones - 1), above = sum - 1;
   log_of_sum<W>(sum);
-  return above == 0 ? a : sum * (a / above);
+  return {above == 0 ? a : sum * (a / above), first, second};
 }
-
-BLD_EXT_INLINE void nothing() {}
 
 // All heads at W neighbouring positions, or the `lanes` that are left of a line, from position s of
 // image n; adds to sums = {new loss, old loss}. `x` and `y` have room for all classes.
@@ -214,18 +207,18 @@ BLD_EXT_INLINE void tile(const Heads<scalar_t, acc_t> &h, int64_t n, int64_t s, 
   int64_t first = 0; // class at which the head begins
   for (int64_t size : h.head_sizes) {
     Lanes<acc_t, W> *p = x + first, *target = y + first;
-    Sum<acc_t, W> mass, dot;
-    const auto compare = [&](int64_t c, const Lanes<acc_t, W> &x) BLD_EXT_INLINE_LAMBDA {
-      mass.some += target[c];
-      dot.some += target[c] == 0 ? Lanes<acc_t, W>{} : target[c] * x; // 0 even where x = -inf
-    };
-    const auto turn = [&]() BLD_EXT_INLINE_LAMBDA { mass.turn(), dot.turn(); };
-    const auto ignore = [](int64_t, const Lanes<acc_t, W> &) BLD_EXT_INLINE_LAMBDA {};
-    const Lanes<acc_t, W> log_sum =
-        h.targets ? softmax<acc_t, W>(p, size, h.inverse_temperature, compare, turn)
-                  : softmax<acc_t, W>(p, size, h.inverse_temperature, ignore, nothing);
+    typedef Lanes<acc_t, W> Block;
+    const auto compare = [&](int64_t c, const Block &x, Block &mass, Block &dot)
+                             BLD_EXT_INLINE_LAMBDA {
+                               mass += target[c];
+                               dot += target[c] == 0 ? Block{} : target[c] * x; // 0 of x = -inf
+                             };
+    const auto ignore = [](int64_t, const Block &, Block &, Block &) BLD_EXT_INLINE_LAMBDA {};
+    const auto [log_sum, mass, dot] =
+        h.targets ? softmax<acc_t, W>(p, size, h.inverse_temperature, compare)
+                  : softmax<acc_t, W>(p, size, h.inverse_temperature, ignore);
     if (h.targets) {
-      old_loss += mass.all * log_sum - dot.all; // -Σ ŷ (x - log Σ e^x)
+      old_loss += mass * log_sum - dot;  // -Σ ŷ (x - log Σ e^x)
       for (int64_t c = 0; c < size; ++c) // exactly 0 where the bank was made from these logits
         target[c] = (p[c] - target[c]) * h.inverse_temperature;
     }
@@ -242,7 +235,7 @@ BLD_EXT_INLINE void tile(const Heads<scalar_t, acc_t> &h, int64_t n, int64_t s, 
     Lanes<acc_t, W> *p = x + h.C_old;
     typedef std::conditional_t<sizeof(acc_t) == 4, int32_t, int64_t> Class;
     Lanes<Class, W> label{};
-    Lanes<acc_t, W> poison{}, counts{}, dot{};
+    Lanes<acc_t, W> poison{}, counts{};
     for (int64_t i = 0; i < lanes; ++i) {
       const int64_t class_ = h.labels[n * h.S + s + i];
       const bool known = 0 <= class_ && class_ < C_new;
@@ -250,10 +243,12 @@ BLD_EXT_INLINE void tile(const Heads<scalar_t, acc_t> &h, int64_t n, int64_t s, 
       poison[i] = known ? 0 : std::numeric_limits<acc_t>::quiet_NaN();
       counts[i] = class_ != IGNORED;
     }
-    const auto pick = [&](int64_t c, const Lanes<acc_t, W> &x) BLD_EXT_INLINE_LAMBDA {
+    const auto pick = [&](int64_t c, const Lanes<acc_t, W> &x, Lanes<acc_t, W> &dot,
+                          Lanes<acc_t, W> &) BLD_EXT_INLINE_LAMBDA {
       dot += label == static_cast<Class>(c) ? x : Lanes<acc_t, W>{};
     };
-    new_loss = softmax<acc_t, W>(p, C_new, 1, pick, nothing) - dot + poison;
+    const Sums<acc_t, W> found = softmax<acc_t, W>(p, C_new, 1, pick);
+    new_loss = found.log_sum - found.first + poison;
     new_loss = counts == 0 ? Lanes<acc_t, W>{} : new_loss; // whatever its logits are
     for (int64_t c = 0; c < C_new; ++c) {
       p[c] += (label == static_cast<Class>(c) ? Lanes<acc_t, W>{} - 1 : Lanes<acc_t, W>{}) + poison;
