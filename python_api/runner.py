@@ -116,17 +116,20 @@ class StepRunner(ModelOptimizer):
         self._alone = params
 
     def _warn_of_noise(self) -> None:
-        """Warn where ‖G_d‖ is so small beside ‖G_w‖ that it is made of rounding errors."""
+        """Warn where ‖G_d‖ is so small beside ‖G_w‖ that rounding errors are a part of it.
+
+        A tenth of the digits' range is left for later in the task, where it is smaller still.
+        """
         wanted, found = self.last.reference_norms, self.last.distillation_norms[0]
         both = (wanted > 0) & (found > 0)
         ratio = (wanted / found)[both].nanmedian() if both.any() else wanted.new_zeros(())
-        if ratio > 1 / torch.finfo(ratio.dtype).eps:
+        if ratio > 0.1 / torch.finfo(ratio.dtype).eps:
             digits = -math.log10(torch.finfo(ratio.dtype).eps)
             warn(
                 f"‖G_w‖ / ‖G_d‖ is {ratio:.1g} in the median layer, and numbers have only "
-                f"{digits:.0f} digits, so the first joint update distils rounding errors. Raise "
-                f"warmup_lr={self.warmup_lr:.3g}, with which the old predictions hardly move, or "
-                "call model.double()"
+                f"{digits:.0f} digits, so the first joint update distils rounding errors, now or "
+                f"later in the task. Raise warmup_lr={self.warmup_lr:.3g}, with which the old "
+                "predictions hardly move, or call model.double()"
             )
 
     def _watch_stages(self) -> None:
