@@ -4,7 +4,7 @@ import difflib
 import inspect
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -156,7 +156,7 @@ def augment(name: str, value: object) -> object:
     return value
 
 
-def removed(given: dict[str, object], known: dict[str, str], options: Sequence[str]) -> None:
+def removed(given: dict[str, object], known: dict[str, str], optimizer: type) -> None:
     """Refuse removed options, naming what replaces each, and unknown ones."""
     for name in given:
         if name in known:
@@ -164,6 +164,7 @@ def removed(given: dict[str, object], known: dict[str, str], options: Sequence[s
         if name in inspect.signature(torch.optim.SGD).parameters:
             remedy = f"give it to the base, base=functools.partial(torch.optim.SGD, {name}=...)"
         else:
+            options = inspect.getfullargspec(optimizer).kwonlyargs
             names = difflib.get_close_matches(name, options, 1)
             remedy = (
                 f"did you mean {names[0]}=?" if names else f"the options are {', '.join(options)}"

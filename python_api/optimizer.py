@@ -5,7 +5,6 @@ Constraints", ECCV 2020. This file has the interface, `algorithm.py` the method,
 what surrounds the method in a step.
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -172,7 +171,7 @@ class BLDOptimizer(StepRunner):
         reproducible: bool = False,
         **removed: object,
     ):
-        checks.removed(removed, REMOVED, inspect.getfullargspec(type(self).__init__).kwonlyargs)
+        checks.removed(removed, REMOVED, BLDOptimizer)
         checks.model(model)
         self._processes = Processes(process_group, checks.choice("shard", shard, SHARDS))
         self.warmup_ratio = checks.rates(lr, warmup_lr)

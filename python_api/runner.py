@@ -94,7 +94,7 @@ class StepRunner(ModelOptimizer):
             self._undistilled = len(sizes), without
             if distils:
                 self._warn_of_noise()
-            if not distils and without == 2:
+            elif without == 2:
                 warn(
                     f"no layer was distilled in two batches with {len(sizes)} heads, since G_d or "
                     "the new task's gradient is zero in each. Do old heads run under no_grad, or "

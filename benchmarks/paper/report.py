@@ -163,9 +163,7 @@ def estimate_table(found: list["Estimate"], jobs: int) -> str:
         cells += [f"{e.held_bytes / 1e6:.1f} MB", e.views]
         rows.append([e.method, *cells, *[f"{(e.allocated or 0) / 1e9:.2f} GB"] * on_gpu])
     minutes = sum(e.seconds for e in found) / jobs / 60
-    time = f"about {minutes:,.0f} minutes" if minutes >= 1.5 else "a minute or two"
-    time = "less than a minute" if minutes < 0.5 else time
-    ending = f"{time} with {jobs} at a time, without evaluations"
+    ending = f"about {minutes:,.1f} minutes with {jobs} at a time, without evaluations"
     return f"{markdown(rows)}\n\n{ending}"
 
 
