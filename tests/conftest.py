@@ -154,11 +154,18 @@ def poison():
 
 @pytest.fixture
 def outputs_by_registers():
-    """outputs_by_registers(code): what the Python code prints with SSE2, AVX2 and AVX-512."""
+    """outputs_by_registers(code): what the Python code prints with SSE2, AVX2 and AVX-512.
+
+    As far as the processor has them: told "avx512", torch runs it on any.
+    """
+    widths = ["default", "avx2", "avx512"]
+    widest = torch.backends.cpu.get_cpu_capability().lower()
+    if widest not in widths[1:]:
+        pytest.skip(f"this processor has one kind of vector registers ({widest})")
 
     def run(code):
         printed = []
-        for capability in ("default", "avx2", "avx512"):
+        for capability in widths[: widths.index(widest) + 1]:
             env = os.environ | {"ATEN_CPU_CAPABILITY": capability}
             command = [sys.executable, "-c", code]
             done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
