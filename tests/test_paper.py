@@ -714,6 +714,15 @@ def test_a_worker_makes_its_gpu_the_current_one(monkeypatch):
     assert calls == ["init", "cuda:1"]
 
 
+def test_each_stream_of_a_table_has_its_own_title(tiny_mnist, tmp_path):
+    data = tmp_path / "mnist.npz"
+    data.rename(tmp_path / "cifar10.npz")
+    options = ["table5", "--preset", "cpu", "--methods", "finetune", *TINY, *tiny_mnist]
+    assert main(options) == 0
+    titles = re.findall(r"cifar10, \d tasks", (tmp_path / "out" / "table.md").read_text())
+    assert titles == ["cifar10, 2 tasks", "cifar10, 5 tasks"]
+
+
 def test_every_run_is_in_the_results_before_it_is_told(tiny_mnist, tmp_path, monkeypatch):
     told = []
 

@@ -217,10 +217,10 @@ def paper_table(work: Work) -> None:
             found = as_json(result(work, stream, records))
             write_whole(stream.out / "results.json", found)
             rows = tables.table(records, stream.dataset, stream.settings.tasks)
-            parts[stream.out] = f"{rows}\n\n{tables.differences(records)}\n"
+            differences = tables.differences(records)
+            parts[stream.out] = f"{title}; in brackets the paper's\n\n{rows}\n\n{differences}\n"
             heads = [f"{work.args.what}: {TABLES[work.args.what].caption}\n"]
-            shown = [f"{title}; in brackets the paper's\n\n{text}" for text in parts.values()]
-            write_whole(work.out / "table.md", "\n".join(heads + shown).encode())
+            write_whole(work.out / "table.md", "\n".join([*heads, *parts.values()]).encode())
 
         records = work.train(stream, keep)
         keep(records)
