@@ -81,6 +81,10 @@ class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
         self.mode = self.found = self.pooled = self.counted = None
         self.views = 1
 
+    def __getstate__(self) -> dict:
+        passing = ("mode", "found", "pooled", "counted", "views")  # a copy is not in the step
+        return {name: x for name, x in vars(self).items() if name not in passing}
+
     def extra_repr(self) -> str:
         own = "" if self.statistics == "once" else f", statistics={self.statistics!r}"
         return super().extra_repr() + own

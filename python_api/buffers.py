@@ -20,7 +20,7 @@ class Buffers:
     def restore(self) -> None:
         """Give every buffer its tensor and its values back."""
         for _, module, key, buffer, before in self._places:
-            if not _equal(buffer, before):  # others may refuse to be written to
+            if not equal(buffer, before):  # others may refuse to be written to
                 buffer.copy_(before)
             if module._buffers.get(key) is not buffer:
                 module._buffers[key] = buffer
@@ -30,9 +30,23 @@ class Buffers:
         return [
             name
             for name, module, key, _, before in self._places
-            if not _equal(module._buffers.get(key), before)
+            if not equal(module._buffers.get(key), before)
         ]
 
 
-def _equal(now: Tensor | None, before: Tensor) -> bool:
-    return now is not None and now.shape == before.shape and torch.equal(now, before)
+def equal(a: Tensor | None, b: Tensor) -> bool:
+    """Return whether two tensors have the same values, where nan is equal to nan."""
+    if a is None or a.shape != b.shape or a.layout != b.layout:
+        return False
+    if a.layout != torch.strided:
+        return all(map(equal, _parts(a), _parts(b)))
+    return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def _parts(sparse: Tensor) -> tuple[Tensor, ...]:
+    if sparse.layout == torch.sparse_coo:
+        sparse = sparse.coalesce()
+        return sparse.indices(), sparse.values()
+    if sparse.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return sparse.crow_indices(), sparse.col_indices(), sparse.values()
+    return sparse.ccol_indices(), sparse.row_indices(), sparse.values()

@@ -80,8 +80,9 @@ _LEFT = (ViewBatchNorm, nn.SyncBatchNorm, LazyModuleMixin)
 def convert_view_batchnorm(module: nn.Module, statistics: str | None = None) -> nn.Module:
     """Turn every `nn.BatchNorm*d` inside into a `ViewBatchNorm`, in place, and return the module.
 
-    A subclass of BatchNorm keeps its own forward, which is called view by view; a SyncBatchNorm is
-    left as it is. `revert_view_batchnorm` undoes all of it.
+    A subclass of BatchNorm keeps its own forward, which is called view by view. A SyncBatchNorm is
+    left as it is, and so is a module whose forward was replaced on the object.
+    `revert_view_batchnorm` undoes all of it.
 
     Modules, parameters, buffers and hooks stay the same objects, and the state_dict is unchanged.
     Outside a BLD step each module computes what it did before, and it is still an instance of its
@@ -101,11 +102,9 @@ def convert_view_batchnorm(module: nn.Module, statistics: str | None = None) -> 
         expected = ", ".join(STATISTICS)
         raise ValueError(f"statistics: expected one of {expected}, got {statistics!r}")
     for child in module.modules():
-        if type(child) in _CONVERTED:
-            child.__class__ = _CONVERTED[type(child)]
-        elif isinstance(child, _BatchNorm) and not isinstance(child, _LEFT):
-            if not is_taken(child):
-                child.__class__ = view_class(type(child))
+        new = isinstance(child, _BatchNorm) and not isinstance(child, _LEFT)
+        if new and not is_taken(child) and "forward" not in vars(child):
+            child.__class__ = _CONVERTED.get(type(child)) or view_class(type(child))
         if statistics and isinstance(child, ViewBatchNorm):
             child.statistics = statistics
     for child in module.modules():

@@ -1,9 +1,8 @@
 """MultiHead: a shared backbone with one classifier a task."""
 
 import operator
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 
 import torch
 import torch.nn.functional as F
@@ -190,17 +189,15 @@ class MultiHead(nn.Module):
             del self.heads[before:]
             raise
 
-    @staticmethod
-    def _saved_size(state_dict, prefix: str) -> int | None:
-        """The classes of a saved head: the length of its last matrix or bias."""
-        aside = re.compile(r"parametrizations\.\w+\.\d+\.")  # what a parametrization remembers
-        own = {key: x for key, x in state_dict.items() if key.startswith(prefix) and x.dim()}
-        likely = [
-            x
-            for key, x in own.items()
-            if (x.dim() > 1 or key.endswith("bias")) and not aside.search(key)
-        ]
-        return [*own.values(), *likely][-1].shape[0] if own else None
+    def _saved_size(self, state_dict, prefix: str) -> int | None:
+        """The classes of a saved head: as many as a head of the saved shapes has."""
+        saved = _shapes(state_dict, prefix)
+        sizes = [*dict.fromkeys(shape[0] for shape in saved.values() if shape)]
+        for size in sizes:
+            with suppress(Exception):  # some heads cannot be made in every size
+                if _shapes(self._make_head(self.in_features, size).state_dict()) == saved:
+                    return size
+        return sizes[-1] if sizes else None
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         while size := self._saved_size(state_dict, f"{prefix}heads.{len(self.heads)}."):
@@ -217,6 +214,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, training in modes.items():
+            if module.training != training:  # a train() of its own may undo what eval() did
+                module.train(training)
+        for module, training in modes.items():
             module.training = training
 
 
@@ -230,6 +230,12 @@ def _classes_of(head: nn.Module, name: str) -> int:
         f"{name}: expected a module with out_features, its number of classes, got a "
         f"{type(head).__name__} without; set head.out_features"
     )
+
+
+def _shapes(state: Mapping[str, object], prefix: str = "") -> dict[str, torch.Size]:
+    """Return the shapes of the tensors in a state_dict whose names begin with `prefix`."""
+    tensors = {key: x for key, x in state.items() if isinstance(x, Tensor)}
+    return {k.removeprefix(prefix): x.shape for k, x in tensors.items() if k.startswith(prefix)}
 
 
 def _first_linear(module: nn.Module) -> nn.Linear | None:

@@ -5,14 +5,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from bld_ext.api.out_of_memory import is_out_of_memory
+
 
 class NeedsContiguousError(RuntimeError):
     """The model cannot run on images in torch.channels_last."""
 
 
 def needs_contiguous(error: RuntimeError) -> bool:
-    """Return whether an error of a forward pass is about the strides of what it got."""
-    return any(word in str(error) for word in ("view size is not compatible", "contiguous"))
+    """Return whether an error of a pass is about the strides of what it got."""
+    named = any(word in str(error) for word in ("view size is not compatible", "contiguous"))
+    return named and not is_out_of_memory(error)  # while a kernel makes something contiguous
 
 
 class MemoryFormat:

@@ -4,7 +4,7 @@ A view that is made again has to be the same view, and the network has to comput
 Otherwise the distillation gradient is noise, which balancing scales to full size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from bld_ext.api.batch_norm import RUNNING, ViewBatchNorm
-from bld_ext.api.buffers import Buffers
-from bld_ext.api.shards import reshard
+from bld_ext.api.buffers import Buffers, equal
+from bld_ext.api.shards import part, reshard
 from bld_ext.api.views import Views
 from bld_ext.api.warn import warn
 
@@ -32,26 +32,73 @@ def no_trace(model: nn.Module) -> Iterator[Buffers]:
 
 # A call of a module: its name, its first input and its output.
 Call = tuple[str, Tensor, Tensor]
+# What is left of a call at once: its name, the dtype of its output, and a number for its values.
+Trace = tuple[str, torch.dtype, int]
 
 
 @contextmanager
-def _watched(model: nn.Module, calls: list[Call], masks: bool = True) -> Iterator[None]:
-    """Record the calls of all modules, inner ones first; with `masks`, dropout is switched off."""
+def _watched(model: nn.Module, note: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+    """Call `note(name, input, output)` at each call of a module, inner ones first."""
 
-    def note(module: nn.Module, inputs: tuple, output: object) -> None:
+    def watch(module: nn.Module, inputs: tuple, output: object) -> None:
         output = output[0] if isinstance(output, tuple) and output else output
         if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
-            calls.append((names[module], inputs[0].detach(), output.detach()))
+            note(names[module], inputs[0].detach(), output.detach())
 
     scripted = torch.jit.ScriptModule  # cannot have hooks
     names = {m: name for name, m in model.named_modules() if not isinstance(m, scripted)}
-    hooks = [m.register_forward_hook(note) for m in names]
+    hooks = [m.register_forward_hook(watch) for m in names]
     try:
-        with _without_dropout(model) if masks else nullcontext():
-            yield
+        yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _traced(one: Views) -> tuple[Tensor, list[Trace], list[str]]:
+    """Run the network; return the logits, what it called, and the buffers that moved."""
+    calls: list[Trace] = []
+
+    def note(name: str, given: Tensor, made: Tensor) -> None:
+        calls.append((name, made.dtype, _digest(made)))
+
+    with no_trace(one.model) as before, _watched(one.model, note), uncompiled(one.model):
+        return _run(one), calls, before.moved()
+
+
+def _recorded(one: Views) -> tuple[Tensor, list[Call]]:
+    """Run the network; return the logits and all calls, which take memory."""
+    calls: list[Call] = []
+
+    def note(name: str, given: Tensor, made: Tensor) -> None:
+        calls.append((name, given, made))
+
+    with no_trace(one.model), _watched(one.model, note), uncompiled(one.model):
+        return _run(one), calls
+
+
+def _run(one: Views) -> Tensor:
+    (found,) = one
+    return found.logits.detach()
+
+
+def _digest(x: Tensor) -> int:
+    """A number that differs where the bits of the values do, but for a coincidence."""
+    if x.is_nested or x.layout is not torch.strided:
+        return 0
+    x = part(x).resolve_conj().resolve_neg()
+    bits = (torch.view_as_real(x) if x.is_complex() else x).flatten()
+    bits = bits.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.itemsize])
+    places = torch.arange(1, 2 * len(bits), 2, dtype=torch.int32, device=bits.device)  # all odd
+    return (bits * places).sum().item()
+
+
+def _side_by_side(*runs: list[Call]) -> Iterator[tuple[Call, ...]]:
+    """The calls of several runs, as far as they are of the same modules."""
+    for calls in zip(*runs, strict=False):
+        if len({name for name, *_ in calls}) > 1:
+            return
+        yield calls
 
 
 def _dropouts(model: nn.Module) -> list[nn.Module]:
@@ -87,10 +134,6 @@ def _close(a: Tensor, b: Tensor, tolerance: float = 1e-3) -> bool:
     finite = a.abs().nan_to_num(0, 0, 0)
     scale = finite.max().item() if finite.numel() else 0
     return torch.allclose(a, b, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def is_compiled(model: nn.Module) -> bool:
@@ -133,7 +176,9 @@ def require_repeatable(one: Views) -> bool:
         ValueError: the view or what the network computes is another one the second time.
     """
     made = [one.make(range(1)) for _ in range(2)]
-    if not all(_close(a, b, 1e-5) for a, b in zip(*made, strict=True)):
+    same = all(_close(a, b, 1e-5) for a, b in zip(*made, strict=True))
+    del made
+    if not same:
         raise ValueError(
             "augment: expected the same view from the same seed, step, view and indices, got "
             "another one the second time. The global generators of torch, NumPy and Python are "
@@ -142,56 +187,55 @@ def require_repeatable(one: Views) -> bool:
         )
     if not runs_uncompiled(one.model):
         return True
-    calls, logits, dropouts = [[], []], [], _dropouts(one.model)
-    for noted in calls:
-        watched = _watched(one.model, noted, masks=False)
-        with no_trace(one.model) as before, watched, uncompiled(one.model):
-            (found,) = one
-            moved = before.moved()
-        logits.append(found.logits.detach())
-    for (name, *first), (_, *again) in zip(*calls, strict=False):
-        same_input, same_output = (_close(a, b, 1e-5) for a, b in zip(first, again, strict=True))
+    (before, first, _), (logits, again, moved) = _traced(one), _traced(one)
+    if first != again or not equal(before, logits):
+        _find_what_differs(one)
+    _warn_of_buffers(one.model, moved)
+    _warn_of_reduced_precision(one.model, again)
+    return not one.channels_last or _takes_channels_last(one, logits)
+
+
+def _find_what_differs(one: Views) -> None:
+    """Refuse a module whose output differs from run to run, and warn of other last digits."""
+    (first, calls), (again, others) = _recorded(one), _recorded(one)
+    for (name, *before), (_, *now) in _side_by_side(calls, others):
+        same_input, same_output = (_close(a, b, 1e-5) for a, b in zip(before, now, strict=True))
         if same_input and not same_output:
             _refuse(name, one.model)
-    if not _close(*logits, 1e-5):  # a model that takes no hooks
+    if not _close(first, again, 1e-5):  # a model that takes no hooks
         _refuse("", one.model)
-    if logits[0].device.type == "cpu":
-        _warn_of_last_digits(calls, logits)
-    _warn_of_buffers(one.model, moved)
-    _warn_of_reduced_precision(one.model, calls[0])
-    if not one.channels_last:
-        return True
-    with _without_dropout(one.model):  # whose masks are drawn in the order of memory
-        contiguous = _logits(replace(one, channels_last=False))
-        found = _logits(one) if dropouts else logits[-1]
+    if first.device.type == "cpu" and not equal(first, again):
+        _warn_of_last_digits(calls, others)
+
+
+def _takes_channels_last(one: Views, logits: Tensor) -> bool:
+    """Return whether contiguous images give these logits, too."""
+    dropouts = _dropouts(one.model)
+    with no_trace(one.model), uncompiled(one.model), _without_dropout(one.model):
+        # dropout's masks are drawn in the order of memory
+        contiguous = _run(replace(one, channels_last=False))
+        found = _run(one) if dropouts else logits
     return _close(found, contiguous, 1e-4)
 
 
-def _logits(one: Views) -> Tensor:
-    with no_trace(one.model), uncompiled(one.model):
-        (found,) = one
-    return found.logits.detach()
-
-
-def _warn_of_last_digits(calls: list[list[Call]], logits: list[Tensor]) -> None:
+def _warn_of_last_digits(calls: list[Call], others: list[Call]) -> None:
     """Warn of what is not repeated bit for bit; on a GPU, atomic sums may do so within reason."""
-    if not _equal(*logits):
-        found = (
-            name
-            for (name, *first), (_, *again) in zip(*calls, strict=False)
-            if _equal(first[0], again[0]) and not _equal(first[1], again[1])
-        )
-        warn(
-            f"{next(found, '') or 'the model'} computed other last digits when it ran again on the "
-            "same view. Early in a task, what is distilled is as small as they are, and balancing "
-            "scales both to full size. Draw random numbers from the global generators of torch, "
-            "NumPy or Python, and keep nothing from one forward pass to the next but buffers",
-        )
+    found = (
+        name
+        for (name, *first), (_, *again) in _side_by_side(calls, others)
+        if equal(first[0], again[0]) and not equal(first[1], again[1])
+    )
+    warn(
+        f"{next(found, '') or 'the model'} computed other last digits when it ran again on the "
+        "same view. Early in a task, what is distilled is as small as they are, and balancing "
+        "scales both to full size. Draw random numbers from the global generators of torch, "
+        "NumPy or Python, and keep nothing from one forward pass to the next but buffers",
+    )
 
 
-def _warn_of_reduced_precision(model: nn.Module, calls: list[Call]) -> None:
+def _warn_of_reduced_precision(model: nn.Module, calls: list[Trace]) -> None:
     reduced = (torch.bfloat16, torch.float16)
-    found = {name: output.dtype for name, _, output in calls if output.dtype in reduced}
+    found = {name: dtype for name, dtype, _ in calls if dtype in reduced}
     if found:
         name, dtype = next(iter(found.items()))
         warn(
@@ -245,20 +289,16 @@ def what_mixes(first: Views, second: Views, both: Views) -> str | None:
     are drawn for each pass anyway. Returns "augment" if the augmentation does not make the same
     view again.
     """
-    calls: list[list[Call]] = [[], [], []]
-    logits = []
-    for views, noted in zip((first, second, both), calls, strict=True):
-        with no_trace(first.model), _watched(first.model, noted), uncompiled(first.model):
-            (found,) = views
-        logits.append(found.logits.detach())
-    for (name, *one), (_, *two), (_, *pair) in zip(*calls, strict=False):
+    with _without_dropout(first.model):
+        logits, calls = zip(*map(_recorded, (first, second, both)), strict=True)
+    for (name, *one), (_, *two), (_, *pair) in _side_by_side(*calls):
         same_input, same_output = (_same((one[i], two[i]), pair[i]) for i in (0, 1))
         if name == "" and not same_input:
             return "augment"
         if same_input and not same_output:
             return name or type(first.model).__name__
     # only the logits are left to compare in a model that cannot have hooks
-    return None if _same(tuple(logits[:2]), logits[2]) else type(first.model).__name__
+    return None if _same(logits[:2], logits[2]) else type(first.model).__name__
 
 
 def warn_of_mixing(first: Views, second: Views, both: Views, per_pass: int) -> None:

@@ -24,7 +24,7 @@ EVERY_STEP = ("params", "param_names", "lr", "initial_lr", "seed", "batches")
 class ModelOptimizer(torch.optim.Optimizer):
     """Holds the present parameters of a growing model, and a base optimizer that updates them.
 
-    It shares groups and state with the base, so schedulers, hooks and state_dict see one optimizer.
+    Its groups and state are the base's, so schedulers, hooks and state_dict see one optimizer.
     `seed` and `batches`, the number of batches learned, tell where it is in a stream; both are in
     the groups, as the learning rate is.
     """
@@ -44,12 +44,39 @@ class ModelOptimizer(torch.optim.Optimizer):
         if not isinstance(self.base, torch.optim.Optimizer):
             kind = type(self.base).__name__
             raise TypeError(f"base: expected it to make a torch.optim.Optimizer, got {kind}")
+        self._require_own_groups()
         self._require_all_parameters()
         self._tried_with, self._warned = None, set()
         self._try_out_base()
         super().__init__(self.base.param_groups, self.base.defaults)
         self.seed, self.batches = torch.initial_seed() % 2**63, 0
-        self._share_with_base()
+
+    @property
+    def state(self) -> dict[Tensor, dict]:
+        """What the base keeps of each parameter."""
+        return self.base.state
+
+    @state.setter
+    def state(self, state: dict[Tensor, dict]) -> None:
+        self.base.state = state
+
+    @property
+    def param_groups(self) -> list[dict]:
+        """The groups of the base."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict]) -> None:
+        self.base.param_groups = groups
+
+    def _require_own_groups(self) -> None:
+        groups = [*self.base.param_groups]
+        self.base.__setstate__({"param_groups": groups})
+        if self.base.param_groups is not groups:
+            raise ValueError(
+                f"base: expected an optimizer with param_groups of its own, got a "
+                f"{type(self.base).__name__}, which keeps those of another one"
+            )
 
     def _require_all_parameters(self) -> None:
         known = {p for group in self.base.param_groups for p in group["params"]}
@@ -227,14 +254,11 @@ class ModelOptimizer(torch.optim.Optimizer):
 
     @contextmanager
     def _undone_on_error(self) -> Iterator[None]:
-        """Restore parameters, buffers, the base's state and the batch count if anything raises."""
+        """Restore parameters, buffers and what the base keeps if anything raises."""
         params, buffers = [*self._names()], Buffers(self.model)
         before = [p.detach().clone() for p in params]
-        state = {
-            p: {k: v.clone() if isinstance(v, Tensor) else v for k, v in entry.items()}
-            for p, entry in self.state.items()
-        }
-        batches = self.batches
+        state = {p: _copied(entry) for p, entry in self.state.items()}
+        groups = [(group, _copied(group)) for group in self.param_groups]  # where some have state
         try:
             yield
         except BaseException:
@@ -244,7 +268,10 @@ class ModelOptimizer(torch.optim.Optimizer):
             buffers.restore()
             self.state.clear()
             self.state.update(state)
-            self.batches = batches
+            for group, saved in groups:
+                saved |= {name: group[name] for name in ("params", "param_names", "lr")}
+                group.clear()
+                group.update(saved)
             raise
 
     def _follow_model(self) -> None:
@@ -272,17 +299,6 @@ class ModelOptimizer(torch.optim.Optimizer):
                 if isinstance(value, Tensor) and value.shape == param.shape:
                     if value.stride() != param.stride():
                         entry[name] = torch.empty_like(param).copy_(value)
-
-    def _share_with_base(self) -> None:
-        """Share one list of groups and one state with the base, so that both always agree."""
-        groups = self.param_groups
-        self.base.__setstate__({"state": self.state, "param_groups": groups})
-        if self.base.param_groups is not groups:
-            raise ValueError(
-                f"base: expected an optimizer with param_groups of its own, got a "
-                f"{type(self.base).__name__}, which keeps those of another one"
-            )
-        self.state, self.param_groups = self.base.state, self.base.param_groups
 
     def state_dict(self) -> dict:
         """Return torch's state and, under "bld", the base's class and the parameters' shapes."""
@@ -342,8 +358,14 @@ class ModelOptimizer(torch.optim.Optimizer):
         return {k: v for k, v in own if k != "step" and not k.startswith("_optimizer_")}
 
     def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        self._share_with_base()
+        of_base = {name: state[name] for name in ("state", "param_groups") if name in state}
+        super().__setstate__({name: x for name, x in state.items() if name not in of_base})
+        if of_base:  # load_state_dict, which hands over nothing else
+            self.base.__setstate__(of_base)
+
+
+def _copied(entries: dict) -> dict:
+    return {name: x.clone() if isinstance(x, Tensor) else x for name, x in entries.items()}
 
 
 def _is_used(option: object) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bld_ext import ops
+from bld_ext.api.memory_format import NeedsContiguousError, needs_contiguous
 from bld_ext.api.precision import backward_arithmetic
 from bld_ext.api.views import Pass, Views
 
@@ -23,10 +24,20 @@ def _backward(
     last: AbstractContextManager | None = None,
     keep: bool = False,
 ) -> None:
-    """Run backward from the gradient of a loss by the logits, averaged over the V views."""
+    """Run backward from the gradient of a loss by the logits, averaged over the V views.
+
+    Raises:
+        NeedsContiguousError: a function of the user's cannot run on images in channels_last.
+    """
     around = last if last is not None and each.is_last else nullcontext()
-    with around, backward_arithmetic(views.precision):
-        each.logits.backward(_averaged(gradient, views, each), retain_graph=keep)
+    try:
+        with around, backward_arithmetic(views.precision):
+            each.logits.backward(_averaged(gradient, views, each), retain_graph=keep)
+    except RuntimeError as error:
+        updates = not isinstance(around, nullcontext)
+        if views.channels_last and needs_contiguous(error) and not updates:
+            raise NeedsContiguousError from error
+        raise
 
 
 def _averaged(gradient: Tensor, views: Views, each: Pass) -> Tensor:
@@ -97,24 +108,23 @@ def shared_pass(
 ) -> tuple[Tensor, Tensor, dict[Tensor, Tensor]]:
     """Add dL_t/dθ to .grad; return L_t, L_d and G_d, all from the same forward passes."""
     new_losses, old_losses = [], []
-    distilled: dict[Tensor, Tensor] = {}
+    aside: dict[Tensor, Tensor | None] = dict.fromkeys(params)
+
+    def swap() -> None:
+        for param in params:
+            param.grad, aside[param] = aside[param], param.grad
+
     for each in views:
         new, old, new_gradient, old_gradient = ops.joint_loss(
             each.logits, each.labels, bank[each.rows], views.sizes, temperature, with_gradient=True
         )
-        with backward_arithmetic(views.precision):
-            grads = torch.autograd.grad(
-                each.logits, params, _averaged(old_gradient, views, each),
-                retain_graph=True, allow_unused=True,
-            )  # fmt: skip
-        for param, grad in zip(params, grads, strict=True):
-            if grad is not None and param in distilled:
-                distilled[param].add_(grad)
-            elif grad is not None:
-                distilled[param] = grad.clone()  # autograd may return one tensor for two parameters
+        swap()
+        _backward(old_gradient, views, each, keep=True)
+        swap()
         _backward(new_gradient, views, each)
         new_losses.append(new)
         old_losses.append(old)
+    distilled = {param: grad for param, grad in aside.items() if grad is not None}
     return _mean(new_losses, views), _mean(old_losses, views), distilled
 
 

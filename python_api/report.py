@@ -55,6 +55,12 @@ class StepReport:
         old = self.factors[0].double() * self.distillation_norms[0].double()
         return (total**2 + new**2 - old**2) / (2 * new**2)
 
+    def copy(self) -> "StepReport":
+        """Return a report that later repetitions do not add to, of the same tensors."""
+        mutable = (list, dict)
+        own = vars(self).items()
+        return StepReport(**{k: x.copy() if isinstance(x, mutable) else x for k, x in own})
+
 
 @dataclass
 class Batch:

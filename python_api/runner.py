@@ -188,12 +188,13 @@ class StepRunner(ModelOptimizer):
             if bank is None and "distillation" in losses:
                 self._require_bank(sizes)
         before, number = self._batch, self.batches
+        report = None if self.last is None else self.last.copy()
         try:
             if bank is not None:
                 self._replace_bank(images, sizes, bank)
             return self._repeat(images, labels, sizes, losses)
         except BaseException:
-            self._batch, self.batches = before, number
+            self._batch, self.batches, self.last = before, number, report
             raise
 
     def _repeat(
@@ -328,7 +329,8 @@ class StepRunner(ModelOptimizer):
         seed, scalars = self.seed, self._recorder.scalars
         if scalars is not None:
             seed, number = scalars.seed, scalars.number
-        images, labels = (x.as_subclass(Tensor) for x in (images, labels))  # ops take no others
+        # data, of which ops take no subclasses
+        images, labels = (x.detach().as_subclass(Tensor) for x in (images, labels))
         shared, count = self._processes, self.views
         tree = TreeSum(self._parameters(), shared, count) if self.reproducible else None
         passes = 0
@@ -390,20 +392,25 @@ class StepRunner(ModelOptimizer):
             sizes = self._checked(images, labels)
         except Exception as found:
             error = found
-        if self._processes.must_compare(self.check_finite):
-            state = digest_of(
-                value
-                for param in self._parameters()
-                for value in self.state.get(param, {}).values()
-                if isinstance(value, Tensor)
-            )
-            settings = self._settings_of_step()
-            self._processes.compare(error, images, labels, self._shapes(), settings, state)
-        elif error is not None:
-            raise error
+        try:
+            if self._processes.must_compare(self.check_finite):
+                settings, state = self._settings_of_step(), self._digest_of_state()
+                self._processes.compare(error, images, labels, self._shapes(), settings, state)
+            elif error is not None:
+                raise error
+        finally:
+            del error  # it refers to this frame, which with it would keep the batch
         if self._processes.agree(self.model):
             self.seed, self.batches = self._processes.from_rank_0((self.seed, self.batches))
         return sizes
+
+    def _digest_of_state(self) -> int:
+        return digest_of(
+            value
+            for param in self._parameters()
+            for value in self.state.get(param, {}).values()
+            if isinstance(value, Tensor)
+        )
 
     def _checked(self, images: Tensor, labels: Tensor) -> list[int]:
         add_up_gradients(self.model)

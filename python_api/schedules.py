@@ -85,18 +85,15 @@ class SharedForward(TwoForward):
     """
 
     def descend_both(self, stage):
-        if is_compiled(stage.views.model):
+        if stage.sharded or is_compiled(stage.views.model):
             return super().descend_both(stage)
-        in_one = stage.processes.alone and stage.views.per_pass >= stage.views.count
-        if in_one and not stage.sharded:
+        if stage.processes.alone and stage.views.per_pass >= stage.views.count:
             loss, old_loss = passes.one_graph_pass(
                 stage.views, stage.bank, stage.temperature, stage.rescale
             )
             stage.note_distillation(old_loss)
             stage.note_step(self._update(stage, loss, measure=stage.is_measured))
             return loss
-        if stage.sharded or any(p._post_accumulate_grad_hooks for p in stage.params):
-            return super().descend_both(stage)  # torch.autograd.grad goes past FSDP and hooks
         params = [p for p in stage.params if p.requires_grad]
         loss, old_loss, grads = passes.shared_pass(
             stage.views, stage.bank, stage.temperature, params

@@ -16,6 +16,7 @@ from bld_ext.api.augment import is_seeded
 from bld_ext.api.batch_norm import ViewBatchNorm
 from bld_ext.api.images import channels_come_last
 from bld_ext.api.memory_format import NeedsContiguousError, needs_contiguous
+from bld_ext.api.out_of_memory import is_out_of_memory
 from bld_ext.api.outputs import head_sizes, side_by_side
 from bld_ext.api.pooled import gather, not_gathered
 from bld_ext.api.precision import dtype_of, no_random_numbers, replayable_rng
@@ -129,6 +130,8 @@ class Views:
             with self._repeatable(first, FORWARD_RNG):
                 return self.model(made)
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             if self.channels_last and needs_contiguous(error):
                 raise NeedsContiguousError from error
             if remedy := channels_come_last(self.images):

@@ -5,9 +5,9 @@ import hashlib
 
 import pytest
 import torch
+from conftest import AUGMENTS
 
 from bld_ext import SeededAugment, backend, ops
-from conftest import AUGMENTS
 
 KNOWN = {
     "views": "2404754b67e7413b",
@@ -51,9 +51,7 @@ def norms():
 def batch_norm():
     for relu, shape in ((True, (8, 6, 9, 9)), (False, (8, 40))):
         weight, bias = numbers(shape[1]), numbers(shape[1] + 1)[1:]
-        yield from ops.view_batch_norm(
-            numbers(*shape), weight, bias, views=2, eps=1e-5, relu=relu
-        )
+        yield from ops.view_batch_norm(numbers(*shape), weight, bias, views=2, eps=1e-5, relu=relu)
 
 
 @pytest.mark.parametrize("made", [views, losses, norms, batch_norm])
