@@ -36,7 +36,8 @@ class Layers:
         """Make a layer of each "module" that owns parameters, each "tensor", or the "network"."""
         names: dict[str, int] = {}
         index: dict[Tensor, int] = {}
-        owners = {p: name for name, p in model.named_parameters()}
+        named = model.named_parameters()
+        owners = {p: name.replace("_orig_mod.", "") for name, p in named}  # of torch.compile
         for i, param in enumerate(params):
             tensor = owners.get(param, f"parameter {i}")
             module = tensor.rpartition(".")[0] if param in owners else tensor

@@ -14,6 +14,7 @@ from bld_ext.api import checks
 from bld_ext.api.base import try_out
 from bld_ext.api.buffers import Buffers
 from bld_ext.api.layers import release_gradients
+from bld_ext.api.precision import dtype_of
 from bld_ext.api.setting import GroupSetting
 from bld_ext.api.shards import part, reshard
 
@@ -47,6 +48,7 @@ class ModelOptimizer(torch.optim.Optimizer):
         self._require_own_groups()
         self._require_all_parameters()
         self._tried_with, self._warned = None, set()
+        self._dtype = dtype_of(model)
         self._try_out_base()
         super().__init__(self.base.param_groups, self.base.defaults)
         self.seed, self.batches = torch.initial_seed() % 2**63, 0
@@ -293,12 +295,19 @@ class ModelOptimizer(torch.optim.Optimizer):
         self._name_parameters(named)
 
     def _follow_layout(self) -> None:
-        """Give the state its parameters' strides: torch's fused kernels pair both by address."""
+        """Give the state its parameters' strides and, after `model.double()`, their dtype.
+
+        torch's fused kernels pair both by address. State that the base keeps in another dtype than
+        its parameter stays in it.
+        """
+        before, self._dtype = self._dtype, dtype_of(self.model)
         for param, entry in self.state.items():
             for name, value in entry.items():
                 if isinstance(value, Tensor) and value.shape == param.shape:
-                    if value.stride() != param.stride():
-                        entry[name] = torch.empty_like(param).copy_(value)
+                    cast = before != self._dtype and value.dtype == before
+                    dtype = param.dtype if cast else value.dtype
+                    if value.stride() != param.stride() or value.dtype != dtype:
+                        entry[name] = torch.empty_like(param, dtype=dtype).copy_(value)
 
     def state_dict(self) -> dict:
         """Return torch's state and, under "bld", the base's class and the parameters' shapes."""

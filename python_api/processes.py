@@ -43,6 +43,8 @@ class Processes:
         self.shard = shard
         self.size = 1 if self.group is None else distributed.get_world_size(self.group)
         self.rank = 0 if self.group is None else distributed.get_rank(self.group)
+        if self.size == 1:
+            self.group = None  # which can be copied and saved
         self.first_image = 0  # number of this rank's first image among those of all ranks
         self._mark: tuple[int, Tensor | None] = 0, None
         self._known: set[Tensor] = set()

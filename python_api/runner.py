@@ -92,7 +92,7 @@ class StepRunner(ModelOptimizer):
             distils = any(bool((learns & (n > 0)).any()) for n in self.last.distillation_norms)
             without = 2 if distils else without + 1
             self._undistilled = len(sizes), without
-            if distils:
+            if distils and self.balance is not None:  # which would magnify it
                 self._warn_of_noise()
             elif without == 2:
                 warn(

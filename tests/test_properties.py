@@ -249,13 +249,13 @@ def test_views_per_pass_is_as_exact_in_float32_as_one_view_a_pass(
         return torch.cat([p.detach().double().flatten() for p in model.parameters()])
 
     errors = {1: [], 4: []}
-    for seed in range(8):
+    for seed in range(40):  # in one of seven, rounding switches a ReLU, and the error is in percent
         exact = learn(seed, 1, torch.float64)
         moved = (exact - learn_nothing(make_model, seed)).norm()
         for count in errors:
             errors[count].append((learn(seed, count, torch.float32) - exact).norm() / moved)
     one, four = (torch.stack(errors[count]) for count in (1, 4))
-    assert four.median() < 1e-3  # how far single weights fall depends on the processor
+    assert four.median() < min(1e-3, 1.5 * one.median())
     assert four.square().mean().sqrt() <= 3 * one.square().mean().sqrt()
 
 
