@@ -203,7 +203,8 @@ class BLDOptimizer(StepRunner):
         """Learn one incoming batch: the warm-up, then the joint repetitions.
 
         Args:
-            images: `[B, ...]`, on the model's device; the views are made from it.
+            images: `[B, ...]`, on the model's device; the views are made from it. They are data:
+                no gradient reaches what made them.
             labels: `[B]` int64 (`[B, *spatial]` for dense logits), the classes of the newest head
                 counted from 0, or `ignore_index`.
             closure: in place of both, a function that returns `(images, labels)`, for frameworks
