@@ -14,7 +14,7 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from benchmarks.paper.__main__ import parse_seeds, positive
 from benchmarks.paper.checkpoint import one_line, write_whole
-from benchmarks.paper.report import markdown
+from benchmarks.paper.report import markdown, plus_minus, spread
 from benchmarks.terminal import lenient
 from benchmarks.views import check_output
 from bld_ext import BLDOptimizer, MultiHead, SeededAugment
@@ -145,12 +145,8 @@ def table(records: dict[str, list[dict]]) -> str:
             *([100 * r["iou"][1][task] for r in found] for task in (0, 1)),
             [100 * mean(r["iou"][1]) for r in found],
         ]
-        rows.append([name, *(spread(values) for values in columns)])
+        rows.append([name, *(plus_minus(spread(values)) for values in columns)])
     return markdown(rows)
-
-
-def spread(values: list[float]) -> str:
-    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
 def coloured(masks: Tensor) -> Tensor:

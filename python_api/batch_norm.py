@@ -9,6 +9,7 @@ from bld_ext import ops
 
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 STATISTICS = ("once", "every_pass")
+PASSING = ("mode", "found", "pooled", "counted", "views")  # attributes of a module inside a step
 
 
 class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -48,7 +49,8 @@ class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
         if elements == 1:
             raise ValueError(
                 "images: BatchNorm expected more than 1 value per channel in training, got shape "
-                f"{list(input.shape)} of {self.views} views; use more images a batch"
+                f"{list(input.shape)} of {self.views} views; use more images a batch, with "
+                "DataLoader(drop_last=True) also in the last one, or larger images"
             )
         out, mean, variance = ops.view_batch_norm(
             input, self.weight, self.bias, residual, views=self.views, eps=self.eps, relu=relu
@@ -78,12 +80,12 @@ class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
             self.mode = "keep"
 
     def end(self) -> None:
-        self.mode = self.found = self.pooled = self.counted = None
-        self.views = 1
+        for name in PASSING:
+            vars(self).pop(name, None)
 
     def __getstate__(self) -> dict:
-        passing = ("mode", "found", "pooled", "counted", "views")  # a copy is not in the step
-        return {name: x for name, x in vars(self).items() if name not in passing}
+        own = super().__getstate__()
+        return {name: x for name, x in own.items() if name not in PASSING}  # a copy is in no step
 
     def extra_repr(self) -> str:
         own = "" if self.statistics == "once" else f", statistics={self.statistics!r}"
@@ -132,7 +134,9 @@ def spare_old_heads(model: nn.Module, sizes: list[int]) -> None:
     others = {id(m) for m in _outside(model, {*map(id, old)})}
     for norm in model.modules():
         if isinstance(norm, ViewBatchNorm):
-            norm.keeps = norm in private and id(norm) not in others
+            vars(norm).pop("keeps", None)
+            if norm in private and id(norm) not in others:
+                norm.keeps = True
 
 
 def _has_sizes(module: nn.Module, sizes: list[int]) -> bool:

@@ -40,10 +40,16 @@ def equal(a: Tensor | None, b: Tensor) -> bool:
         return False
     if a.layout != torch.strided:
         return all(map(equal, _parts(a), _parts(b)))
-    return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
+    if a.is_floating_point() or a.is_complex():
+        return bool(((a == b) | (a.isnan() & b.isnan())).all())
+    return torch.equal(a, b)
 
 
 def _parts(sparse: Tensor) -> tuple[Tensor, ...]:
+    if sparse.layout == torch.jagged:
+        return sparse.values(), sparse.offsets()
+    if sparse.layout == torch._mkldnn:
+        return (sparse.to_dense(),)
     if sparse.layout == torch.sparse_coo:
         sparse = sparse.coalesce()
         return sparse.indices(), sparse.values()

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bld_ext.api.augment import parameters_of
 from bld_ext.api.batch_norm import ViewBatchNorm
-from bld_ext.api.pass_size import parse_bytes
+from bld_ext.api.pass_size import UNITS, parse_bytes
 from bld_ext.api.precision import PRECISIONS, REFUSED
 from bld_ext.api.processes import Processes
 from bld_ext.api.shards import (
@@ -104,7 +104,7 @@ def views_per_pass(name: str, value: int | str) -> int | str:
     if value != "auto" and not parse_bytes(value):
         raise ValueError(
             f"{name}: expected a whole number, 'auto', or the memory that a pass may take, such as "
-            f"'512 MiB', got {value!r}"
+            f"'512 MiB', in one of {', '.join(UNITS)}, got {value!r}"
         )
     return value
 

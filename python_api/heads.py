@@ -1,6 +1,7 @@
 """MultiHead: a shared backbone with one classifier a task."""
 
 import operator
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 
@@ -111,7 +112,11 @@ class MultiHead(nn.Module):
 
     def add_head(self, num_classes: int) -> nn.Module:
         """Add the classifier of a new task, initialised as its module does, and return it."""
-        num_classes = checks.at_least("num_classes", num_classes, 1)
+        head = self._new_head(checks.at_least("num_classes", num_classes, 1))
+        self.heads.append(head)
+        return head
+
+    def _new_head(self, num_classes: int) -> nn.Module:
         like = next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
         head = self._make_head(self.in_features, num_classes)
         if not isinstance(head, nn.Module):
@@ -123,8 +128,7 @@ class MultiHead(nn.Module):
                 "head: expected a new module for each task, got one that shares parameters with "
                 "the backbone or an earlier head; make it inside the function that is given"
             )
-        self.heads.append(head.to(like.device, like.dtype))
-        return head
+        return head.to(like.device, like.dtype)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits of all heads side by side, `[N, ΣC, *]`, oldest head first."""
@@ -189,19 +193,30 @@ class MultiHead(nn.Module):
             del self.heads[before:]
             raise
 
-    def _saved_size(self, state_dict, prefix: str) -> int | None:
-        """The classes of a saved head: as many as a head of the saved shapes has."""
-        saved = _shapes(state_dict, prefix)
-        sizes = [*dict.fromkeys(shape[0] for shape in saved.values() if shape)]
-        for size in sizes:
-            with suppress(Exception):  # some heads cannot be made in every size
-                if _shapes(self._make_head(self.in_features, size).state_dict()) == saved:
-                    return size
-        return sizes[-1] if sizes else None
+    def _head_of(self, saved: dict[str, torch.Size]) -> nn.Module:
+        """Make a head for saved tensors of these shapes: where it can be, one that has them all.
+
+        Tried first is the length of the last matrix or bias, but for what a parametrization keeps.
+        """
+        aside = re.compile(r"parametrizations\.\w+\.\d+\.")
+        sizes = [shape[0] for shape in saved.values() if shape]
+        likely = [
+            shape[0]
+            for name, shape in saved.items()
+            if (len(shape) > 1 or shape and name.endswith("bias")) and not aside.search(name)
+        ]
+        first = self._new_head([*sizes, *likely][-1])
+        if _shapes(first.state_dict()) != saved:
+            for size in dict.fromkeys(sizes):
+                with suppress(Exception):  # some heads cannot be made in every size
+                    head = self._new_head(size)
+                    if _shapes(head.state_dict()) == saved:
+                        return head
+        return first
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        while size := self._saved_size(state_dict, f"{prefix}heads.{len(self.heads)}."):
-            self.add_head(size)
+        while saved := _shapes(state_dict, f"{prefix}heads.{len(self.heads)}."):
+            self.heads.append(self._head_of(saved))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
@@ -214,7 +229,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, training in modes.items():
-            if module.training != training:  # a train() of its own may undo what eval() did
+            own = type(module).train is not nn.Module.train  # which may undo what eval() did
+            if own and module.training != training:
                 module.train(training)
         for module, training in modes.items():
             module.training = training

@@ -4,16 +4,20 @@ A view that is made again has to be the same view, and the network has to comput
 Otherwise the distillation gradient is noise, which balancing scales to full size.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.nn.modules.dropout import _DropoutNd
 
 from bld_ext.api.batch_norm import RUNNING, ViewBatchNorm
 from bld_ext.api.buffers import Buffers, equal
+from bld_ext.api.memory_format import NeedsContiguousError
+from bld_ext.api.out_of_memory import is_out_of_memory
 from bld_ext.api.shards import part, reshard
 from bld_ext.api.views import Views
 from bld_ext.api.warn import warn
@@ -30,24 +34,22 @@ def no_trace(model: nn.Module) -> Iterator[Buffers]:
         reshard(model)  # which a forward pass without backward leaves whole
 
 
-# A call of a module: its name, its first input and its output.
+# A call of a module: its name, and samples of its first input and of its output.
 Call = tuple[str, Tensor, Tensor]
-# What is left of a call at once: its name, the dtype of its output, and a number for its values.
-Trace = tuple[str, torch.dtype, int]
 
 
 @contextmanager
-def _watched(model: nn.Module, note: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
-    """Call `note(name, input, output)` at each call of a module, inner ones first."""
+def _watched(model: nn.Module, calls: list[Call]) -> Iterator[None]:
+    """Record the calls of all modules, inner ones first."""
 
-    def watch(module: nn.Module, inputs: tuple, output: object) -> None:
+    def note(module: nn.Module, inputs: tuple, output: object) -> None:
         output = output[0] if isinstance(output, tuple) and output else output
-        if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
-            note(names[module], inputs[0].detach(), output.detach())
+        if inputs and _is_plain(inputs[0]) and _is_plain(output):
+            calls.append((names[module], _sample(inputs[0]), _sample(output)))
 
     scripted = torch.jit.ScriptModule  # cannot have hooks
     names = {m: name for name, m in model.named_modules() if not isinstance(m, scripted)}
-    hooks = [m.register_forward_hook(watch) for m in names]
+    hooks = [m.register_forward_hook(note) for m in names]
     try:
         yield
     finally:
@@ -55,50 +57,45 @@ def _watched(model: nn.Module, note: Callable[[str, Tensor, Tensor], None]) -> I
             hook.remove()
 
 
-def _traced(one: Views) -> tuple[Tensor, list[Trace], list[str]]:
-    """Run the network; return the logits, what it called, and the buffers that moved."""
-    calls: list[Trace] = []
-
-    def note(name: str, given: Tensor, made: Tensor) -> None:
-        calls.append((name, made.dtype, _digest(made)))
-
-    with no_trace(one.model) as before, _watched(one.model, note), uncompiled(one.model):
-        return _run(one), calls, before.moved()
+def _is_plain(x: object) -> bool:
+    """Return whether it is a tensor with values that can be looked at."""
+    return (
+        isinstance(x, Tensor)
+        and x.layout is torch.strided
+        and not (x.is_nested or x.is_meta or is_fake(x) or is_functorch_wrapped_tensor(x))
+    )
 
 
-def _recorded(one: Views) -> tuple[Tensor, list[Call]]:
-    """Run the network; return the logits and all calls, which take memory."""
+def _sample(x: Tensor) -> Tensor:
+    """A copy of up to 512 values of each row of a batch, since those of all layers are kept."""
+    x = part(x.detach())
+    few = {0: 1, 1: 1, 2: 512, 3: 22}.get(x.dim(), 8)  # along each dimension but the first
+    steps = [slice(None), *(slice(None, None, max(1, -(-size // few))) for size in x.shape[1:])]
+    x = x[tuple(steps[: x.dim()])]
+    return x.dequantize() if x.is_quantized else x.clone()
+
+
+def _recorded(one: Views) -> tuple[Tensor, list[Call], list[str]]:
+    """Run the network; return the logits, all calls, and the buffers that moved."""
     calls: list[Call] = []
+    try:
+        with no_trace(one.model) as before, _watched(one.model, calls), uncompiled(one.model):
+            return _logits(one), calls, before.moved()
+    except Exception as error:
+        if isinstance(error, NeedsContiguousError) or is_out_of_memory(error):
+            raise
+    # as it is without hooks, which torch.cond, for one, does not take
+    with no_trace(one.model) as before, uncompiled(one.model):
+        return _logits(one), [], before.moved()
 
-    def note(name: str, given: Tensor, made: Tensor) -> None:
-        calls.append((name, given, made))
 
-    with no_trace(one.model), _watched(one.model, note), uncompiled(one.model):
-        return _run(one), calls
-
-
-def _run(one: Views) -> Tensor:
+def _logits(one: Views) -> Tensor:
     (found,) = one
     return found.logits.detach()
 
 
-def _digest(x: Tensor) -> int:
-    """A number that differs where the bits of the values do, but for a coincidence."""
-    if x.is_nested or x.layout is not torch.strided:
-        return 0
-    x = part(x).resolve_conj().resolve_neg()
-    bits = (torch.view_as_real(x) if x.is_complex() else x).flatten()
-    bits = bits.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.itemsize])
-    places = torch.arange(1, 2 * len(bits), 2, dtype=torch.int32, device=bits.device)  # all odd
-    return (bits * places).sum().item()
-
-
-def _side_by_side(*runs: list[Call]) -> Iterator[tuple[Call, ...]]:
-    """The calls of several runs, as far as they are of the same modules."""
-    for calls in zip(*runs, strict=False):
-        if len({name for name, *_ in calls}) > 1:
-            return
-        yield calls
+def _names(calls: list[Call]) -> list[str]:
+    return [name for name, *_ in calls]
 
 
 def _dropouts(model: nn.Module) -> list[nn.Module]:
@@ -187,25 +184,24 @@ def require_repeatable(one: Views) -> bool:
         )
     if not runs_uncompiled(one.model):
         return True
-    (before, first, _), (logits, again, moved) = _traced(one), _traced(one)
-    if first != again or not equal(before, logits):
-        _find_what_differs(one)
+    (before, first, _), (logits, again, moved) = _recorded(one), _recorded(one)
+    if _names(first) != _names(again):  # as where a layer is called once, and its output kept
+        for _ in range(3):
+            before, first = logits, again
+            logits, again, moved = _recorded(one)
+            if _names(first) != _names(again):
+                _refuse("", one.model)
+    for (name, *then), (_, *now) in zip(first, again, strict=True):
+        same_input, same_output = (_close(a, b, 1e-5) for a, b in zip(then, now, strict=True))
+        if same_input and not same_output:
+            _refuse(name, one.model)
+    if not _close(before, logits, 1e-5):  # a model that takes no hooks
+        _refuse("", one.model)
+    if logits.device.type == "cpu" and not equal(before, logits):
+        _warn_of_last_digits(first, again)
     _warn_of_buffers(one.model, moved)
     _warn_of_reduced_precision(one.model, again)
     return not one.channels_last or _takes_channels_last(one, logits)
-
-
-def _find_what_differs(one: Views) -> None:
-    """Refuse a module whose output differs from run to run, and warn of other last digits."""
-    (first, calls), (again, others) = _recorded(one), _recorded(one)
-    for (name, *before), (_, *now) in _side_by_side(calls, others):
-        same_input, same_output = (_close(a, b, 1e-5) for a, b in zip(before, now, strict=True))
-        if same_input and not same_output:
-            _refuse(name, one.model)
-    if not _close(first, again, 1e-5):  # a model that takes no hooks
-        _refuse("", one.model)
-    if first.device.type == "cpu" and not equal(first, again):
-        _warn_of_last_digits(calls, others)
 
 
 def _takes_channels_last(one: Views, logits: Tensor) -> bool:
@@ -213,8 +209,8 @@ def _takes_channels_last(one: Views, logits: Tensor) -> bool:
     dropouts = _dropouts(one.model)
     with no_trace(one.model), uncompiled(one.model), _without_dropout(one.model):
         # dropout's masks are drawn in the order of memory
-        contiguous = _run(replace(one, channels_last=False))
-        found = _run(one) if dropouts else logits
+        contiguous = _logits(replace(one, channels_last=False))
+        found = _logits(one) if dropouts else logits
     return _close(found, contiguous, 1e-4)
 
 
@@ -222,7 +218,7 @@ def _warn_of_last_digits(calls: list[Call], others: list[Call]) -> None:
     """Warn of what is not repeated bit for bit; on a GPU, atomic sums may do so within reason."""
     found = (
         name
-        for (name, *first), (_, *again) in _side_by_side(calls, others)
+        for (name, *first), (_, *again) in zip(calls, others, strict=True)
         if equal(first[0], again[0]) and not equal(first[1], again[1])
     )
     warn(
@@ -233,9 +229,9 @@ def _warn_of_last_digits(calls: list[Call], others: list[Call]) -> None:
     )
 
 
-def _warn_of_reduced_precision(model: nn.Module, calls: list[Trace]) -> None:
+def _warn_of_reduced_precision(model: nn.Module, calls: list[Call]) -> None:
     reduced = (torch.bfloat16, torch.float16)
-    found = {name: dtype for name, dtype, _ in calls if dtype in reduced}
+    found = {name: output.dtype for name, _, output in calls if output.dtype in reduced}
     if found:
         name, dtype = next(iter(found.items()))
         warn(
@@ -290,8 +286,10 @@ def what_mixes(first: Views, second: Views, both: Views) -> str | None:
     view again.
     """
     with _without_dropout(first.model):
-        logits, calls = zip(*map(_recorded, (first, second, both)), strict=True)
-    for (name, *one), (_, *two), (_, *pair) in _side_by_side(*calls):
+        logits, calls, _ = zip(*map(_recorded, (first, second, both)), strict=True)
+    for (name, *one), (other, *two), (third, *pair) in zip(*calls, strict=False):
+        if not name == other == third:  # a layer is called for each image
+            break
         same_input, same_output = (_same((one[i], two[i]), pair[i]) for i in (0, 1))
         if name == "" and not same_input:
             return "augment"

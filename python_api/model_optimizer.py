@@ -1,5 +1,6 @@
 """ModelOptimizer: a torch optimizer around another one, for a model that grows."""
 
+import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -50,7 +51,9 @@ class ModelOptimizer(torch.optim.Optimizer):
         self._tried_with, self._warned = None, set()
         self._dtype = dtype_of(model)
         self._try_out_base()
+        self._keeps_state = True  # which torch's constructor would set to nothing
         super().__init__(self.base.param_groups, self.base.defaults)
+        self._keeps_state = False
         self.seed, self.batches = torch.initial_seed() % 2**63, 0
 
     @property
@@ -60,7 +63,8 @@ class ModelOptimizer(torch.optim.Optimizer):
 
     @state.setter
     def state(self, state: dict[Tensor, dict]) -> None:
-        self.base.state = state
+        if not self._keeps_state:
+            self.base.state = state
 
     @property
     def param_groups(self) -> list[dict]:
@@ -73,7 +77,7 @@ class ModelOptimizer(torch.optim.Optimizer):
 
     def _require_own_groups(self) -> None:
         groups = [*self.base.param_groups]
-        self.base.__setstate__({"param_groups": groups})
+        self.base.__setstate__({"state": self.base.state, "param_groups": groups})
         if self.base.param_groups is not groups:
             raise ValueError(
                 f"base: expected an optimizer with param_groups of its own, got a "
@@ -229,6 +233,7 @@ class ModelOptimizer(torch.optim.Optimizer):
             RuntimeError: there are other gradients; a step along them would not distil.
         """
         self._follow_model()
+        self._follow_layout()
         params = self._parameters()
         for param in params:
             if param.requires_grad and param.grad is None:
@@ -303,11 +308,12 @@ class ModelOptimizer(torch.optim.Optimizer):
         before, self._dtype = self._dtype, dtype_of(self.model)
         for param, entry in self.state.items():
             for name, value in entry.items():
-                if isinstance(value, Tensor) and value.shape == param.shape:
-                    cast = before != self._dtype and value.dtype == before
-                    dtype = param.dtype if cast else value.dtype
-                    if value.stride() != param.stride() or value.dtype != dtype:
-                        entry[name] = torch.empty_like(param, dtype=dtype).copy_(value)
+                if not isinstance(value, Tensor):
+                    continue
+                if before != self._dtype and value.dtype == before and name != "step":
+                    entry[name] = value = value.to(param.dtype)
+                if value.shape == param.shape and value.stride() != param.stride():
+                    entry[name] = torch.empty_like(param, dtype=value.dtype).copy_(value)
 
     def state_dict(self) -> dict:
         """Return torch's state and, under "bld", the base's class and the parameters' shapes."""
@@ -374,7 +380,12 @@ class ModelOptimizer(torch.optim.Optimizer):
 
 
 def _copied(entries: dict) -> dict:
-    return {name: x.clone() if isinstance(x, Tensor) else x for name, x in entries.items()}
+    """A copy of a group or of a parameter's state, but for the parameters."""
+    mutable = (Tensor, list, dict, set)
+    return {
+        name: copy.deepcopy(x) if isinstance(x, mutable) and name != "params" else x
+        for name, x in entries.items()
+    }
 
 
 def _is_used(option: object) -> bool:

@@ -83,7 +83,7 @@ class OwnViewBatchNorm(ViewBatchNorm):
             self._move(mean, variance, n)
 
     def __reduce_ex__(self, protocol):
-        return _empty, (own_class(type(self)),), self.__dict__
+        return _empty, (own_class(type(self)),), self.__getstate__()
 
 
 def own_class(kind: type) -> type:

@@ -1,6 +1,9 @@
 """PassSize: how many views go through the network at once, as given or as fits into memory."""
 
+import math
 import re
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +13,8 @@ from bld_ext.api.out_of_memory import is_out_of_memory
 from bld_ext.api.views import Views
 
 CPU_BYTES = 256 * 2**20  # activations in a pass; more of them make a CPU no faster
-GPU_SHARE = 0.8  # of the free memory
+CPU_SHARE, GPU_SHARE = 0.5, 0.8  # of the free memory
+MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -25,7 +29,8 @@ class PassSize:
 
     Args:
         wanted: a number; or the memory that the activations of a pass may take, such as "512 MiB",
-            or "auto", which is 256 MiB on a CPU and 80 % of the free memory on a GPU.
+            or "auto", which is 80 % of the free memory on a GPU, and on a CPU 256 MiB or, if that
+            is less, half of what Linux says is free.
     """
 
     def __init__(self, wanted: int | str):
@@ -88,7 +93,9 @@ class PassSize:
         if free is None and device.type == "cuda":
             unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
             free = int(GPU_SHARE * (torch.cuda.mem_get_info(device)[0] + unused))
-        largest = (CPU_BYTES if free is None else free) // max(1, activation_bytes(one))
+        if free is None:
+            free = int(min(CPU_BYTES, CPU_SHARE * free_memory()))
+        largest = free // max(1, activation_bytes(one))
         passes = -(-count // min(count, max(1, largest)))
         self.number = -(-count // passes)  # passes as equal as possible
         self.on_trial, self._key = True, key
@@ -108,6 +115,18 @@ class PassSize:
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_key": None, "_known": {}}
+
+
+def free_memory() -> float:
+    """Return the bytes that Linux can still give to this process; elsewhere, infinity."""
+    found = [math.inf]
+    with suppress(OSError, ValueError, TypeError):
+        available = re.search(r"MemAvailable: +(\d+) kB", MEMINFO.read_text())
+        found.append(1024 * int(available[1]))
+    with suppress(OSError, ValueError):  # a container's limit, which may be "max"
+        limit, used = ((CGROUP / f"memory.{name}").read_text() for name in ("max", "current"))
+        found.append(max(0, int(limit) - int(used)))
+    return min(found)
 
 
 def activation_bytes(one: Views) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 from bld_ext import ops
 from bld_ext.api.memory_format import NeedsContiguousError, needs_contiguous
 from bld_ext.api.precision import backward_arithmetic
+from bld_ext.api.shards import is_sharded
 from bld_ext.api.views import Pass, Views
 
 
@@ -28,16 +29,22 @@ def _backward(
 
     Raises:
         NeedsContiguousError: a function of the user's cannot run on images in channels_last.
+        RuntimeError: the same, where this pass cannot be run again.
     """
     around = last if last is not None and each.is_last else nullcontext()
     try:
         with around, backward_arithmetic(views.precision):
             each.logits.backward(_averaged(gradient, views, each), retain_graph=keep)
     except RuntimeError as error:
+        if not views.channels_last or not needs_contiguous(error):
+            raise
         updates = not isinstance(around, nullcontext)
-        if views.channels_last and needs_contiguous(error) and not updates:
-            raise NeedsContiguousError from error
-        raise
+        if updates or any(map(is_sharded, views.model.parameters())):
+            raise RuntimeError(
+                "model: a backward of its own needs contiguous gradients, and gets them in "
+                f"channels_last. Call .contiguous() on the gradient in it first ({error})"
+            ) from error
+        raise NeedsContiguousError from error
 
 
 def _averaged(gradient: Tensor, views: Views, each: Pass) -> Tensor:

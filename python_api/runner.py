@@ -92,8 +92,9 @@ class StepRunner(ModelOptimizer):
             distils = any(bool((learns & (n > 0)).any()) for n in self.last.distillation_norms)
             without = 2 if distils else without + 1
             self._undistilled = len(sizes), without
-            if distils and self.balance is not None:  # which would magnify it
-                self._warn_of_noise()
+            if distils:
+                if self.balance is not None:  # which magnifies it
+                    self._warn_of_noise()
             elif without == 2:
                 warn(
                     f"no layer was distilled in two batches with {len(sizes)} heads, since G_d or "
@@ -128,8 +129,9 @@ class StepRunner(ModelOptimizer):
             warn(
                 f"‖G_w‖ / ‖G_d‖ is {ratio:.1g} in the median layer, and numbers have only "
                 f"{digits:.0f} digits, so the first joint update distils rounding errors, now or "
-                f"later in the task. Raise warmup_lr={self.warmup_lr:.3g}, with which the old "
-                "predictions hardly move, or call model.double()"
+                f"later in the task. Raise warmup_lr, now {self.warmup_lr:.3g}, with which the old "
+                f"predictions hardly move: a tenth of lr is {self.lr / 10:.3g}. Or call "
+                "model.double(), and give an augment dtype=torch.float64"
             )
 
     def _watch_stages(self) -> None:
@@ -188,13 +190,15 @@ class StepRunner(ModelOptimizer):
             if bank is None and "distillation" in losses:
                 self._require_bank(sizes)
         before, number = self._batch, self.batches
-        report = None if self.last is None else self.last.copy()
+        report, kept = self.last, None if self.last is None else self.last.copy()
         try:
             if bank is not None:
                 self._replace_bank(images, sizes, bank)
             return self._repeat(images, labels, sizes, losses)
         except BaseException:
             self._batch, self.batches, self.last = before, number, report
+            if report is not None:
+                vars(report).update(vars(kept))
             raise
 
     def _repeat(
@@ -428,6 +432,7 @@ class StepRunner(ModelOptimizer):
         checks.sharded(self.model, self._processes, self.views_per_pass, self.reproducible)
         checks.mixed(self.model, self.param_groups)
         checks.learning_rates(self.param_groups)
+        self._follow_layout()
         self._try_out_base()
         looks = device.type == "cpu" or self.check_finite
         if looks:
@@ -436,7 +441,6 @@ class StepRunner(ModelOptimizer):
         spare_old_heads(self.model, sizes)
         if looks:
             targets.check_classes(labels, sizes[-1], self.ignore_index)
-        self._follow_layout()
         return sizes
 
     def _head_sizes(self, images: Tensor, labels: Tensor) -> list[int]:

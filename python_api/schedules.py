@@ -94,6 +94,8 @@ class SharedForward(TwoForward):
             stage.note_distillation(old_loss)
             stage.note_step(self._update(stage, loss, measure=stage.is_measured))
             return loss
+        if any(p._post_accumulate_grad_hooks for p in stage.params):
+            return super().descend_both(stage)  # they are called on the sum of both gradients
         params = [p for p in stage.params if p.requires_grad]
         loss, old_loss, grads = passes.shared_pass(
             stage.views, stage.bank, stage.temperature, params

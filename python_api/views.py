@@ -173,6 +173,8 @@ class Views:
                     found = self.augment(self.images, masks=self.labels, **where)
                     made, labels = targets.moved(found, labels)
                     labels = targets.read(labels, self.ignore_index)
+        if made.is_inference():  # of which no backward pass is possible
+            made = made.clone()
         expected = dtype_of(self.model)
         if made.is_floating_point() and made.dtype != expected:
             name, remedy = ("images", f"images.to({expected})")

@@ -723,6 +723,11 @@ def test_each_stream_of_a_table_has_its_own_title(tiny_mnist, tmp_path):
     assert titles == ["cifar10, 2 tasks", "cifar10, 5 tasks"]
 
 
+def test_a_single_seed_has_no_spread():
+    assert report.plus_minus(report.spread([50.0])) == "50.0"
+    assert report.plus_minus(report.spread([50.0, 52.0])) == "51.0 ± 1.4"
+
+
 def test_every_run_is_in_the_results_before_it_is_told(tiny_mnist, tmp_path, monkeypatch):
     told = []
 

@@ -461,7 +461,8 @@ def test_any_number_of_views_is_one_view_a_pass_in_float64(schedule, views, make
             (
                 dict(views_per_pass=wrong),
                 "views_per_pass: expected a whole number, 'auto', or the memory that a pass may "
-                f"take, such as '512 MiB', got '{wrong}'",
+                "take, such as '512 MiB', in one of B, kB, MB, GB, KiB, MiB, GiB, "
+                f"got '{wrong}'",
             )
             for wrong in ("all", "", "0 MiB", "-1 MiB", "0.5 B", "512", "5 mib", "1e3 B")
         ),

@@ -1086,7 +1086,10 @@ def test_a_distillation_gradient_of_rounding_errors_is_warned_of(rate, dtype, no
             optimizer.step(*make_batch(2, number))
     about = [str(w.message) for w in caught if "distils rounding errors" in str(w.message)]
     assert len(about) == noisy
-    assert all("Raise warmup_lr=1e-08" in text and "only 7 digits" in text for text in about)
+    remedy = (
+        "Raise warmup_lr, now 1e-08, with which the old predictions hardly move: a tenth of lr is"
+    )
+    assert all("only 7 digits" in text and f"{remedy} 1e-07" in text for text in about)
 
 
 class OnlyTheNewest(nn.Module):

@@ -3,6 +3,7 @@
 import collections
 import copy
 import gc
+import threading
 import weakref
 from functools import partial
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from bld_ext import BLDOptimizer, MultiHead, SeededAugment
+from bld_ext import BLDOptimizer, MultiHead, SeededAugment, convert_view_batchnorm
 
 pytestmark = pytest.mark.filterwarnings("ignore:BLDOptimizer. (SGD|Adam) keeps state")
 
@@ -165,6 +166,25 @@ def test_attributes_of_a_batch_norm_are_the_users(make_model, make_batch):
     assert (norm.mode, norm.views) == ("mine", "front")
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*deprecated")
+@pytest.mark.parametrize("views_per_pass", [1, "auto"])
+def test_the_first_layers_may_be_quantised(views_per_pass, make_batch):
+    quantised = torch.ao.quantization
+    stem = nn.Sequential(
+        quantised.QuantStub(), nn.Conv2d(3, 8, 3), nn.ReLU(), quantised.DeQuantStub()
+    ).eval()
+    stem.qconfig = quantised.get_default_qconfig("fbgemm")
+    quantised.prepare(stem, inplace=True)
+    stem(make_batch(2)[0])
+    quantised.convert(stem, inplace=True)
+    model = two_heads(stem, nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    augment = SeededAugment(crop_padding=1)
+    optimizer = BLDOptimizer(model, 1e-2, views=2, augment=augment, views_per_pass=views_per_pass)
+    before = model.backbone[1].weight.detach().clone()
+    optimizer.step(*make_batch(2))
+    assert not torch.equal(before, model.backbone[1].weight)
+
+
 @pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr", "to_sparse_csc"])
 @pytest.mark.filterwarnings("ignore:Sparse")
 def test_buffers_may_be_sparse(layout, make_batch):
@@ -215,6 +235,18 @@ def test_images_that_carry_a_graph_are_data(augment, make_model, make_batch):
         optimizer.seed = 1
         optimizer.step(given, labels)
     assert generator.weight.grad is None and same(*map(weights, models))
+
+
+def test_features_may_be_made_in_inference_mode(make_batch):
+    """As an augmentation that runs a frozen network may do."""
+    frozen = nn.Conv2d(3, 4, 1)
+
+    @torch.inference_mode()
+    def augment(images, *, views, **where):
+        return torch.cat([frozen(images).flatten(1) + view for view in views])
+
+    model = two_heads(nn.Linear(256, 8), nn.BatchNorm1d(8))
+    BLDOptimizer(model, 1e-2, views=2, augment=augment).step(*make_batch(2))
 
 
 def test_a_refused_batch_is_released_at_once(make_model, make_batch):
@@ -404,3 +436,143 @@ def test_a_checkpoint_of_any_head_adds_the_heads(head, make_batch):
     assert loaded.head_sizes == (3, 6, 5)
     images = make_batch(2)[0]
     assert torch.equal(loaded(images), saved(images))
+
+
+# ---- what only looks like the same network when it runs again ----
+
+
+class Sometimes(nn.Module):
+    """Calls a layer or not, by a generator of its own."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.layer, self.generator = nn.Linear(8, 8), torch.Generator().manual_seed(seed)
+
+    def forward(self, x):
+        return self.layer(x) if torch.rand(1, generator=self.generator) > 0.5 else x
+
+
+def test_a_layer_that_is_called_by_chance_is_refused(make_batch):
+    """Behind heads of zeros, where the logits do not tell."""
+    refused = 0
+    for seed in range(20):
+        model = two_heads(nn.Flatten(), nn.Linear(192, 8), Sometimes(seed))
+        nn.init.zeros_(model.heads[0].weight), nn.init.zeros_(model.heads[1].weight)
+        try:
+            BLDOptimizer(model, 1e-2).step(*make_batch(2))
+        except ValueError as error:
+            refused += "computed another output when it ran again" in str(error)
+    assert refused >= 5
+
+
+class Signs(nn.Module):
+    def __init__(self, seed):
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def forward(self, x):
+        return x * (torch.randint(2, x.shape, generator=self.generator) * 2 - 1)
+
+
+def test_signs_by_chance_are_refused(make_batch):
+    for seed in range(20):
+        model = two_heads(nn.Flatten(), nn.Linear(192, 8), Signs(seed))
+        nn.init.zeros_(model.heads[0].weight), nn.init.zeros_(model.heads[1].weight)
+        with pytest.raises(ValueError, match="backbone.2, a Signs, computed another output"):
+            BLDOptimizer(model, 1e-2).step(*make_batch(2))
+
+
+class Experts(nn.Module):
+    """Of which one gets no image."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(192, 8), nn.Linear(192, 8)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        return torch.cat([self.first(x), self.second(x[:0])])
+
+
+class ByImage(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(192, 8)
+
+    def forward(self, x):
+        return torch.func.vmap(self.layer)(x.flatten(1))
+
+
+@pytest.mark.parametrize("backbone", [Experts, ByImage])
+@pytest.mark.parametrize("views_per_pass", [1, 2])
+def test_layers_may_get_no_image_or_one_at_a_time(backbone, views_per_pass, make_batch):
+    optimizer = BLDOptimizer(two_heads(backbone()), 1e-2, views=2, views_per_pass=views_per_pass)
+    optimizer.step(*make_batch(2))
+
+
+# ---- copies and heads ----
+
+
+class Locked(nn.BatchNorm2d):
+    """A BatchNorm of the user's, which knows what of it can be copied."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.lock = threading.Lock()
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "lock": None}
+
+    def forward(self, x):
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, Locked])
+def test_any_batch_norm_can_be_copied_amid_a_step(norm, make_batch):
+    model = two_heads(nn.Conv2d(3, 8, 3), norm(8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    copies, optimizer = [], BLDOptimizer(model, 1e-2)
+    optimizer.base.register_step_post_hook(lambda *_: copies.append(copy.deepcopy(model)))
+    optimizer.step(*make_batch(2))
+    before = copies[0].backbone[1].running_mean.clone()
+    copies[0](make_batch(2)[0])
+    assert copies[0].backbone[1].mode is None
+    assert not torch.equal(copies[0].backbone[1].running_mean, before)
+
+
+def test_a_compiled_batch_norm_is_copied_as_itself():
+    one = convert_view_batchnorm(nn.Sequential(nn.BatchNorm1d(3)))
+    one[0].compile(backend="eager")
+    other = copy.deepcopy(one)
+    with torch.no_grad():
+        other[0].weight.zero_(), other[0].bias.zero_()
+    assert not other(torch.rand(4, 3)).any()
+
+
+def test_loading_makes_each_head_once(make_batch):
+    made = []
+
+    def head(inputs, outputs):
+        made.append(nn.Linear(inputs, outputs))
+        return made[-1]
+
+    saved = MultiHead(nn.Flatten(), 6, head=head)
+    for size in (3, 5):
+        saved.add_head(size)
+    loaded = MultiHead(nn.Flatten(), 6, head=head)
+    made.clear()
+    loaded.load_state_dict(saved.state_dict())
+    assert len(made) == 2 and [*loaded.heads] == made
+
+
+def test_what_a_base_keeps_from_its_constructor_is_kept(make_model, make_batch):
+    class Anchored(torch.optim.SGD):
+        def __init__(self, params, lr):
+            super().__init__(params, lr)
+            for group in self.param_groups:
+                for param in group["params"]:
+                    self.state[param]["anchor"] = param.detach().clone()
+
+    model = make_model([2, 2])
+    optimizer = BLDOptimizer(model, 1e-2, base=Anchored)
+    optimizer.step(*make_batch(2))
+    assert all("anchor" in optimizer.state[param] for param in model.parameters())

@@ -29,9 +29,14 @@ def forgetting(record: dict) -> float:
     return mean(drops) if drops else 0.0
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    """Return mean and sample standard deviation, which is 0 for a single value."""
-    return {"mean": mean(values), "std": stdev(values) if len(values) > 1 else 0.0}
+def spread(values: list[float]) -> dict[str, float | None]:
+    """Return mean and sample standard deviation, which is None for a single value."""
+    return {"mean": mean(values), "std": stdev(values) if len(values) > 1 else None}
+
+
+def plus_minus(cell: dict[str, float | None]) -> str:
+    """Format what `spread` returned."""
+    return f"{cell['mean']:.1f}" + ("" if cell["std"] is None else f" ± {cell['std']:.1f}")
 
 
 def paired(records: list[dict], method: str, baseline: str) -> dict | None:
@@ -49,7 +54,7 @@ def paired(records: list[dict], method: str, baseline: str) -> dict | None:
     found = {"mean": s["mean"], "standard_error": None, "interval": None, "p": None}
     if len(seeds) > 1:
         found["standard_error"] = s["std"] / sqrt(len(seeds))
-    if s["std"] > 0:
+    if s["std"]:
         test = ttest_rel([by[method, s] for s in seeds], [by[baseline, s] for s in seeds])
         found["interval"] = [float(end) for end in test.confidence_interval(0.95)]
         found["p"] = float(test.pvalue)
@@ -86,7 +91,7 @@ def table(summary: dict) -> str:
         gradients = memory["gradients"] + memory.get("second_gradients", 0)
         small = memory["layer_norms"] + memory["seed"]
         sizes = [f"{size:,} B" for size in (memory["bank"], small, gradients)]
-        rows.append([method, *(f"{c['mean']:.1f} ± {c['std']:.1f}" for c in cells), *sizes])
+        rows.append([method, *map(plus_minus, cells), *sizes])
     return markdown(rows)
 
 
@@ -128,10 +133,10 @@ def figure(records: list[dict], title: str, path: Path) -> None:
             cells = [spread([m[i][j] for m in matrices]) for i in after]
             middle = [c["mean"] for c in cells]
             ax.plot([i + 1 for i in after], middle, marker="o", label=f"T{j}")
-            low, high = ([c["mean"] + sign * c["std"] for c in cells] for sign in (-1, 1))
+            low, high = ([c["mean"] + sign * (c["std"] or 0) for c in cells] for sign in (-1, 1))
             ax.fill_between([i + 1 for i in after], low, [min(h, 100) for h in high], alpha=0.12)
         average = spread([averages(r) for r in records if r["method"] == method])
-        ax.set_title(f"{method}: {average['mean']:.1f} ± {average['std']:.1f} at the end")
+        ax.set_title(f"{method}: {plus_minus(average)} at the end")
         ax.set_xlabel("tasks learned")
         ax.set_xticks(range(1, tasks + 1))
         ax.grid(alpha=0.3)
@@ -244,7 +249,7 @@ def _draw_memory(own: dict[str, list[dict]], file: Path) -> None:
         # "inter" is left out: what LwF holds from batch to batch also counts in "intra"
         held = max(r["columns"]["intra"] + r["columns"]["data"] for r in records)
         accuracy = spread([averages(r) for r in records])
-        point = [max(held, 1)], [accuracy["mean"]], [accuracy["std"]]
+        point = [max(held, 1)], [accuracy["mean"]], [accuracy["std"] or 0]
         ax.errorbar(*point, marker="o", capsize=3, label=method)
     ax.legend(fontsize=8)
     ax.set(xscale="log", xlabel="bytes beside the network (1: none)", ylabel="average accuracy, %")
@@ -258,9 +263,7 @@ def ablation_table(rows: list[tuple]) -> str:
     heads = ["setting", "value", "method", "average", "forgetting", "minus finetune", "bank"]
     lines = [heads, ["---", "---:", "---", *["---:"] * 4]]
     for name, value, method, entry in rows:
-        cells = [
-            f"{entry[k]['mean']:.1f} ± {entry[k]['std']:.1f}" for k in ("average", "forgetting")
-        ]
+        cells = [plus_minus(entry[k]) for k in ("average", "forgetting")]
         gain = ""
         if entry["gain"]:
             gain = f"{entry['gain']['mean']:+.1f}"
@@ -289,7 +292,7 @@ def ablation_figure(rows: list[tuple], title: str, path: Path) -> None:
         for method in dict.fromkeys(m for _, _, m, _ in rows):
             own = [(str(v), e["average"]) for n, v, m, e in rows if (n, m) == (name, method)]
             ax.errorbar(
-                [v for v, _ in own], [e["mean"] for _, e in own], [e["std"] for _, e in own],
+                [v for v, _ in own], [e["mean"] for _, e in own], [e["std"] or 0 for _, e in own],
                 marker="o", capsize=3, label=method,
             )  # fmt: skip
         ax.set_title(name, fontsize=9)

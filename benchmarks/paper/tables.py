@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from statistics import mean
 
-from benchmarks.paper.report import difference_line, markdown, paired, summarise
+from benchmarks.paper.report import difference_line, markdown, paired, plus_minus, summarise
 
 ROWS = ("finetune", "l2", "bld", "lwf", "lwf-offline")
 ABLATION = ("finetune", "l2", "alternated", "no-balancing", "bld")
@@ -113,7 +113,7 @@ def table(records: list[dict], dataset: str, tasks: int) -> str:
         own = [r for r in records if r["method"] == method]
         values = printed(dataset, tasks, method) or [None] * (tasks + 1)
         cells = [
-            f"{c['mean']:.1f} ± {c['std']:.1f}" + (f" ({v:.1f})" if v is not None else "")
+            plus_minus(c) + (f" ({v:.1f})" if v is not None else "")
             for c, v in zip([*entry["tasks"], entry["average"]], values, strict=True)
         ]
         transfer = mean(backward_transfer(r) for r in own)
