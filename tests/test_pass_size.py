@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import math
 import warnings
 import weakref
 from dataclasses import replace
@@ -472,3 +473,23 @@ def test_any_number_of_views_is_one_view_a_pass_in_float64(schedule, views, make
 def test_bad_settings(options, message, make_model):
     with pytest.raises(ValueError, match=message):
         optimizer_of(make_model(heads=(2,)), **options)
+
+
+def test_free_memory_is_what_linux_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(pass_size, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(pass_size, "CGROUP", tmp_path)
+    assert pass_size.free_memory() == math.inf
+    (tmp_path / "meminfo").write_text("MemFree: 1 kB\nMemAvailable:    1000 kB\n")
+    assert pass_size.free_memory() == 1_024_000
+    (tmp_path / "memory.current").write_text("100000\n")
+    for limit, free in (("max", 1_024_000), ("600000", 500_000), ("50000", 0)):
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        assert pass_size.free_memory() == free
+
+
+@pytest.mark.parametrize(("free", "views"), [(math.inf, 4), (0, 1)])
+def test_auto_takes_no_more_than_is_free(free, views, make_model, make_batch, monkeypatch):
+    monkeypatch.setattr(pass_size, "free_memory", lambda: free)
+    optimizer = optimizer_of(make_model(heads=(2,)), views=4, views_per_pass="auto")
+    optimizer.step(*make_batch(2))
+    assert optimizer.views_in_pass == views
