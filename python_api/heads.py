@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
 
 from bld_ext.api import checks
 from bld_ext.api.convert import unwatched
@@ -250,7 +251,7 @@ def _classes_of(head: nn.Module, name: str) -> int:
 
 def _shapes(state: Mapping[str, object], prefix: str = "") -> dict[str, torch.Size]:
     """Return the shapes of the tensors in a state_dict whose names begin with `prefix`."""
-    tensors = {key: x for key, x in state.items() if isinstance(x, Tensor)}
+    tensors = {k: x for k, x in state.items() if isinstance(x, Tensor) and not is_lazy(x)}
     return {k.removeprefix(prefix): x.shape for k, x in tensors.items() if k.startswith(prefix)}
 
 
