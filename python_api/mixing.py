@@ -69,9 +69,10 @@ def _is_plain(x: object) -> bool:
 def _sample(x: Tensor) -> Tensor:
     """A copy of up to 512 values of each row of a batch, since those of all layers are kept."""
     x = part(x.detach())
-    few = {0: 1, 1: 1, 2: 512, 3: 22}.get(x.dim(), 8)  # along each dimension but the first
-    steps = [slice(None), *(slice(None, None, max(1, -(-size // few))) for size in x.shape[1:])]
-    x = x[tuple(steps[: x.dim()])]
+    few = {2: 512, 3: 22}.get(x.dim(), 8)  # along each dimension but the first
+    if x.dim() > 1:
+        steps = (slice(None, None, max(1, -(-size // few))) for size in x.shape[1:])
+        x = x[(slice(None), *steps)]
     return x.dequantize() if x.is_quantized else x.clone()
 
 

@@ -70,8 +70,8 @@ class BLDOptimizer(StepRunner):
             speed and memory only, because BatchNorm normalises each view by its own statistics. A
             warning names a layer that mixes the images of a batch in another way. A memory budget
             such as "512 MiB" chooses the most views whose activations fit into it, and fewer after
-            running out of memory. "auto" is a budget of 256 MiB on a CPU, and of 80 % of the free
-            memory on a GPU.
+            running out of memory. "auto" is a budget of 80 % of the free memory on a GPU, and on a
+            CPU of 256 MiB, or of half the free memory where Linux says that this is less.
         augment: a `SeededAugment` or your own `augment(images, seed=, step=, views=, indices=)`. It
             returns the views one after the other, `[len(views)·B, ...]`, and the same values
             whenever its arguments are the same. Labels that have positions move with the views, if
