@@ -755,8 +755,8 @@ class FailingStream(files.io.StringIO):
             self.fail()
 
 
-def assert_whole(out):
-    assert len(json.loads((out / "results.json").read_text())["runs"]) == 2
+def assert_whole(out, runs=2):
+    assert len(json.loads((out / "results.json").read_text())["runs"]) == runs
     assert (out / "accuracy.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -791,12 +791,13 @@ def test_results_do_not_depend_on_an_open_terminal(stream, finished, tmp_path, m
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
-def test_results_do_not_depend_on_an_encoding(encoding, finished, tmp_path, monkeypatch):
-    written = files.io.BytesIO()
+def test_results_do_not_depend_on_an_encoding(encoding, finished, records, tmp_path, monkeypatch):
+    written, twice = files.io.BytesIO(), [r | {"seed": seed} for r in records for seed in (2, 3)]
     monkeypatch.setattr(sys, "stdout", files.io.TextIOWrapper(written, encoding=encoding))
-    assert finished(tmp_path) == 0
+    monkeypatch.setattr(work, "run_all", lambda *_: twice)
+    assert finished(tmp_path, "--seeds", "2,3") == 0
     sys.stdout.flush()
-    assert_whole(tmp_path)
+    assert_whole(tmp_path, runs=4)
     sign = "?" if encoding == "ascii" else "±"
     assert f" {sign} " in written.getvalue().decode(encoding)
 
